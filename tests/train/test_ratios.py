@@ -79,9 +79,9 @@ def lost(original, recycled):
 class TestVersions:
     def test_the_pack_then_by_ratio_a_fit_and_its_rival(self, versions, pack, originals):
         own, *others = versions.versions
-        assert (own.way, own.ratio) == ("pack", None)
+        assert (own.method, own.ratio) == ("pack", None)
         assert own.stored_bytes == pack.summary.bytes.basis + pack.summary.bytes.coefficients
-        assert [(one.way, one.ratio) for one in others] == [
+        assert [(one.method, one.ratio) for one in others] == [
             (way, ratio) for ratio in RATIOS for way in ("fit", per_adapter.BOTH)
         ]
         numbers = len(originals) * len(tiny.BERT) * tiny.RANK * 2 * tiny.IN
@@ -159,7 +159,7 @@ class TestOnRows:
         right = [share(one.argmax(dim=1), labels) for one in before.values()]
         assert frontier.original_accuracy == pytest.approx(sum(right) / 3)
         for version, point in zip(versions.versions, frontier.points, strict=True):
-            assert (point.way, point.ratio, point.worst) == (version.way, version.ratio, version.worst)
+            assert (point.way, point.ratio, point.worst) == (version.method, version.ratio, version.worst)
             for run in point.runs:
                 logs = classes_by_hand(base, originals[run.name].heads, version.adapter(run.name), texts)
                 assert run.kl == pytest.approx(divergence(before[run.name], logs), rel=1e-3, abs=1e-9)

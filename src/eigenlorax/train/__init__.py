@@ -1,1 +1,1 @@
-"""Whole jobs on real models: what imports peft and transformers."""
+"""Training, evaluation and comparison on real models. Imports peft and transformers."""

@@ -1,6 +1,6 @@
-"""Several versions of one adapter on one base model: the original, the one a pack returns, and others.
+"""Versions of one adapter on one base model: the original adapter, the adapter from a pack, and others.
 
-PEFT loads each version from a folder on disk, as `write_adapter` writes it. This module knows nothing about rows.
+Each version is written to a folder by `formats.write_adapter`, and loaded from there by PEFT.
 """
 
 import tempfile
@@ -16,14 +16,16 @@ from ..errors import EigenloraxError, FormatError, reason
 from . import evaluate
 
 ORIGINAL, WITHOUT_UPDATE = "original", "without its update"
+"""Names of two versions: the original adapter, and its head on the base model with the LoRA update disabled."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedVersions:
     """Versions of one adapter, loaded by PEFT.
 
-    models: version → PEFT model and the adapter's name on it, the original first. All versions share one model, unless
-    the adapter changes the base model's own weights.
+    Attributes:
+        models: Version → PEFT model and the adapter's name in that model; `ORIGINAL` is first. All versions share one
+            model, unless the adapter changes the base model's own weights.
     """
 
     models: Mapping[str, tuple[Any, str]]
@@ -34,7 +36,11 @@ class LoadedVersions:
         return [*self.models, WITHOUT_UPDATE]
 
     def activate_each(self) -> Iterator[tuple[str, Any]]:
-        """Yield each version with its model, and last the head alone. A version is active until the next is drawn."""
+        """Activate the versions one after the other, `WITHOUT_UPDATE` last.
+
+        Yields:
+            The version and its PEFT model. The version stays active until the next one is requested.
+        """
         for version, (model, adapter_name) in self.models.items():
             model.set_adapter(adapter_name)
             yield version, model
@@ -45,9 +51,12 @@ class LoadedVersions:
 
 
 class VersionLoader:
-    """Loads versions of one adapter after the other on a base model.
+    """Loader of adapters, in several versions each, on one base model.
 
-    The base model is loaded once, and anew for adapters that would change its weights.
+    The base model is loaded once, and loaded again for each version of an adapter that would change its weights.
+
+    Args:
+        load_base: Function that loads the base model.
     """
 
     def __init__(self, load_base: Callable[[], Any]) -> None:
@@ -60,9 +69,13 @@ class VersionLoader:
 
         Args:
             name: Name of the adapter, for messages.
-            versions: Must contain `ORIGINAL`. What was yielded is valid until the next is drawn.
+            versions: Version → adapter; must contain `ORIGINAL`.
 
-        Raises `FormatError` if PEFT cannot load the adapter on this base model.
+        Yields:
+            Loaded versions, which are valid until the next ones are requested.
+
+        Raises:
+            FormatError: PEFT cannot load the adapter on this base model.
         """
         compared = [version for version in versions if version != ORIGINAL]
         shares_base = _leaves_base_unchanged(versions[ORIGINAL])
@@ -84,6 +97,7 @@ class VersionLoader:
             yield loaded
 
     def _load_separately(self, folders: Mapping[str, Path]) -> LoadedVersions:
+        """Load each version on a base model of its own. folders: version → adapter folder."""
         return LoadedVersions(
             {
                 version: (_to_device(_peft_model(self._load_base(), folder, "default")), "default")
@@ -92,8 +106,9 @@ class VersionLoader:
         )
 
     def _load_on_shared(self, folders: Mapping[str, Path]) -> LoadedVersions:
+        """Load all versions on the shared base model, and delete those of the adapter before."""
         self._calls += 1
-        # PEFT adapter names must differ from those of the adapter before, which is deleted last
+        # names must differ from those of the previous adapter, which is deleted after loading
         names = {version: f"version{index}_{self._calls}" for index, version in enumerate(folders)}
         replaced: Sequence[str] = ()
         to_load = dict(folders)
@@ -103,7 +118,7 @@ class VersionLoader:
             replaced = list(self._shared_model.peft_config)
         for version, folder in to_load.items():
             self._shared_model.load_adapter(folder, adapter_name=names[version])
-        # PEFT refuses to load adapters on a model that has lost its last one: delete the old ones after loading
+        # PEFT cannot load an adapter after the model's last one was deleted, so delete the old ones after loading
         self._shared_model.set_adapter(names[ORIGINAL])
         for name in replaced:
             self._shared_model.delete_adapter(name)
@@ -122,9 +137,10 @@ def _to_device(model: Any) -> Any:
 
 
 def _leaves_base_unchanged(adapter: Adapter) -> bool:
-    """Return whether PEFT keeps the whole adapter apart from the base model's weights, so that it can be removed.
+    """Return whether PEFT keeps all tensors of the adapter apart from the base model's weights.
 
-    Biases, and heads that the config does not name, overwrite the model's own; some initialisations change its weights.
+    Biases, and heads that `modules_to_save` does not name, overwrite weights of the base model. Some values of
+    `init_lora_weights` change its weights too.
     """
     config = adapter.config
     saved_modules = set(config.get("modules_to_save") or ())
@@ -142,7 +158,7 @@ def without_updates(model: Any) -> Iterator[None]:
     from peft.tuners.lora import LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    # a scaling of zero would not do: DoRA's magnitudes would still apply
+    # setting the scaling to zero is not enough: DoRA's magnitudes would still apply
     for layer in layers:
         layer.enable_adapters(False)
     try:

@@ -1,4 +1,4 @@
-"""Baselines of a trained adapter that need no training: the most frequent class, or the base model."""
+"""Comparison of a trained adapter with a baseline without training: the most frequent class, or the base model."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -11,22 +11,27 @@ from .examples import Example
 T = TypeVar("T")
 
 SIGNIFICANT = 0.05
-"""Maximum p-value at which an accuracy above that of the most frequent class counts as better."""
+"""Maximum p-value at which an accuracy counts as better than that of the most frequent class."""
 MARGIN = 1e-3
-"""Minimum difference to the base model's loss per token, in nats: a thousandth of the perplexity. An adapter that has
-learned nothing differs by rounding."""
+"""Minimum difference to the base model's loss per token, in nats: about a thousandth of the perplexity. Rounding alone
+causes smaller differences."""
 TRAINED_ROWS = 1000
-"""Maximum number of training rows that are measured if there are no evaluation rows."""
+"""Maximum number of training rows for the comparison if there are no evaluation rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
     """Comparison of a trained adapter with its baseline.
 
-    metric: "accuracy", with the most frequent class as baseline, or "perplexity", with the base model. rows: number of
-    rows that were measured. trained_on: whether these are training rows. score, baseline: the metric of the adapter and
-    of the baseline; None for a perplexity that overflows. p_value: of a binomial test, for accuracies. better: whether
-    the adapter is better than the baseline, for accuracies by more than chance.
+    Attributes:
+        metric: "accuracy", with the most frequent class as baseline, or "perplexity", with the base model as baseline.
+        rows: Number of rows of the comparison.
+        trained_on: Whether these are training rows.
+        score: Metric of the adapter; None for a perplexity that overflows.
+        baseline: Metric of the baseline; None for a perplexity that overflows.
+        p_value: p-value of a binomial test of the accuracy; None for perplexities.
+        better: Whether the adapter is better than the baseline. For accuracies, `p_value` must be at most
+            `SIGNIFICANT`.
     """
 
     metric: str
@@ -39,12 +44,13 @@ class Baseline:
 
     @property
     def sentence(self) -> str:
-        """The comparison in words."""
+        """Sentence that states the comparison."""
         rows = f"the {self.rows:,} {'training' if self.trained_on else 'evaluation'} rows"
         if self.metric == "perplexity":
             return (
-                f"the perplexity on {rows} is {_number(self.score)}, and that of the base model without the adapter "
-                f"{_number(self.baseline)}: the adapter {'is better' if self.better else 'is not better'}."
+                f"the perplexity on {rows} is {_format_perplexity(self.score)}, and that of the base model without the "
+                f"adapter {_format_perplexity(self.baseline)}: the adapter "
+                f"{'is better' if self.better else 'is not better'}."
             )
         accuracies = (
             f"the accuracy on {rows} is {self.score:.4f}, and the most frequent class alone would reach "
@@ -60,7 +66,7 @@ class Baseline:
         )
 
 
-def _number(perplexity: float | None) -> str:
+def _format_perplexity(perplexity: float | None) -> str:
     return "too large to represent" if perplexity is None else f"{perplexity:,.4g}"
 
 
@@ -75,27 +81,29 @@ def compare_with_baseline(
     """Compare a trained PEFT model with its baseline.
 
     Args:
-        rows: Evaluation rows; training rows, of which at most `TRAINED_ROWS` are measured, if `trained_on`.
-        figures: Figures of the model on these rows, if they are known.
+        model: Trained PEFT model.
+        rows: Evaluation rows, or training rows if `trained_on`.
+        figures: Figures of the model on these rows; None to measure them.
         measure: Function (model, rows) that returns figures.
+        trained_on: Whether the rows are training rows. At most `TRAINED_ROWS` of them are used.
     """
-    measured = sample(rows, TRAINED_ROWS) if trained_on else rows
-    figures = figures or measure(model, measured)
+    compared_rows = sample(rows, TRAINED_ROWS) if trained_on else rows
+    figures = figures or measure(model, compared_rows)
     if isinstance(figures, ClassificationFigures):
         return classification_baseline(figures, trained_on=trained_on)
     with model.disable_adapter():
-        base_figures = measure(model, measured)
+        base_figures = measure(model, compared_rows)
     assert isinstance(base_figures, LanguageModelFigures)
     return language_model_baseline(figures, base_figures, trained_on=trained_on)
 
 
 def sample(rows: Sequence[T], maximum: int) -> Sequence[T]:
-    """Return at most `maximum` of the rows, always the same ones."""
+    """Return all rows, or a random sample of `maximum` rows with a fixed seed."""
     return random.Random(0).sample(rows, maximum) if len(rows) > maximum else rows  # noqa: S311
 
 
 def classification_baseline(figures: ClassificationFigures, *, trained_on: bool) -> Baseline:
-    """Compare a classification with the most frequent class."""
+    """Compare a classifier's accuracy with that of the most frequent class."""
     return Baseline(
         metric="accuracy",
         rows=figures.rows,
@@ -108,9 +116,9 @@ def classification_baseline(figures: ClassificationFigures, *, trained_on: bool)
 
 
 def language_model_baseline(figures: LanguageModelFigures, base: LanguageModelFigures, *, trained_on: bool) -> Baseline:
-    """Compare a language model with the base model.
+    """Compare a language model's loss with that of the base model.
 
-    Both predict the same tokens, so that chance plays little part, and a small margin is enough.
+    Both models predict the same tokens, so the difference has little variance and a small margin is enough.
     """
     return Baseline(
         metric="perplexity",

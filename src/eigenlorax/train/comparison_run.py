@@ -1,6 +1,6 @@
-"""One training run with transformers' Trainer: a model with trainable parameters in, scores on test rows out.
+"""One run of a method comparison: trains a model with transformers' Trainer, and scores it on test rows.
 
-The verb `compare`, the demo and the experiments train with this module; `eigenlorax train` has `trainer`.
+`eigenlorax compare` and the experiments train with this module. `eigenlorax train` uses the module `trainer`.
 """
 
 import math
@@ -20,26 +20,35 @@ from . import methods
 from .options import HEAD_LEARNING_RATE
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
-"""Maps predictions, one row each, and their labels to a score. Higher is better."""
+"""Function (predictions, labels) that returns a score, with one prediction per row. Higher is better."""
 
 
 def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the fraction of rows whose highest logit is that of the label."""
+    """Return the fraction of rows whose class is predicted.
+
+    Args:
+        predictions: Logits, (rows, classes).
+        labels: Class numbers, (rows,).
+    """
     return float((predictions.argmax(axis=-1) == labels).mean())
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Hyperparameters that all compared methods share: linear warm-up, then linear decay to zero.
+    """Hyperparameters that all compared methods share.
 
-    Args:
-        learning_rate: Of the method's parameters. If the method trains the head alone, of the head.
-        optimizer: Of the method's parameters, "adamw" or "soap" (`tuner.SOAP`). Heads are trained with AdamW.
-        head_learning_rate: Of the head's parameters, the same for every method.
-        warmup: Fraction of the steps with a rising learning rate.
-        evaluations: Number of scores during training, at equal distances; the last one is after the last step.
+    The learning rate rises linearly during the warm-up, and then decays linearly to zero.
+
+    Attributes:
+        learning_rate: Learning rate of the method's parameters; of the head if the method has no other parameters.
+        optimizer: Optimizer of the method's parameters, "adamw" or "soap" (`tuner.SOAP`). AdamW trains the head.
+        head_learning_rate: Learning rate of the head's parameters, the same for every method.
+        epochs: Number of epochs.
+        batch_size: Rows per batch.
+        warmup: Fraction of the steps in the warm-up.
+        evaluations: Number of scores during training, at equal distances. The last one is after the last step.
         bf16: Compute in bfloat16 by autocast. Trained parameters stay float32.
-        by_length: Put rows of similar length into one batch, which halves the padding. Needs "input_ids".
+        by_length: Put rows of similar length into one batch, which halves the padding. Rows must have "input_ids".
     """
 
     learning_rate: float
@@ -55,11 +64,16 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Encoded rows of one run, and how they are scored.
+    """Encoded rows of one run, and the functions that score them.
 
-    validation: rows that are scored during training. test: rows that are scored after it. metric: maps predictions and
-    labels to a score. reduce_logits: maps a batch's logits and labels to its predictions, for models whose logits of
-    all tokens would fill the memory. By default predictions are logits.
+    Attributes:
+        train: Training rows.
+        validation: Rows that are scored during training.
+        test: Rows that are scored after training.
+        collate: Function that makes a padded batch of rows.
+        metric: Function (predictions, labels) that returns a score.
+        reduce_logits: Function (logits, labels) that returns the predictions of a batch, for models whose logits of all
+            tokens would fill the memory. Default: the predictions are the logits.
     """
 
     train: Sequence[Any]
@@ -72,8 +86,15 @@ class RunData:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """State of a run during training. seconds: of training, without evaluation. loss: mean since the last checkpoint.
-    score: on the validation rows."""
+    """Score of a run during training.
+
+    Attributes:
+        step: Number of optimizer steps so far.
+        epoch: Number of epochs so far.
+        seconds: Seconds of training so far, without evaluation.
+        loss: Mean training loss since the last checkpoint.
+        score: Score on the validation rows.
+    """
 
     step: int
     epoch: float
@@ -86,9 +107,14 @@ class Checkpoint:
 class TrainingRun:
     """Result of one run.
 
-    parameters: number of the method's trained parameters. head_parameters: number of the head's. score: on the test
-    rows. seconds: of training, without evaluation. cpu_seconds: of training with evaluation. predictions: logits of the
-    test rows, or what `RunData.reduce_logits` makes of them.
+    Attributes:
+        parameters: Number of trained parameters of the method.
+        head_parameters: Number of trained parameters of the head.
+        checkpoints: Scores during training.
+        score: Score on the test rows.
+        seconds: Seconds of training, without evaluation.
+        cpu_seconds: CPU seconds of training, with evaluation on the validation rows.
+        predictions: Logits of the test rows, or the results of `RunData.reduce_logits`.
     """
 
     parameters: int
@@ -101,10 +127,18 @@ class TrainingRun:
 
 
 def run(model: Any, rows: RunData, recipe: Recipe, *, seed: int) -> TrainingRun:
-    """Train the parameters of a model that require gradients, and score it on the test rows.
+    """Train the parameters of a model that require gradients, and score the model on the test rows.
 
-    Sets the global seeds of random, NumPy and torch, as the Trainer does. Raises `NonFiniteError` if the training
-    diverges.
+    Sets the global seeds of random, NumPy and torch, as the Trainer does.
+
+    Args:
+        model: Model with trainable parameters.
+        rows: Encoded rows.
+        recipe: Hyperparameters.
+        seed: Seed of the order of the rows, and of dropout.
+
+    Raises:
+        NonFiniteError: The training diverges.
     """
     parameters, head_parameters = methods.count_parameters(model)
     cpu_started = time.process_time()
@@ -128,7 +162,15 @@ def run(model: Any, rows: RunData, recipe: Recipe, *, seed: int) -> TrainingRun:
 
 
 def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch: Path) -> tuple[Any, Any]:
-    """Return the Trainer of a run, and its clock, a callback of `_make_clock`."""
+    """Return the Trainer of a run, and its callback from `_make_clock`.
+
+    Args:
+        model: Model with trainable parameters.
+        rows: Encoded rows.
+        recipe: Hyperparameters.
+        seed: Seed of the order of the rows, and of dropout.
+        scratch: Folder for files of the Trainer.
+    """
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     steps = math.ceil(recipe.epochs * math.ceil(len(rows.train) / recipe.batch_size))
@@ -157,7 +199,7 @@ def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch:
     clock = _make_clock({math.ceil(steps * n / recipe.evaluations) for n in range(1, recipe.evaluations + 1)})
 
     class SequentialEvalTrainer(Trainer):  # type: ignore[misc]
-        # group_by_length would shuffle the evaluated rows too, and predictions would be in another order than rows
+        # group_by_length would also reorder the evaluated rows, and with them the predictions
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
             return torch.utils.data.SequentialSampler(eval_dataset)
 
@@ -177,7 +219,7 @@ def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch:
 
 
 def _predict(trainer: Any, rows: RunData, recipe: Recipe) -> tuple[np.ndarray, float]:
-    """Return predictions in the order of the test rows, and their score."""
+    """Return the predictions in the order of the test rows, and their score."""
     order = list(range(len(rows.test)))
     if recipe.by_length:
         order.sort(key=lambda index: len(rows.test[index]["input_ids"]))
@@ -186,7 +228,12 @@ def _predict(trainer: Any, rows: RunData, recipe: Recipe) -> tuple[np.ndarray, f
 
 
 def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimizer, with one parameter group for the method and one for the head."""
+    """Return the recipe's optimizer, with one parameter group for the method and one for the head.
+
+    Args:
+        model: Model with trainable parameters.
+        recipe: Hyperparameters.
+    """
     method_parameters: list[Any] = []
     head_parameters: list[Any] = []
     for name, parameter in model.named_parameters():
@@ -195,7 +242,7 @@ def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
     head_learning_rate = recipe.head_learning_rate if method_parameters else recipe.learning_rate
     groups: list[dict[str, Any]] = [
         {"params": method_parameters, "lr": recipe.learning_rate},
-        # max_side=0 makes SOAP treat the head as AdamW does; AdamW itself ignores the key
+        # max_side=0 makes SOAP update the head as AdamW does; AdamW ignores the key
         {"params": head_parameters, "lr": head_learning_rate, "max_side": 0},
     ]
     groups = [group for group in groups if group["params"]]
@@ -207,9 +254,9 @@ def make_optimizer(model: Any, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _make_clock(evaluated_steps: set[int]) -> Any:
-    """Return a callback that evaluates after these steps.
+    """Return a callback of the Trainer that evaluates after these steps.
 
-    Its `seconds_at` maps each of them to the seconds of training until then, without evaluations.
+    Its attribute `seconds_at` maps each step to the seconds of training up to it, without evaluations.
     """
     from transformers import TrainerCallback
 
@@ -228,13 +275,14 @@ def _make_clock(evaluated_steps: set[int]) -> Any:
                 control.should_log = control.should_evaluate = True
 
         def on_evaluate(self, *_: Any, **__: Any) -> None:
-            # move the start by the duration of the evaluation, which leaves it out of later times
+            # add the duration of the evaluation to the start, so that later times do not include it
             self._started += time.perf_counter() - self._stopped
 
     return TrainingClock()
 
 
 def _checkpoints(log_history: list[dict[str, Any]], seconds_at: dict[int, float]) -> list[Checkpoint]:
+    """Return the checkpoints in the Trainer's log. seconds_at: step → seconds of training up to it."""
     losses = {entry["step"]: entry["loss"] for entry in log_history if "loss" in entry}
     return [
         Checkpoint(

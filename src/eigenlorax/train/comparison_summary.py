@@ -17,10 +17,19 @@ _SMALL_METHODS = ("lora-small", "vera", "vblora", "lora-xs")
 class MethodRun:
     """One run of a method; the field names are those of the results file.
 
-    seed: None if the run served to choose the learning rate. numbers, head_numbers: trained parameters of the method
-    and of the head. score: accuracy on the tested rows, None if the training diverged. loss: mean cross-entropy on
-    them, in nats. right: one character per row, 1 if its class was predicted and 0 if not; empty for runs that choose
-    a rate. steps, scores: steps at which the validation rows were scored, and their accuracy. seconds: of training.
+    Attributes:
+        method: Key of `search_space.LEARNING_RATES`.
+        learning_rate: Learning rate of the method's parameters, or of the head if the method has no others.
+        seed: Seed of the run; None if the run serves to choose the learning rate.
+        numbers: Number of trained parameters of the method.
+        head_numbers: Number of trained parameters of the head.
+        file_bytes: Size of the saved adapter with its head, in bytes.
+        score: Accuracy on the test rows, 0 to 1; on the rows held out if `seed` is None. None if the run diverged.
+        loss: Mean cross-entropy on the same rows, in nats; None if the run diverged.
+        right: One digit per test row: 1 if its class was predicted, 0 if not. Empty if `seed` is None.
+        steps: Steps after which the validation rows were scored.
+        scores: Accuracy on the validation rows after each of these steps.
+        seconds: Seconds of training, without evaluation.
     """
 
     method: str
@@ -39,7 +48,13 @@ class MethodRun:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Difference between the accuracies of two methods, with its 95 % confidence interval."""
+    """Difference between the mean accuracies of two methods, with its 95 % confidence interval.
+
+    Attributes:
+        value: Accuracy of the first method minus that of the second, as fractions.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+    """
 
     value: float
     low: float
@@ -55,11 +70,20 @@ class Difference:
 class MethodSummary:
     """One row of the table; the field names are those of the results file.
 
-    numbers: trained parameters without the head. file_bytes: size of the saved adapter with its head. rates: learning
-    rate → accuracy on the rows held out, None if it diverged or there was no search. scores: accuracy of each seed on
-    all test rows, with their mean and spread (standard deviation; None for one seed). difference: to the baseline.
-    curve: mean accuracy at each point during training, on the validation rows. steps: steps until 98 % of the
-    baseline's final score on these rows, None if that was not reached. seconds: mean duration of a training.
+    Attributes:
+        method: Key of `search_space.LEARNING_RATES`.
+        learning_rate: Chosen learning rate.
+        rates: Learning rate → accuracy on the rows held out; None if the run diverged or there was no search.
+        numbers: Number of trained parameters without the head.
+        head_numbers: Number of trained parameters of the head.
+        file_bytes: Size of the saved adapter with its head, in bytes.
+        scores: Accuracy of each seed on all test rows.
+        mean: Mean of the scores.
+        spread: Standard deviation of the scores; None for one seed.
+        difference: Difference to the baseline; None for the baseline itself.
+        curve: Mean accuracy on the validation rows at each point during training.
+        steps: Steps until 98 % of the baseline's final accuracy on the validation rows; None if not reached.
+        seconds: Mean duration of a training in seconds, without evaluation.
     """
 
     method: str
@@ -86,11 +110,11 @@ class MethodSummary:
 def difference(correct: Sequence[str], baseline_correct: Sequence[str]) -> Difference:
     """Return the difference of mean accuracies, with a paired bootstrap interval.
 
+    Seeds and rows are both resampled, and each draw is applied to both methods. The generator's seed is fixed.
+
     Args:
         correct: For each seed, one digit per test row: 1 if its class was predicted, 0 if not.
-        baseline_correct: The same for the other method, with the same seeds and rows.
-
-    Seeds and rows are both resampled, and each draw is applied to both methods. The generator's seed is fixed.
+        baseline_correct: Digits of the other method, for the same seeds and rows.
     """
     signs = _digits(correct) - _digits(baseline_correct)
     seeds, rows = signs.shape
@@ -109,6 +133,7 @@ def _digits(correct: Sequence[str]) -> np.ndarray:
 
 
 def _method_difference(runs: Mapping[str, Sequence[MethodRun]], method: str, baseline: str) -> Difference:
+    """Return the difference between a method and the baseline, which have runs of the same seeds."""
     return difference([run.right for run in runs[method]], [run.right for run in runs[baseline]])
 
 
@@ -117,11 +142,11 @@ def summarise(
     search_scores: Mapping[str, Mapping[float, float | None]],
     baseline: str,
 ) -> list[MethodSummary]:
-    """Return one row per method.
+    """Return one row of the table per method.
 
     Args:
         runs: Method → its runs at the chosen learning rate, one per seed.
-        search_scores: Method → learning rate → accuracy on the rows held out.
+        search_scores: Method → learning rate → accuracy on the rows held out, or None.
         baseline: Method that the others are compared with.
     """
     target = _REACHED * fmean(run.scores[-1] for run in runs[baseline])
@@ -157,9 +182,14 @@ def findings(
     majority: float,
     basis_bytes: int,
 ) -> list[str]:
-    """Return sentences about the subspace methods, each supported by the figures of the table.
+    """Return sentences about the subspace methods. Each sentence is supported by figures of the table.
 
-    majority: fraction of the most frequent class among the test rows. basis_bytes: size of the pack's basis.
+    Args:
+        runs: Method → its runs at the chosen learning rate, one per seed.
+        summaries: Rows of the table.
+        baseline: Method that the others are compared with.
+        majority: Fraction of the most frequent class among the test rows.
+        basis_bytes: Size of the pack's bases, in bytes.
     """
     by_name = {summary.method: summary for summary in summaries}
     subspace_methods = [name for name in _SUBSPACE_METHODS if name in by_name]
@@ -206,7 +236,7 @@ def findings(
 
 
 def _random_basis_finding(advantage: Difference) -> str:
-    """Return the sentence about what the pack's subspace is worth beyond its size."""
+    """Return a sentence that compares the pack's subspace with a random subspace of the same size."""
     if advantage.is_noise:
         effect = "no clear effect of the pack's subspace on this task"
     elif advantage.value > 0:
@@ -217,7 +247,7 @@ def _random_basis_finding(advantage: Difference) -> str:
 
 
 def join_words(phrases: Sequence[str]) -> str:
-    """Join phrases with commas and "and"."""
+    """Join phrases to a list such as "a, b and c"."""
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 

@@ -1,4 +1,4 @@
-"""Rows of text from JSON lines, CSV or a `datasets` folder, and their labels as class numbers."""
+"""Reading of rows of text from JSON lines, CSV or a folder of `datasets`, and of their labels as class numbers."""
 
 import csv
 import json
@@ -20,10 +20,13 @@ _JSON_LINES = (".jsonl", ".json", ".ndjson")
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The rows of one file.
+    """Rows of one file.
 
-    locations: for each row, where it is in the file, such as "line 3", for messages. classes: names of the label
-    column's classes, if the file has them (a `ClassLabel` of datasets).
+    Attributes:
+        path: File of the rows.
+        rows: Rows as column → cell; at least one.
+        locations: Location of each row in the file, such as "line 3", for messages.
+        classes: Class names of the label column if the file has them (a `ClassLabel` of `datasets`), otherwise None.
     """
 
     path: Path
@@ -33,11 +36,21 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
+        """Names of the first row's columns."""
         return list(self.rows[0])
 
 
 def read(path: Path, label_column: str = "label") -> Table:
-    """Read all rows of a file. Raises `FormatError`, which names the line that is wrong."""
+    """Read all rows of a file.
+
+    Args:
+        path: File in JSON lines or CSV, or a folder saved by `datasets`.
+        label_column: Column whose `ClassLabel` gives the class names, in a folder of `datasets`.
+
+    Raises:
+        FormatError: The file cannot be read, or has no rows. The message names the line.
+        MissingExtraError: `path` is a folder, and `datasets` is not installed.
+    """
     if path.is_dir():
         return _read_datasets(path, label_column)
     if not path.is_file():
@@ -62,24 +75,26 @@ def read(path: Path, label_column: str = "label") -> Table:
 
 
 def _json_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines, 1):
+    """Yield line numbers and rows."""
+    for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            # without the line break, the column of an error is that of the truncated line's end
+            # without the line break, an error at the end of the line is reported in the column where it is
             row = json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
             problem = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else reason(error)
             raise FormatError(
-                f"{path}, line {number} is not JSON: {problem}. Each line has to be one JSON object."
+                f"{path}, line {line_number} is not JSON: {problem}. Each line has to be one JSON object."
             ) from error
         if not isinstance(row, dict):
-            raise FormatError(f"{path}, line {number} is a JSON {type(row).__name__}; an object was expected.")
-        limits.check_depth(row, f"{path}, line {number}")
-        yield number, row
+            raise FormatError(f"{path}, line {line_number} is a JSON {type(row).__name__}; an object was expected.")
+        limits.check_depth(row, f"{path}, line {line_number}")
+        yield line_number, row
 
 
 def _csv_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield line numbers and rows. The first line has the names of the columns."""
     reader = csv.reader(lines, strict=True)
     try:
         header = next(reader, None)
@@ -119,7 +134,17 @@ def _read_datasets(path: Path, label_column: str) -> Table:
 
 
 def column_texts(table: Table, column: str, option: str | None = None) -> list[str]:
-    """Return the texts of a column. option: option that names the column, for messages."""
+    """Return the texts of a column.
+
+    Args:
+        table: Rows.
+        column: Name of the column.
+        option: Option that sets the column's name, for messages.
+
+    Raises:
+        OptionError: The table has no such column.
+        FormatError: A row has no text in the column.
+    """
     texts = []
     for cell, location in _column(table, column, option):
         if not isinstance(cell, str):
@@ -129,11 +154,12 @@ def column_texts(table: Table, column: str, option: str | None = None) -> list[s
 
 
 def has_columns(table: Table, *columns: str) -> bool:
-    """Return whether the first row has all these columns."""
+    """Return whether the table has all these columns."""
     return set(columns) <= set(table.columns)
 
 
 def _column(table: Table, column: str, option: str | None) -> Iterator[tuple[Any, str]]:
+    """Yield the cells of a column with their locations."""
     if column not in table.columns:
         remedy = f" Name another one with {option}." if option else ""
         hint = suggestion(column, table.columns)
@@ -146,7 +172,11 @@ def _column(table: Table, column: str, option: str | None) -> Iterator[tuple[Any
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """The names of the classes, in the order of the head's outputs."""
+    """Class names.
+
+    Attributes:
+        names: Name of each class, in the order of the head's outputs.
+    """
 
     names: tuple[str, ...]
 
@@ -156,9 +186,12 @@ class Labels:
         return self.names == tuple(map(str, range(len(self.names))))
 
     def encode(self, table: Table, columns: Columns) -> list[int]:
-        """Return the labels of a file as class numbers. A text is the name of a class, an integer its number.
+        """Return the labels of a file as class numbers.
 
-        Raises `FormatError` for a label that is no class.
+        A text in the label column is the name of a class, an integer is its number.
+
+        Raises:
+            FormatError: A label is not one of the classes.
         """
         numbers_by_name = {name: number for number, name in enumerate(self.names)}
         # with names such as "1", "2", "3", an integer 1 could be the name or the number of a class
@@ -184,10 +217,13 @@ class Labels:
 
 
 def infer_labels(table: Table, columns: Columns) -> Labels:
-    """Return the classes of a training file: those of its `ClassLabel`, integers up to the highest, or sorted texts.
+    """Return the classes of a training file.
 
-    Warns with `RowsWarning` if a class has no rows. Raises `FormatError` if there is one class only, or labels are
-    mixed.
+    They are the classes of its `ClassLabel`, the integers from 0 to the highest label, or the sorted texts. Warns with
+    `RowsWarning` if a class has no rows.
+
+    Raises:
+        FormatError: There is only one class, or some labels are integers and some are texts.
     """
     cells = [cell for cell, _ in _label_column(table, columns)]
     if table.classes is not None:
@@ -201,24 +237,25 @@ def infer_labels(table: Table, columns: Columns) -> Labels:
     if len(labels.names) < 2:
         raise FormatError(f"{table.path} has one class only, {labels.names[0]!r}: there is nothing to learn.")
     counts = Counter(labels.encode(table, columns))
-    missing = [name for number, name in enumerate(labels.names) if not counts[number]]
+    missing = [name for index, name in enumerate(labels.names) if not counts[index]]
     if missing:
         warnings.warn(f"{table.path} has no rows of class {', '.join(missing)}.", RowsWarning, stacklevel=2)
     return labels
 
 
 def first_name(table: Table, columns: Columns) -> str | None:
-    """Return the first label that is a text and not a number."""
+    """Return the first label that is a text and not a number, or None."""
     names = (cell for cell, _ in _label_column(table, columns) if isinstance(cell, str) and not _is_number(cell))
     return next(names, None)
 
 
 def numbered_labels(n: int) -> Labels:
-    """Return n classes that are named by their numbers."""
+    """Return n classes with the names "0", "1", …"""
     return Labels(tuple(map(str, range(n))))
 
 
 def _labels_from_integers(table: Table, numbers: Sequence[int]) -> Labels:
+    """Return classes from 0 to the highest label. Raises `FormatError` for a label that cannot be a class number."""
     highest = max(numbers)
     if min(numbers) < 0 or highest >= max(len(numbers), 2):
         invalid = min(numbers) if min(numbers) < 0 else highest
@@ -230,6 +267,7 @@ def _labels_from_integers(table: Table, numbers: Sequence[int]) -> Labels:
 
 
 def _label_column(table: Table, columns: Columns) -> Iterator[tuple[int | str, str]]:
+    """Yield the labels with their locations. Raises `FormatError` for a cell that cannot be a label."""
     for cell, location in _column(table, columns.label, "Columns.label (--label-column)"):
         if isinstance(cell, bool) or not isinstance(cell, int | str):
             raise FormatError(
@@ -251,6 +289,6 @@ def _is_csv_number(table: Table, cell: Any) -> bool:
 
 
 def rows_sha256(table: Table) -> str:
-    """Return the sha256 of the rows, which does not depend on the name or the format of their file."""
+    """Return the SHA-256 of the rows. It does not depend on the name or the format of their file."""
     text = json.dumps([table.rows, table.classes], sort_keys=True, default=str)
     return sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()

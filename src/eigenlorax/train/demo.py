@@ -1,7 +1,7 @@
-"""The demo: sixteen shipped LoRA adapters of a MiniLM are packed, exported and evaluated, and a new task is trained.
+"""The demo: packs, exports and evaluates the shipped LoRA adapters of a MiniLM, and trains a new task.
 
-Some adapters are left out of the fit and only projected on the subspace of the others. Each adapter classifies the same
-sentences as the original, as exported from the pack, and without its update, which shows what the update contributes.
+Some adapters are left out of the fit and only projected on the subspace of the others. Three versions of each adapter
+classify the same sentences: the original, the adapter exported from the pack, and its head without the update.
 """
 
 import json
@@ -25,16 +25,25 @@ from .new_task import Attempt
 if TYPE_CHECKING:
     from peft import PeftModel
 
-# one task with related tasks in the fit, one of a domain of its own, and one with two other adapters of it in the fit
 HELD_OUT = ("acl-arc-b", "clinc-travel", "banking77-c")
+"""Adapters that are left out of the fit. The fit has another adapter for the task of the first one, no adapter for the
+domain of the second one, and two other adapters for the task of the third one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Result of one adapter on the demo's sentences. Accuracies and agreement are fractions.
 
-    agreement: fraction of sentences for which the recycled adapter predicts the same as the original. without_update:
-    accuracy of the adapter's head with its LoRA disabled.
+    Attributes:
+        name: Name of the adapter.
+        task: Name of its task.
+        in_fit: Whether the subspace was fitted to the adapter.
+        sentences: Number of sentences of the task.
+        delta_error: Relative error of the recycled adapter.
+        original: Accuracy of the original adapter.
+        recycled: Accuracy of the recycled adapter.
+        agreement: Fraction of sentences with the same prediction by the recycled and the original adapter.
+        without_update: Accuracy of the adapter's head with its LoRA disabled.
     """
 
     name: str
@@ -50,7 +59,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """Result of the demo. outcomes: one per adapter, those in the fit first. attempts: methods on the new task."""
+    """Result of the demo.
+
+    Attributes:
+        pack: Folder of the pack.
+        summary: Figures of the pack.
+        outcomes: One outcome per adapter; adapters in the fit come first.
+        attempts: One attempt per method on the new task; empty if it was not trained.
+    """
 
     pack: Path
     summary: Summary
@@ -60,7 +76,7 @@ class Demo:
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """A sentence written for the demo, with its label."""
+    """Sentence that was written for the demo, with its class number."""
 
     text: str
     label: int
@@ -73,7 +89,7 @@ def data() -> Path:
 
 @cache
 def descriptions() -> dict[str, dict[str, Any]]:
-    """Return, by adapter, its task, labels, licence, attribution and test accuracy."""
+    """Return adapter → its task, labels, licence, attribution and test accuracy."""
     by_adapter: dict[str, dict[str, Any]] = json.loads((data() / "adapters.json").read_text("utf-8"))
     return by_adapter
 
@@ -98,12 +114,18 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Demo:
-    """Fit, project, save, export and evaluate. The pack and the exported LoRAs are written to `directory`.
+    """Run the demo: fit, project, save, export and evaluate the adapters, and train the new task.
 
     Args:
+        directory: Folder for the pack and the exported LoRAs.
         n_components: Maximum number of components per module and side.
-        training: Train the new task too, which takes most of the time.
-        overwrite: Replace a pack and LoRAs that are there.
+        training: Whether to train the new task, which takes most of the time.
+        overwrite: Whether to replace a pack and LoRAs in `directory`.
+        progress: Function that is called with (stage, done, total).
+
+    Raises:
+        MissingExtraError: PEFT, transformers or the base model is not installed.
+        PackExistsError: `directory` has a pack or LoRAs, and `overwrite` is False.
     """
     base_folder = model_folder()
     report = progress or (lambda stage, done, total: None)
@@ -149,7 +171,11 @@ def _agreement(predictions: Sequence[int], references: Sequence[int]) -> float:
 
 
 def model_folder() -> Path:
-    """Return the folder of the base model. Raises `MissingExtraError` if it or PEFT is not installed."""
+    """Return the folder of the base model.
+
+    Raises:
+        MissingExtraError: PEFT, transformers or the base model is not installed.
+    """
     try:
         import peft  # noqa: F401
         import transformers  # noqa: F401
@@ -163,7 +189,7 @@ def model_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class _Predictions:
-    """Predicted labels of one adapter's versions on its task's sentences."""
+    """Predicted classes of the sentences, by each version of an adapter."""
 
     original: list[int]
     recycled: list[int]

@@ -64,6 +64,7 @@ def write(directory: Path, *, overwrite: bool = False) -> DemoFiles:
 
 
 def _write_rows(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    """Write rows (text, class name) as CSV."""
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("text", "label"))

@@ -32,9 +32,15 @@ CONFUSION_CLASSES = 20
 class ClassificationFigures:
     """Figures of a classification.
 
-    loss: mean cross-entropy per row, in nats. majority: fraction of the most frequent class among the rows. p_value: of
-    a one-sided binomial test of the accuracy against `majority`. confusion: number of rows of class i that were
-    predicted as j, at [i][j]; None for more than `CONFUSION_CLASSES` classes.
+    Attributes:
+        rows: Number of rows.
+        loss: Mean cross-entropy per row, in nats.
+        accuracy: Fraction of rows whose class was predicted.
+        majority: Fraction of the most frequent class among the rows.
+        p_value: p-value of a one-sided binomial test of the accuracy against `majority`.
+        labels: Class names in the order of the head.
+        confusion: Confusion matrix: [i][j] is the number of rows of class i that were predicted as class j. None for
+            more than `CONFUSION_CLASSES` classes.
     """
 
     rows: int
@@ -50,8 +56,11 @@ class ClassificationFigures:
 class LanguageModelFigures:
     """Figures of a language model.
 
-    loss: mean cross-entropy per predicted token of all rows, in nats. perplexity: exponential of the loss, None if that
-    overflows.
+    Attributes:
+        rows: Number of rows.
+        tokens: Number of predicted tokens.
+        loss: Mean cross-entropy per predicted token of all rows, in nats.
+        perplexity: Exponential of the loss; None if it overflows.
     """
 
     rows: int
@@ -65,7 +74,16 @@ Figures = ClassificationFigures | LanguageModelFigures
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Figures of an adapter on a file of rows. seconds: duration, including loading the model."""
+    """Result of an evaluation; the field names are those of `--json`.
+
+    Attributes:
+        name: Name of the adapter in the pack.
+        task: "text-classification" or "causal-lm".
+        model: Base model that was loaded.
+        data: File of rows.
+        figures: Figures of the adapter on the rows.
+        seconds: Duration in seconds, including loading the model.
+    """
 
     name: str
     task: str
@@ -91,15 +109,23 @@ def evaluate(
     """Load an adapter of a pack with PEFT, and evaluate it on a file of rows.
 
     Args:
+        pack: Folder of the pack.
         name: Name of the adapter in the pack.
         rows: File of rows: JSON lines, CSV, or a folder saved by `datasets`.
         model: Base model. Default: the pack's.
         task: "text-classification" or "causal-lm". Default: the adapter's task type.
         labels: Class names in the order of the head. Needed if the file's labels are texts.
+        columns: Names of the columns. Default: `Columns()`.
         batch_size: Rows per batch, at least 1.
-        max_length: Maximum number of tokens per row. Default: 128 for classification, 512 for language models.
+        max_length: Maximum number of tokens per row, at least 2. Default: 128 for classification, 512 for language
+            models.
+        progress: Function that is called with ("evaluating", rows done, number of rows).
 
-    Raises `OptionError`, `FormatError` or `AdapterNameError` if adapter, rows and options do not fit together.
+    Raises:
+        OptionError: An option is out of range, or does not fit the adapter or the rows.
+        FormatError: The rows or the base model cannot be read, or the adapter belongs to a different base model.
+        AdapterNameError: The pack has no such adapter, or the adapter has no head for a classification.
+        NonFiniteError: The loss is NaN or Inf.
     """
     started, columns = time.perf_counter(), columns or Columns()
     check_sizes(batch_size, max_length)
@@ -147,9 +173,11 @@ def check_label_names(names: Sequence[str]) -> None:
 
 
 def resolve_task(adapter: PackedAdapter, task: str | None) -> str:
-    """Return `task`, or the task of the adapter's config if that is None.
+    """Return `task`; if it is None, the task of the adapter's config.
 
-    Raises `OptionError` if the adapter's config names another task, or none.
+    Raises:
+        OptionError: The config has the task type of another task, or `task` is None and the config has no supported
+            task type.
     """
     task_type = json.loads(adapter.source_config).get("task_type")
     if task is not None:
@@ -168,8 +196,16 @@ def resolve_task(adapter: PackedAdapter, task: str | None) -> str:
 def count_head_classes(adapter: PackedAdapter, config: Any) -> int:
     """Return the number of classes of an adapter's head.
 
-    It is found by building the model, without memory for weights, with each number of classes that the head's shapes
-    allow. Raises `AdapterNameError` if the adapter has no head, and `FormatError` if the head does not fit the model.
+    Builds the model on the meta device with each number of classes that is a length of a head tensor, until the shapes
+    are equal.
+
+    Args:
+        adapter: Adapter with a head.
+        config: Config of the base model.
+
+    Raises:
+        AdapterNameError: The adapter has no head.
+        FormatError: The head does not fit the model.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -188,7 +224,7 @@ def count_head_classes(adapter: PackedAdapter, config: Any) -> int:
         return all(model_shapes.get(key) == shape for key, shape in shapes.items())
 
     for n in sorted({shape[0] for shape in shapes.values()}):
-        # a number that fits by chance, such as that of trained biases, also fits with one class more
+        # if only trained biases were compared, any number of classes would fit, so n + 1 must not fit
         if fits(n) and not fits(n + 1):
             return n
     first = min(shapes)
@@ -219,10 +255,9 @@ def check_language_model(adapter: PackedAdapter, config: Any) -> None:
 
 
 def _name_in_model(key: str) -> str | None:
-    """Return the model's name of a parameter in an adapter's file.
+    """Return the base model's name of a tensor in an adapter's file, or None for a duplicate.
 
-    With trained biases, PEFT also writes parameters under the names of its wrappers, and those of a head twice. None
-    for such a duplicate.
+    With trained biases, PEFT writes parameters under the names of its wrapper modules, and the head's biases twice.
     """
     if {"modules_to_save", "original_module"} & set(key.split(".")):
         return None
@@ -230,9 +265,16 @@ def _name_in_model(key: str) -> str | None:
 
 
 def label_names(n: int, names: Sequence[str] | None, table: data.Table, columns: Columns) -> Labels:
-    """Return the n classes of a head: the given names, or those of the file's `ClassLabel`, or numbers.
+    """Return the classes of a head.
 
-    Raises `OptionError` if the labels are texts and no names are given, or their number is not n.
+    Args:
+        n: Number of classes of the head.
+        names: Class names in the order of the head. Default: the names of the file's `ClassLabel`, otherwise numbers.
+        table: Rows.
+        columns: Names of the columns.
+
+    Raises:
+        OptionError: The number of names is not n, or the labels are texts and there are no names.
     """
     names = names or table.classes
     if names is None:
@@ -249,7 +291,7 @@ def label_names(n: int, names: Sequence[str] | None, table: data.Table, columns:
 
 
 def device() -> torch.device:
-    """Return the accelerator if there is one, and otherwise the CPU."""
+    """Return the CUDA or MPS device if there is one, otherwise the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -263,9 +305,18 @@ def measure(
     batch_size: int,
     progress: Progress | None = None,
 ) -> Figures:
-    """Evaluate a loaded model on its device: as a classifier if there are labels, otherwise as a language model.
+    """Evaluate a loaded model on its device.
 
-    Raises `NonFiniteError` if the loss is NaN or Inf.
+    Args:
+        model: Classifier or language model.
+        rows: Encoded rows, at least one.
+        collate: Function that makes a padded batch of rows.
+        labels: Classes of the head; None for a language model.
+        batch_size: Rows per batch.
+        progress: Function that is called with ("evaluating", rows done, number of rows).
+
+    Raises:
+        NonFiniteError: The loss is NaN or Inf.
     """
     model.eval()
     loss, tokens, predictions, done = 0.0, 0, [], 0
@@ -296,7 +347,7 @@ def measure(
 def batches(
     model: Any, rows: Sequence[Example], collate: Collate, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Yield inputs on the model's device, and their labels."""
+    """Yield batches of rows: the model's inputs, and the labels, both on the model's device."""
     model_device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
         inputs = dict(collate([dict(row) for row in rows[start : start + batch_size]]).to(model_device))
@@ -304,34 +355,44 @@ def batches(
 
 
 def next_token_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits (tokens × vocabulary) and targets (tokens) of all tokens that are not `IGNORED`.
+    """Return the logits and targets of all predicted tokens. Logits at one position predict the token at the next.
 
-    The logits at one position predict the token at the next.
+    Args:
+        logits: Logits, (rows, length, vocabulary).
+        labels: Token ids, (rows, length); `IGNORED` for tokens that are not predicted.
+
+    Returns:
+        Logits, (tokens, vocabulary), and targets, (tokens,).
     """
     is_target = labels[:, 1:] != IGNORED
     return logits[:, :-1][is_target], labels[:, 1:][is_target]
 
 
 def to_float64(logits: Tensor) -> Tensor:
-    """Return the logits in float64; on the CPU if they are on MPS, which has no float64."""
+    """Convert logits to float64, on the CPU if they are on MPS, which has no float64."""
     return (logits.cpu() if logits.device.type == "mps" else logits).double()
 
 
 def perplexity(loss: float) -> float | None:
     """Return the exponential of a mean loss, or None if it would overflow."""
-    # exp(709.8) is the largest float
+    # exp(709.8) overflows float64
     return math.exp(loss) if loss < 700 else None
 
 
 def binomial_test(correct: int, rows: int, rate: float) -> float:
     """Return the p-value of a one-sided binomial test: P(X ≥ correct) for X ~ Binomial(rows, rate).
 
-    With the rate of the most frequent class, it tests an accuracy against the no-information rate.
+    If `rate` is the fraction of the most frequent class, this tests an accuracy against the no-information rate.
+
+    Args:
+        correct: Number of correct predictions.
+        rows: Number of predictions.
+        rate: Probability of a correct prediction under the null hypothesis, above 0 and at most 1.
     """
     if correct == 0 or rate == 1:
         return 1.0
     log_rate, log_complement = math.log(rate), math.log1p(-rate)
-    # binomial coefficients of thousands of rows overflow, so they are summed as logarithms
+    # binomial coefficients of thousands of rows overflow, so compute their logarithms
     log_factorial = math.lgamma(rows + 1)
     return min(
         1.0,
@@ -354,7 +415,7 @@ def _classification_figures(
     counts = Counter(zip(targets, predictions, strict=True))
     n, classes = len(targets), range(len(labels.names))
     majority = max(Counter(targets).values()) / n
-    correct = sum(counts[number, number] for number in classes)
+    correct = sum(counts[index, index] for index in classes)
     confusion = None
     if len(classes) <= CONFUSION_CLASSES:
         confusion = [[counts[target, prediction] for prediction in classes] for target in classes]

@@ -1,4 +1,4 @@
-"""Encoding of rows for a model: token ids, and the labels of the loss."""
+"""Encoding of rows for a model: token ids, attention masks and labels."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,13 +13,22 @@ IGNORED = -100
 """Label of tokens that the loss ignores, in torch and transformers."""
 
 Example = dict[str, Any]
+"""One encoded row: "input_ids", other inputs of the model, and "labels"."""
 Collate = Callable[[list[Example]], Any]
+"""Function that makes a padded batch of examples."""
 
 
 def max_tokens(task: str, max_length: int | None, tokenizer: Any, model_config: Any) -> int:
-    """Return the maximum number of tokens per row: `max_length`, or the task's default within the model's limit.
+    """Return the maximum number of tokens per row.
 
-    Raises `OptionError` if `max_length` exceeds the limit.
+    Args:
+        task: Key of `options.MAX_LENGTH`.
+        max_length: Maximum that the user passed. Default: the task's default, or the model's limit if that is lower.
+        tokenizer: Tokenizer of the model.
+        model_config: Config of the model.
+
+    Raises:
+        OptionError: `max_length` exceeds the model's limit.
     """
     limits = [tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None)]
     model_limit = min(limit for limit in limits if limit)
@@ -29,7 +38,11 @@ def max_tokens(task: str, max_length: int | None, tokenizer: Any, model_config: 
 
 
 def prepare_tokenizer(tokenizer: Any) -> None:
-    """Set the tokenizer to pad on the right, with the end-of-text token if it has no padding token."""
+    """Set the tokenizer to pad on the right, with the end-of-text token if it has no padding token.
+
+    Raises:
+        OptionError: The tokenizer has neither of the two tokens.
+    """
     tokenizer.padding_side = "right"
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -40,13 +53,25 @@ def prepare_tokenizer(tokenizer: Any) -> None:
 def encode_classification(
     table: Table, labels: Labels, columns: Columns, tokenizer: Any, max_length: int
 ) -> list[Example]:
-    """Return one example per row, with the number of its class."""
+    """Return one example per row, with its class number as the label. Warns with `RowsWarning` if rows are truncated.
+
+    Args:
+        table: Rows.
+        labels: Classes.
+        columns: Names of the columns.
+        tokenizer: Tokenizer of the model.
+        max_length: Maximum number of tokens per row.
+
+    Raises:
+        OptionError: The table has no such column.
+        FormatError: A row has no text, or a label that is not one of the classes.
+    """
     numbers = labels.encode(table, columns)
     return with_labels(encode_texts(table, columns, tokenizer, max_length), numbers)
 
 
 def with_labels(rows: list[Example], numbers: Sequence[int]) -> list[Example]:
-    """Return the examples with the numbers of their classes."""
+    """Return the examples with class numbers as labels."""
     return [{**row, "labels": number} for row, number in zip(rows, numbers, strict=True)]
 
 
@@ -61,10 +86,20 @@ def encode_texts(table: Table, columns: Columns, tokenizer: Any, max_length: int
 
 
 def encode_language_model(table: Table, columns: Columns, tokenizer: Any, max_length: int) -> list[Example]:
-    """Return one example per row, with the end-of-text token.
+    """Return one example per row for a language model. Each text is followed by the end-of-text token.
 
     If rows have a prompt and a completion, the loss ignores the prompt. Rows without a token to predict are skipped.
-    Warns with `RowsWarning` about skipped and truncated rows, and raises `FormatError` if all are skipped.
+    Warns with `RowsWarning` about skipped and truncated rows.
+
+    Args:
+        table: Rows.
+        columns: Names of the columns.
+        tokenizer: Tokenizer of the model.
+        max_length: Maximum number of tokens per row.
+
+    Raises:
+        OptionError: The table has no such column.
+        FormatError: A row has no text, or all rows are skipped.
     """
     if not data.has_columns(table, columns.text) and data.has_columns(table, "prompt", "completion"):
         prompts, texts = data.column_texts(table, "prompt"), data.column_texts(table, "completion")
@@ -78,7 +113,7 @@ def encode_language_model(table: Table, columns: Columns, tokenizer: Any, max_le
     for head, body in zip(heads, bodies, strict=True):
         ids = [*head, *body, *end]
         truncated += len(ids) > max_length
-        # nothing precedes the first token, so it cannot be predicted; without this the Trainer's means would count it
+        # the first token cannot be predicted, and the Trainer's mean losses must not count it
         unpredicted = max(len(head), 1)
         labels = ([IGNORED] * unpredicted + ids[unpredicted:])[:max_length]
         ids = ids[:max_length]
@@ -113,11 +148,11 @@ def _warn_truncated(table: Table, truncated: int, max_length: int) -> None:
 
 
 def collator(task: str, tokenizer: Any) -> Collate:
-    """Return a function that makes a padded batch of examples."""
+    """Return a function that makes a padded batch of examples for a task."""
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 
     if task == "causal-lm":
-        # despite its name, it also fits decoders: it pads the labels too
+        # despite its name, this collator also works for decoders: it pads the labels too
         pad_with_labels: Collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         return pad_with_labels
     pad: Collate = DataCollatorWithPadding(tokenizer)

@@ -1,6 +1,6 @@
-"""A comparison of training methods on the user's rows.
+"""Comparison of training methods on the user's rows.
 
-For each method, a learning rate is chosen on rows held out from training; then the method is trained with several seeds
+For each method, a learning rate is chosen on rows held out from training. Then the method is trained with several seeds
 at that rate. Every finished run is written to the results file, so that a comparison can be resumed.
 """
 
@@ -40,7 +40,13 @@ from .search_space import ComparisonOptions
 
 
 class RunKey(NamedTuple):
-    """Identity of one run. seed: None if the run serves to choose the learning rate."""
+    """Identity of one run.
+
+    Attributes:
+        method: Key of `search_space.LEARNING_RATES`.
+        learning_rate: Learning rate of the method's parameters.
+        seed: Seed of the run; None if the run serves to choose the learning rate.
+    """
 
     method: str
     learning_rate: float
@@ -52,10 +58,19 @@ Runs = Mapping[RunKey, MethodRun]
 
 @dataclass(frozen=True, slots=True)
 class PreparedComparison:
-    """A comparison, checked and ready to run.
+    """A comparison whose options were checked and whose rows are encoded.
 
-    settings: all that its runs depend on, as JSON. load_base: returns the base model with a new head. finished: runs
-    that the results file already has.
+    Attributes:
+        options: Options of the comparison.
+        output: Results file.
+        settings: Everything that the runs depend on, as JSON.
+        labels: Classes of the head.
+        rows: Encoded rows.
+        load_base: Function that loads the base model with a new head.
+        collate: Function that makes a padded batch of rows.
+        presets: Method → its preset.
+        basis_bytes: Size of the pack's bases, in bytes.
+        finished: Runs that the results file already has.
     """
 
     options: ComparisonOptions
@@ -76,16 +91,16 @@ class PreparedComparison:
 
     @property
     def plan(self) -> str:
-        """One sentence that says which runs will be done."""
+        """Sentence that states the runs to do."""
         options, rows = self.options, self.rows
         n_methods = len(options.methods)
         search_runs = sum(len(_search_keys(options, name)) for name in options.methods)
         total = search_runs + options.seeds * n_methods
         left = f"{self.runs_left} of " if self.finished else ""
-        each = f" for each of {n_methods} methods" if n_methods > 1 else ""
+        for_methods = f" for each of {n_methods} methods" if n_methods > 1 else ""
         plan = (
             f"{left}{plural(total, 'training')} of {plural(options.epochs, 'epoch')}: "
-            f"{plural(options.seeds, 'seed')} on {len(rows.train):,} rows{each}"
+            f"{plural(options.seeds, 'seed')} on {len(rows.train):,} rows{for_methods}"
         )
         if search_runs:
             plan += f", and {search_runs} on {len(rows.search_train):,} of them, which choose learning rates"
@@ -96,10 +111,26 @@ class PreparedComparison:
 class ComparisonResult:
     """Result of a comparison; the field names are those of the results file and of `--json`.
 
-    majority: fraction of the most frequent class among the test rows. rows, held_out, evaluated: numbers of training
-    rows, of those held out to choose rates, and of test rows. rows_on_the_way: number of test rows that were scored
-    during training. steps, steps_per_epoch: of one run. points: epochs after which scores were taken. yardstick: the
-    baseline method. trainings, seconds: of this call, without resumed runs.
+    Attributes:
+        task: "text-classification".
+        model: Base model that was loaded.
+        labels: Class names in the order of the head.
+        majority: Fraction of the most frequent class among the test rows.
+        rows: Number of training rows.
+        held_out: Number of training rows that are held out to choose learning rates.
+        evaluated: Number of test rows.
+        rows_on_the_way: Number of test rows that were scored during training.
+        epochs: Number of epochs of one run.
+        steps: Number of optimizer steps of one run.
+        steps_per_epoch: Number of optimizer steps per epoch.
+        points: Epochs after which the model was scored.
+        seeds: Number of runs per method at the chosen learning rate.
+        yardstick: Baseline method.
+        basis_bytes: Size of the pack's bases, in bytes.
+        methods: One summary per method.
+        findings: Sentences about the subspace methods.
+        trainings: Number of runs in this call, without the runs of a resumed file.
+        seconds: Duration of this call in seconds.
     """
 
     task: str
@@ -124,13 +155,19 @@ class ComparisonResult:
 
 
 def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: bool = False) -> PreparedComparison:
-    """Check everything that a comparison needs, and create the results file. Nothing is trained.
+    """Check options and rows of a comparison, and create the results file. No method is trained.
 
     Args:
-        resume: Continue the comparison in `output`. Data and options must be the same, except for methods, rates and
+        pack: Folder of the pack.
+        options: Options of the comparison.
+        output: Results file.
+        resume: Continue the comparison in `output`. Rows and options must be the same, except for methods, rates and
             seeds.
 
-    Raises `OptionError`, `FormatError` or `PackExistsError` if the pack, the rows, the options or the file do not fit.
+    Raises:
+        OptionError: An option does not fit the pack or the rows, or differs from the resumed comparison.
+        FormatError: The rows, the base model or the resumed file cannot be read.
+        PackExistsError: `output` exists, and `resume` is False.
     """
     opened = Pack.open(pack)
     results_file.check_output(output, resume)
@@ -175,9 +212,15 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
 
 
 def run(prepared: PreparedComparison, progress: Progress | None = None) -> ComparisonResult:
-    """Do the runs that are left, and summarise all.
+    """Do the runs that are left, and summarise all runs.
 
-    Raises `NonFiniteError` if a method diverges at every learning rate, or with one of the seeds at the chosen rate.
+    Args:
+        prepared: Result of `prepare`.
+        progress: Function that is called with ("training", runs done, number of runs).
+
+    Raises:
+        NonFiniteError: A method diverges at every learning rate, or with one of the seeds at the chosen rate.
+        OptionError: The device has not enough memory.
     """
     started, report = time.perf_counter(), progress or (lambda stage, done, total: None)
     options, runs, runs_left = prepared.options, dict(prepared.finished), prepared.runs_left
@@ -209,20 +252,20 @@ def run(prepared: PreparedComparison, progress: Progress | None = None) -> Compa
 
 
 def _search_keys(options: ComparisonOptions, method: str) -> list[RunKey]:
-    """Return the runs that choose the method's learning rate; none if there is one rate only."""
+    """Return the runs that choose the method's learning rate; empty if there is only one rate."""
     if not options.searches(method):
         return []
     return [RunKey(method, rate, None) for rate in options.learning_rates(method)]
 
 
 def _final_keys(options: ComparisonOptions, method: str, runs: Runs) -> list[RunKey]:
-    """Return the runs at the chosen rate, which is read from the finished search in `runs`."""
+    """Return the runs at the chosen learning rate. `runs` must contain the finished search."""
     rate = _chosen_rate(options, method, runs)
     return [RunKey(method, rate, seed) for seed in range(options.seeds)]
 
 
 def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
-    """Return the rate with the highest accuracy on the rows held out; of equals, that with the lowest loss.
+    """Return the learning rate with the highest accuracy on the rows held out. The lowest loss breaks ties.
 
     Raises `NonFiniteError` if the method diverged at every rate.
     """
@@ -243,15 +286,16 @@ def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
 
 
 def _runs_left(options: ComparisonOptions, method: str, runs: Runs) -> int:
+    """Return the number of the method's runs that are not in `runs`."""
     search_left = sum(key not in runs for key in _search_keys(options, method))
     if search_left:
-        # the chosen rate may change, and with it all runs at that rate
+        # the search may choose another rate, for which all runs must be done
         return search_left + options.seeds
     return sum(key not in runs for key in _final_keys(options, method, runs))
 
 
 def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
-    """Do one run. The base model is loaded anew, so that its head has the same initial values for every method."""
+    """Do one run. The base model is loaded again, so that its head has the same initial values for every method."""
     options, rows, preset = prepared.options, prepared.rows, prepared.presets[key.method]
     seed = row_split.SEARCH_SEED if key.seed is None else key.seed
     torch.manual_seed(seed)
@@ -275,7 +319,7 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
     try:
         training = comparison_run.run(model, run_data, recipe, seed=seed)
     except NonFiniteError:
-        # another learning rate may work; an error is raised when none does
+        # another learning rate may work; `_chosen_rate` raises an error if none does
         return diverged
     except torch.cuda.OutOfMemoryError as error:
         raise OptionError(

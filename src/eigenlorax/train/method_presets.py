@@ -1,5 +1,6 @@
-"""The methods of `eigenlorax compare` with options that fit one model: small methods get as many parameters as
-factors."""
+"""Methods of `eigenlorax compare` with options for one model. Small methods get at most as many parameters as factors
+of coefficients have.
+"""
 
 import math
 import warnings
@@ -14,16 +15,23 @@ from . import methods
 from .methods import CommonConfig
 
 TASK_TYPE = "SEQ_CLS"
+"""PEFT's task type of all methods."""
 SOAP = ("core", "factors", "random", "lora-soap")
 """Methods that are trained with `tuner.SOAP`. The others are trained with AdamW, as in their papers."""
 _VBLORA_MAX = 256
-"""PEFT's defaults for VB-LoRA, used as upper limits of the number of vectors and of their length."""
+"""PEFT's default for the number of vectors of VB-LoRA and for their length, used as an upper limit of both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A method with options that fit one model. kind, options: as in `methods.apply_method`. optimizer: as in
-    `comparison_run.Recipe`."""
+    """A method with options for one model.
+
+    Attributes:
+        kind: Key of `methods.BUILDERS`.
+        options: Fields of the method's PEFT config.
+        common: Config fields that all methods share.
+        optimizer: "adamw" or "soap", as in `comparison_run.Recipe`.
+    """
 
     kind: str
     options: Mapping[str, Any]
@@ -37,7 +45,7 @@ class Preset:
 
 @dataclass(frozen=True, slots=True)
 class TargetModule:
-    """A module of the model that the subspace covers."""
+    """Module of the model that the subspace covers."""
 
     name: str
     in_features: int
@@ -45,22 +53,27 @@ class TargetModule:
 
     @property
     def parameters_per_rank(self) -> int:
-        """Parameters of a LoRA of rank 1."""
+        """Number of parameters of a LoRA of rank 1."""
         return self.in_features + self.out_features
 
 
 def make_presets(
-    pack: Pack, names: Sequence[str], tried: Sequence[str], rank: int, load_base: Callable[[], Any]
+    pack: Pack, names: Sequence[str], unfinished: Sequence[str], rank: int, load_base: Callable[[], Any]
 ) -> dict[str, Preset]:
-    """Return the presets of the named methods on the modules of the pack.
+    """Return the presets of methods on the modules of a pack.
 
     Args:
+        pack: Pack with the subspace.
         names: Methods, keys of `search_space.LEARNING_RATES`.
-        tried: Those of them that are applied to a base model once, so that an unsuitable method is an error now.
+        unfinished: Methods that will be trained. Each is applied to a base model once, to find errors before training.
         rank: Rank of LoRA, INIT and factors.
-        load_base: Returns a fresh base model with a head.
+        load_base: Function that loads the base model with a head.
 
-    Raises `OptionError` if the model has no head, or a tried method does not support its modules.
+    Returns:
+        Method → its preset.
+
+    Raises:
+        OptionError: The model has no head, or an unfinished method does not support its modules.
     """
     modules, budget = _target_modules(pack, rank, load_base())
     presets = {
@@ -70,7 +83,7 @@ def make_presets(
     with warnings.catch_warnings():
         # reading the pack has shown these warnings already
         warnings.simplefilter("ignore", EigenloraxWarning)
-        for name in tried:
+        for name in unfinished:
             try:
                 presets[name].apply(load_base())
             except EigenloraxError:
@@ -107,7 +120,15 @@ def _target_modules(pack: Pack, rank: int, base: Any) -> tuple[list[TargetModule
 
 
 def _preset(name: str, pack: Pack, rank: int, modules: Sequence[TargetModule], budget: int) -> Preset:
-    """Return one preset. budget: number of parameters of factors, which small methods do not exceed."""
+    """Return the preset of one method.
+
+    Args:
+        name: Key of `search_space.LEARNING_RATES`.
+        pack: Pack with the subspace of the method.
+        rank: Rank of LoRA, INIT and factors.
+        modules: Modules in the model's order.
+        budget: Number of parameters of factors, which small methods do not exceed.
+    """
     small_rank, small_modules = _small_lora(modules, budget)
     kinds_and_options: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "lora": ("lora", _lora_options(rank)),
@@ -115,7 +136,7 @@ def _preset(name: str, pack: Pack, rank: int, modules: Sequence[TargetModule], b
         "core": ("eigenlorax", {**_lora_options(rank), "core": True}),
         "factors": ("eigenlorax", _lora_options(rank)),
         "random": ("eigenlorax", _lora_options(rank)),
-        # VeRA's random matrices are made again from their seed: like a pack's basis, they are not in the file
+        # VeRA's random matrices are not saved, because their seed determines them
         "vera": ("vera", {"save_projection": False}),
         "vblora": ("vblora", _vblora_options(modules, budget)),
         "lora-xs": ("lora_xs", {"r": _lora_xs_rank(modules, budget)}),
@@ -135,7 +156,10 @@ def _lora_options(rank: int) -> dict[str, Any]:
 
 
 def _small_lora(modules: Sequence[TargetModule], budget: int) -> tuple[int, list[str]]:
-    """Return the highest rank within the budget, and its modules: at rank 1, the last modules that fit."""
+    """Return the highest LoRA rank within the budget, and the modules.
+
+    If rank 1 on all modules exceeds the budget, only the model's last modules within the budget are returned.
+    """
     rank = budget // sum(module.parameters_per_rank for module in modules)
     if rank:
         return rank, [module.name for module in modules]
@@ -149,18 +173,18 @@ def _small_lora(modules: Sequence[TargetModule], budget: int) -> tuple[int, list
 
 
 def _lora_xs_rank(modules: Sequence[TargetModule], budget: int) -> int:
-    """Return the highest rank within the budget that no module's width limits."""
+    """Return the highest rank within the budget, at most the smallest width of a module."""
     smallest_width = min(min(module.in_features, module.out_features) for module in modules)
     return min(max(1, math.isqrt(budget // len(modules))), smallest_width)
 
 
 def _vblora_options(modules: Sequence[TargetModule], budget: int) -> dict[str, Any]:
-    """Return options of VB-LoRA within the budget. The length of its vectors has to divide every width."""
+    """Return options of VB-LoRA within the budget. The length of its vectors must divide every width."""
     divisor = math.gcd(*(width for module in modules for width in (module.in_features, module.out_features)))
     # n & -n is the largest power of two that divides n
     length = min(divisor & -divisor, _VBLORA_MAX)
     rank, top_k = 4, 2
-    # one more vector costs its length, and one logit for each sub-vector of the factors
+    # each vector has `length` parameters, and one logit for each sub-vector of the factors
     parameters_per_vector = length + rank * sum(module.parameters_per_rank for module in modules) // length
     return {
         "r": rank,

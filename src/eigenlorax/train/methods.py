@@ -1,4 +1,4 @@
-"""Training methods that are compared: each adds trainable parameters to a base model. No training happens here."""
+"""Training methods of a comparison. Each adds trainable parameters to a base model."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,19 @@ from ..pack import manifest
 from ..pack.pack import Pack
 
 HEAD = ("classifier", "score", "modules_to_save")
-"""Parts of parameter names that mark a task head. Every method trains the head, and it is counted apart."""
+"""Parts of parameter names that mark a task head. Every method trains the head. Its parameters are counted apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class CommonConfig:
-    """Config fields that all methods of a comparison share. pack: the subspace, for methods that train in one."""
+    """Config fields that all methods of a comparison share.
+
+    Attributes:
+        target_modules: Names of the modules that get parameters.
+        task_type: PEFT's task type.
+        modules_to_save: Other modules that are trained and saved, such as the head.
+        pack: Pack with the subspace, for methods that train in a subspace.
+    """
 
     target_modules: Sequence[str]
     task_type: str | None
@@ -47,15 +54,21 @@ class CommonConfig:
 
 
 def apply_method(kind: str, options: Mapping[str, Any], base: Any, common: CommonConfig) -> Any:
-    """Return the base model with a method's parameters, ready to be trained.
+    """Add a method's parameters to a base model.
 
-    Random initial values come from torch's global generator, as in PEFT: seed it before.
+    Random initial values come from torch's global generator, as in PEFT. Set its seed first.
 
     Args:
         kind: Key of `BUILDERS`.
         options: Fields of the method's PEFT config.
+        base: Base model, which is changed.
+        common: Config fields that all methods share.
 
-    Raises `OptionError` if there is no such method.
+    Returns:
+        Model to train.
+
+    Raises:
+        OptionError: There is no such method, or it needs a pack and `common` has none.
     """
     if kind not in BUILDERS:
         hint = suggestion(kind, BUILDERS)
@@ -64,7 +77,7 @@ def apply_method(kind: str, options: Mapping[str, Any], base: Any, common: Commo
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Return the numbers of trained parameters of the method and of the head."""
+    """Return the number of the method's trained parameters, and of the head's."""
     method = head = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and is_head(name):
@@ -80,7 +93,10 @@ def is_head(parameter_name: str) -> bool:
 
 
 def saved_bytes(model: Any) -> int:
-    """Return the size of the file that PEFT saves, head included; without an adapter, of the trained parameters."""
+    """Return the size in bytes of the file that PEFT saves, including the head.
+
+    For a model without an adapter, this is the size of its trained parameters.
+    """
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -92,7 +108,12 @@ def saved_bytes(model: Any) -> int:
 
 
 def random_basis(pack: Pack, *, seed: int = 0) -> Pack:
-    """Return a pack whose bases have the same shapes and random components: the control for a fitted subspace."""
+    """Return a pack with random components, as a control for the subspace of a pack.
+
+    Args:
+        pack: Pack whose modules and numbers of components are copied.
+        seed: Seed of the random components.
+    """
     generator = torch.Generator().manual_seed(seed)
     rank = max(max(bases.down.k, bases.up.k) for bases in pack.subspace.modules.values())
 
@@ -106,12 +127,16 @@ def random_basis(pack: Pack, *, seed: int = 0) -> Pack:
 
 
 def _first_components(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
-    """Return the pack with the first components (down, up) of each module.
+    """Return a random pack with only the first components of each module.
 
-    The leading components of a random pack are as random as the others, so that the cut introduces no bias.
+    The leading components of a random pack are as random as the others, so removing the others introduces no bias.
+
+    Args:
+        pack: Random pack.
+        sizes: Module → numbers of components (down, up).
     """
     modules = {
-        name: ModuleBases(_cut_basis(bases.down, sizes[name][0]), _cut_basis(bases.up, sizes[name][1]))
+        name: ModuleBases(_truncate_basis(bases.down, sizes[name][0]), _truncate_basis(bases.up, sizes[name][1]))
         for name, bases in pack.subspace.modules.items()
     }
     subspace = Subspace(modules)
@@ -126,7 +151,7 @@ def _first_components(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
     )
 
 
-def _cut_basis(basis: Basis, k: int) -> Basis:
+def _truncate_basis(basis: Basis, k: int) -> Basis:
     squares = basis.singular_values.double().square()
     # without clone() the slice keeps the whole tensor in memory
     return replace(basis, components=basis.components[:k].clone(), energy=float(squares[:k].sum()) / basis.square)
@@ -143,7 +168,7 @@ def _full(base: Any, common: CommonConfig) -> Any:
 
 
 def _add_adapter(config_class: str, base: Any, common: CommonConfig, **options: Any) -> Any:
-    """Add an adapter of PEFT. config_class: name of its config class."""
+    """Add one of PEFT's adapters. config_class: name of its config class in PEFT."""
     import peft
 
     config = getattr(peft, config_class)(**common.peft_fields(), **options)
@@ -153,10 +178,10 @@ def _add_adapter(config_class: str, base: Any, common: CommonConfig, **options: 
 def _lora_xs(base: Any, common: CommonConfig, r: int) -> Any:
     """Add LoRA-XS (arXiv 2405.17604): an r × r matrix between factors of the weight's SVD.
 
-    PEFT has no LoRA-XS; its PSOFT without orthogonality and magnitudes computes the same.
+    PEFT has no LoRA-XS. Its PSOFT without orthogonality and magnitudes computes the same update.
     """
-    as_lora_xs = {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False, "ab_svd_init": "pissa_init"}
-    return _add_adapter("PsoftConfig", base, common, r=r, psoft_alpha=r, **as_lora_xs)
+    psoft_options = {"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False, "ab_svd_init": "pissa_init"}
+    return _add_adapter("PsoftConfig", base, common, r=r, psoft_alpha=r, **psoft_options)
 
 
 def _eigenlorax(base: Any, common: CommonConfig, **options: Any) -> Any:
@@ -168,7 +193,7 @@ def _eigenlorax(base: Any, common: CommonConfig, **options: Any) -> Any:
 
 
 def _init(base: Any, common: CommonConfig, **options: Any) -> Any:
-    """Add the paper's INIT: a LoRA that is initialised with the components, and trained as a LoRA."""
+    """Add the paper's INIT: a LoRA that is initialised with components of the subspace."""
     from ..tuner import lora_from_components
 
     return lora_from_components(base, common.subspace(), **common.peft_fields(), **options)
@@ -184,4 +209,4 @@ BUILDERS: Mapping[str, Callable[..., Any]] = {
     "eigenlorax": _eigenlorax,
     "init": _init,
 }
-"""Kind of method → function (base model, common config, options) that returns the model to train."""
+"""Kind of method → function (base model, common config fields, options) that returns the model to train."""

@@ -1,4 +1,4 @@
-"""Loading of base models and tokenizers with transformers, without its messages."""
+"""Loading of base models and tokenizers with transformers, without its log messages."""
 
 import os
 import random
@@ -31,9 +31,14 @@ def check_installed() -> None:
 
 
 def resolve_base_model(pack: Pack, model: str | None) -> tuple[str, str | None]:
-    """Return the base model to load and its revision: `model`, or the one that the pack names.
+    """Return the base model to load, and its revision.
 
-    Raises `OptionError` if there is neither.
+    Args:
+        pack: Pack of the adapters.
+        model: Folder or Hub id that the user passed. Default: the pack's base model and revision.
+
+    Raises:
+        OptionError: `model` is None, and the pack names no base model.
     """
     if model is not None:
         return model, None
@@ -43,7 +48,17 @@ def resolve_base_model(pack: Pack, model: str | None) -> tuple[str, str | None]:
 
 
 def load_tokenizer(model: str, revision: str | None) -> Any:
-    """Load the model's tokenizer, set to pad on the right."""
+    """Load the model's tokenizer, and set it to pad on the right.
+
+    Args:
+        model: Folder or Hub id of the model.
+        revision: Revision on the Hub. Default: the main branch.
+
+    Raises:
+        FormatError: The folder has no tokenizer that transformers can load.
+        HubError: The tokenizer could not be loaded from the Hub.
+        OptionError: The tokenizer has no token to pad with.
+    """
     from transformers import AutoTokenizer
 
     with _loading(model) as network:
@@ -53,7 +68,7 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
 
 
 def load_config(model: str, revision: str | None) -> Any:
-    """Load the model's config."""
+    """Load the model's config. Raises `FormatError` or `HubError`, as `load_model` does."""
     from transformers import AutoConfig
 
     with _loading(model) as network:
@@ -61,7 +76,18 @@ def load_config(model: str, revision: str | None) -> Any:
 
 
 def load_model(model: str, revision: str | None, labels: Labels | None, tokenizer: Any) -> Any:
-    """Load the model with a new head for these classes, or, if labels is None, as a language model."""
+    """Load a model as a classifier or as a language model.
+
+    Args:
+        model: Folder or Hub id of the model.
+        revision: Revision on the Hub. Default: the main branch.
+        labels: Classes of a new head; None for a language model.
+        tokenizer: Tokenizer of the model, whose padding token is used if the config has none.
+
+    Raises:
+        FormatError: The folder is not a model that transformers can load.
+        HubError: The model could not be loaded from the Hub.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     with _loading(model) as network:
@@ -75,22 +101,25 @@ def load_model(model: str, revision: str | None, labels: Labels | None, tokenize
                 label2id={name: number for number, name in enumerate(labels.names)},
                 # replace an existing head for other classes
                 ignore_mismatched_sizes=True,
-                # from_pretrained searches the repository for an adapter, and does not pass its own options on
+                # from_pretrained searches the repository for an adapter, with these options only
                 adapter_kwargs=network,
                 **network,
             )
     if loaded.config.pad_token_id is None:
-        # decoders for classification use it to find the last token of a padded row
+        # decoders with a classification head use it to find the last token of a padded row
         loaded.config.pad_token_id = tokenizer.pad_token_id
     return loaded
 
 
 @contextmanager
 def _loading(model: str) -> Iterator[dict[str, bool]]:
-    """Yield keyword arguments that allow or forbid network access, and replace transformers' errors by ours.
+    """Replace errors of transformers in the block by `FormatError` or `HubError`.
 
-    Folders are read without requests. So is the Hub's cache if the Hub does not answer, because transformers would
-    repeat each request for 23 s.
+    No requests are sent if the model is a folder. If the Hub cannot be reached, its cache is read without requests,
+    because transformers would repeat each request for 23 s.
+
+    Yields:
+        Keyword arguments of `from_pretrained` that allow or forbid requests.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -102,7 +131,7 @@ def _loading(model: str) -> Iterator[dict[str, bool]]:
         with hub_client.offline() if local_only else nullcontext():
             yield {"local_files_only": local_only}
     except StrictDataclassError as error:
-        # the first line only names the field, so join all lines
+        # the first line names only the field, so join all lines
         message = " ".join(str(error).split())
         raise FormatError(f"{model} is not a model that transformers can load: {message}") from error
     except (OSError, ValueError, ImportError, KeyError) as error:
@@ -132,7 +161,7 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\.")
-            # PEFT corrects the option itself, so the warning helps nobody
+            # PEFT corrects this option itself
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
             yield
     finally:
@@ -143,7 +172,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Restore the global random states of Python, NumPy and torch after the block, which may set seeds."""
+    """Restore the global random states of Python, NumPy and torch after the block."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         with torch.random.fork_rng():

@@ -1,4 +1,7 @@
-"""Options of a training and their defaults. Imports no torch, because the help of the command line reads it."""
+"""Options of a training, and their defaults.
+
+Imports no torch, because the help of the command line imports this module.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,33 +16,37 @@ TASKS = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 """Task → PEFT's task type."""
 
 MAX_LENGTH = {"text-classification": 128, "causal-lm": 512}
-"""Default maximum number of tokens per row, if the model has so many positions."""
+"""Task → default maximum number of tokens per row. The model's limit applies if it is lower."""
 
 EVALUATION_BATCH = 64
+"""Default number of rows per batch in an evaluation."""
 
 DEFAULTS = {"num_train_epochs": 3.0, "learning_rate": 2e-2, "per_device_train_batch_size": 16, "seed": 0}
-"""Defaults of fields of transformers' `TrainingArguments` that have an option of their own. Coefficients need a
-learning rate about ten times that of a LoRA."""
+"""Field of transformers' `TrainingArguments` → its default, for the fields of `OWN_OPTIONS`. Coefficients need a
+learning rate about ten times as high as a LoRA."""
 
 MIN_STEPS = 150
 """Minimum number of optimizer steps with the default number of epochs. Three epochs of 200 rows are 39 steps, after
 which accuracies were 5 to 47 points below those after 150 steps; 300 steps were not better (experiments/LOG.md)."""
 
 MAX_POINTS = 12
-"""Maximum number of checkpoints and evaluations during a training whose default number of epochs is larger."""
+"""Maximum number of checkpoints and of evaluations during a training with the default number of epochs."""
 
 HEAD_LEARNING_RATE = 5e-3
-"""Default learning rate of parameters that are not coefficients."""
+"""Default learning rate of other trained parameters, such as a classification head."""
 
 OWN_OPTIONS = dict(zip(("epochs", "learning_rate", "batch_size", "seed"), DEFAULTS, strict=True))
-"""Field of `Training` → field of `TrainingArguments` with a default in `DEFAULTS`."""
+"""Field of `Training` → the field of `TrainingArguments` that it sets. Its default is in `DEFAULTS`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Names of columns. pair: column of the second text, for tasks on pairs of texts.
+    """Names of the columns of a file of rows.
 
-    Language modelling uses the columns `prompt` and `completion` if there is no text column.
+    Attributes:
+        text: Column of the text. Language models use the columns `prompt` and `completion` if there is no such column.
+        label: Column of the label.
+        pair: Column of the second text, for tasks on pairs of texts.
     """
 
     text: str = "text"
@@ -49,27 +56,32 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Options of one training, checked when built. None stands for the default.
+    """Options of one training, checked when built.
 
-    Args:
+    Attributes:
         task: "text-classification" or "causal-lm".
         train: File of training rows.
-        evaluation: File of evaluation rows.
-        model: Base model. Default: the pack's.
+        evaluation: File of evaluation rows. Default: no evaluation.
+        model: Folder or Hub id of the base model. Default: the pack's.
         rank: Rank of the update.
-        alpha: The update is scaled by alpha / rank. Default: twice the rank.
+        alpha: `lora_alpha`; the update is scaled by alpha / rank. Default: twice the rank.
         core: Train one k × k matrix per module instead of two factors.
         start: Initial update: "zero", "mean", the name of an adapter in the pack, or the path of a LoRA.
-        n_extra, extra_seed: Number and seed of additional random components per side.
-        epochs: Default: 3, or as many as give `MIN_STEPS` steps.
-        learning_rate: Of the coefficients, which are trained with `tuner.SOAP`. If trainer_options contain an `optim`,
-            that optimizer trains everything at this rate.
-        head_learning_rate: Of other parameters, such as a classification head.
-        max_length: Maximum number of tokens per row. Default: `MAX_LENGTH`.
-        trainer_options: Other fields of `TrainingArguments`. With a `save_total_limit`, so many checkpoints stay after
-            the training; without it, none.
+        n_extra: Number of random components that are added per side.
+        extra_seed: Seed of these components.
+        epochs: Number of epochs. Default: 3, or more for at least `MIN_STEPS` steps.
+        learning_rate: Learning rate of the coefficients (optimizer: `tuner.SOAP`). Default: 0.02. If trainer_options
+            contain an `optim`, learning rate of all parameters.
+        head_learning_rate: Learning rate of other parameters, such as a classification head. Default: 0.005.
+        batch_size: Rows per batch. Default: 16.
+        seed: Seed of the head's initial values and of the order of the rows. Default: 0.
+        max_length: Maximum number of tokens per row. Default: `MAX_LENGTH` of the task.
+        columns: Names of the columns.
+        trainer_options: Other fields of `TrainingArguments`. By default no checkpoint is kept after the training; with
+            a `save_total_limit`, this number of checkpoints is kept.
 
-    Raises `OptionError` for values out of range and options that contradict each other.
+    Raises:
+        OptionError: A value is out of range, or two options contradict each other.
     """
 
     task: str
@@ -94,13 +106,13 @@ class Training:
     def __post_init__(self) -> None:
         check_task(self.task)
         for name in ("alpha", "epochs", "learning_rate", "head_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise OptionError(f"{name} must be a number above 0, got {value!r}.")
+            number = getattr(self, name)
+            if number is not None and not (math.isfinite(number) and number > 0):
+                raise OptionError(f"{name} must be a number above 0, got {number!r}.")
         for name, minimum in (("batch_size", 1), ("max_length", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise OptionError(f"{name} must be at least {minimum}, got {value!r}.")
+            number = getattr(self, name)
+            if number is not None and number < minimum:
+                raise OptionError(f"{name} must be at least {minimum}, got {number!r}.")
         for option, trainer_field in OWN_OPTIONS.items():
             if getattr(self, option) is not None and trainer_field in self.trainer_options:
                 raise OptionError(
@@ -119,7 +131,7 @@ class Training:
 
     @property
     def uses_soap(self) -> bool:
-        """True if coefficients are trained with `tuner.SOAP`, and not with an optimizer of the Trainer."""
+        """True if coefficients are trained with `tuner.SOAP`, False for an optimizer of the Trainer."""
         return not {"optim", "optim_args", "optim_target_modules"} & set(self.trainer_options)
 
 

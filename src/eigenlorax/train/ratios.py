@@ -1,5 +1,8 @@
-"""Task quality against size: the originals fitted again at several ratios, or truncated and rounded one by one to the
-same number of bytes, all evaluated on the same rows."""
+"""Task scores against size, on the same rows.
+
+The original adapters are fitted again at several compression ratios. The baseline of each fit truncates and rounds
+every original adapter by itself, to the same total number of bytes.
+"""
 
 import glob
 import math
@@ -31,13 +34,23 @@ TRUNCATED = per_adapter.BOTH
 """Method of the baseline: each adapter truncated by SVD and rounded, without a shared basis."""
 
 ScoredJobs = Sequence[tuple[EvaluationJob, JobScores]]
+"""Jobs of one task with their scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredVersion:
-    """One way to store all originals; fields as in `TaskPoint`. adapter: returns a stored adapter by its name."""
+    """One method of storing all original adapters, at one size.
 
-    way: str
+    Attributes:
+        method: Method, as in `TaskPoint.way`.
+        ratio: Compression ratio that was requested; None for the pack itself. For a baseline, ratio of its fit.
+        stored_bytes: Bytes of all adapters with carried tensors, without heads.
+        worst: Largest relative error of an adapter.
+        mean: Mean relative error of the adapters.
+        adapter: Function that returns a stored adapter by its name.
+    """
+
+    method: str
     ratio: float | None
     stored_bytes: int
     worst: float
@@ -46,15 +59,21 @@ class StoredVersion:
 
     @property
     def label(self) -> str:
-        """Unique name among the versions."""
+        """Name of the version in evaluations; no two versions have the same."""
         if self.ratio is None:
             return RECYCLED
-        return f"ratio {self.ratio:.12g}" + (", cut and rounded" if self.way == TRUNCATED else "")
+        return f"ratio {self.ratio:.12g}" + (", cut and rounded" if self.method == TRUNCATED else "")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredVersions:
-    """The pack, the new fits and their baselines; fields as in `TaskFrontier`."""
+    """The pack, the new fits, and their baselines.
+
+    Attributes:
+        adapters: Number of adapters whose bytes are counted.
+        lora_float16: Bytes of the LoRA factors at two bytes per number, with carried tensors.
+        versions: The pack first, then each fit followed by its baseline.
+    """
 
     adapters: int
     lora_float16: int
@@ -62,7 +81,14 @@ class StoredVersions:
 
 
 def check(ratios: Sequence[int | float]) -> list[float]:
-    """Return the ratios in ascending order without duplicates. Raises `OptionError` for none, or one below 1."""
+    """Return the ratios in ascending order without duplicates.
+
+    Args:
+        ratios: Compression ratios, at least 1 each.
+
+    Raises:
+        OptionError: There is no ratio, or a ratio is below 1 or not a number.
+    """
     checked = [to_float("ratio", ratio) for ratio in ratios]
     for ratio in checked:
         if not 1 <= ratio < math.inf:
@@ -79,10 +105,19 @@ def prepare(
     ratios: Sequence[int | float],
     progress: Progress | None = None,
 ) -> StoredVersions:
-    """Fit the originals again with `fit(…, ratio=)`, and truncate and round each to the same number of bytes.
+    """Fit the original adapters again at each ratio, and make the baseline of each fit.
 
-    Modules that the pack's fit excluded stay excluded. The first stage of `progress` names all the work to come. Raises
-    `OptionError` for a ratio that cannot be reached.
+    Modules that the pack's fit excluded stay excluded.
+
+    Args:
+        pack: Pack of the adapters.
+        originals: Name in the pack → original adapter.
+        plan: Result of `recycled_evaluation.prepare`.
+        ratios: Compression ratios, at least 1 each.
+        progress: Function that is called with (stage, done, total). The first stage describes all work to come.
+
+    Raises:
+        OptionError: A ratio is invalid or cannot be reached.
     """
     ratios = check(ratios)
     report = progress or (lambda stage, done, total: None)
@@ -98,8 +133,8 @@ def prepare(
             )
         )
     report(stage, len(ratios), len(ratios))
-    own = _version_of_pack("pack", None, pack, list(originals))
-    fits = [_version_of_pack(FIT, ratio, fitted, list(originals)) for ratio, fitted in zip(ratios, packs, strict=True)]
+    own = _pack_version("pack", None, pack, list(originals))
+    fits = [_pack_version(FIT, ratio, fitted, list(originals)) for ratio, fitted in zip(ratios, packs, strict=True)]
     records = packs[0].records
     carried = sum(record.carried_bytes for record in records.values())
     lora_float16 = 2 * lora_numbers(records) + carried
@@ -110,9 +145,20 @@ def prepare(
 def run(
     originals: Mapping[str, Adapter], plan: EvaluationPlan, stored: StoredVersions, progress: Progress | None = None
 ) -> tuple[list[Evaluation], list[TaskFrontier]]:
-    """Return what `recycled_evaluation.run` returns, and one frontier per task.
+    """Evaluate all versions. The predictions of the original adapters are computed once for all versions.
 
-    The originals' predictions are computed once for all versions.
+    Args:
+        originals: Name in the pack → original adapter.
+        plan: Result of `recycled_evaluation.prepare`.
+        stored: Result of `prepare`.
+        progress: Function that is called with (stage, done, total).
+
+    Returns:
+        One evaluation of the pack per job, as `recycled_evaluation.run` returns, and one frontier per task.
+
+    Raises:
+        FormatError: PEFT cannot load an adapter on the base model.
+        NonFiniteError: Predictions are NaN or Inf.
     """
     adapters = {version.label: version.adapter for version in stored.versions}
     scores = recycled_evaluation.score_versions(originals, adapters, plan, progress)
@@ -121,12 +167,12 @@ def run(
     for job, job_scores in scored_jobs:
         by_task.setdefault(job.task, []).append((job, job_scores))
     evaluations = [recycled_evaluation.evaluation(job, job_scores) for job, job_scores in scored_jobs]
-    return evaluations, [_frontier(task, group, stored) for task, group in by_task.items()]
+    return evaluations, [_frontier(task, task_jobs, stored) for task, task_jobs in by_task.items()]
 
 
 def _describe_work(jobs: Sequence[EvaluationJob], ratios: int) -> str:
-    """Return one line on the fits and predictions to come."""
-    # the original, the pack and the head alone, and two versions for each ratio
+    """Return a description of the work: the numbers of fits, versions, adapters and predictions."""
+    # two versions for each ratio, and three others: the original, the pack and the head alone
     rows, versions = sum(len(job.rows) for job in jobs), 2 * ratios + 3
     adapters = len({job.name for job in jobs})
     return (
@@ -141,7 +187,8 @@ def _excluded_patterns(pack: Pack, originals: Sequence[Adapter]) -> list[str]:
     return [glob.escape(name) for name in pack.fit_info.excluded_modules if name in modules]
 
 
-def _version_of_pack(method: str, ratio: float | None, pack: Pack, names: Sequence[str]) -> StoredVersion:
+def _pack_version(method: str, ratio: float | None, pack: Pack, names: Sequence[str]) -> StoredVersion:
+    """Return the adapters of a pack as a version. names: adapters whose bytes and errors are counted."""
     records = [pack.records[name] for name in names]
     errors = [record.delta_error for record in records]
     stored = pack.info.stored_bytes + sum(record.coefficient_bytes + record.carried_bytes for record in records)
@@ -151,9 +198,14 @@ def _version_of_pack(method: str, ratio: float | None, pack: Pack, names: Sequen
 def _truncated_versions(
     originals: Mapping[str, Adapter], pack: Pack, fits: Sequence[StoredVersion], carried: int, report: Progress
 ) -> list[StoredVersion]:
-    """Return, for each fit, the originals truncated and rounded one by one to its number of bytes.
+    """Return the baseline of each fit: the original adapters, truncated and rounded to at most the bytes of the fit.
 
-    pack: any of the fits, for its modules. carried: bytes of tensors that are stored as they are in every version.
+    Args:
+        originals: Name in the pack → original adapter.
+        pack: One of the fits. All have the same modules and adapters.
+        fits: Versions of the fits.
+        carried: Bytes of the carried tensors, which every version stores unchanged.
+        report: Function that is called with (stage, done, total).
     """
     stage = "cutting and rounding each adapter"
     report(stage, 0, len(fits))
@@ -185,7 +237,7 @@ def _truncated_versions(
         point = cut.point
         versions.append(
             StoredVersion(
-                way=TRUNCATED,
+                method=TRUNCATED,
                 ratio=fit.ratio,
                 stored_bytes=point.stored_bytes + carried,
                 worst=point.worst,
@@ -198,6 +250,7 @@ def _truncated_versions(
 
 
 def _frontier(task: str, scored_jobs: ScoredJobs, stored: StoredVersions) -> TaskFrontier:
+    """Return the frontier of one task. scored_jobs: jobs of this task."""
     accuracy, perplexity, _, _ = _means(scored_jobs, ORIGINAL)
     without_accuracy, without_perplexity, _, without_kl = _means(scored_jobs, WITHOUT_UPDATE)
     return TaskFrontier(
@@ -216,7 +269,7 @@ def _frontier(task: str, scored_jobs: ScoredJobs, stored: StoredVersions) -> Tas
 def _point(version: StoredVersion, scored_jobs: ScoredJobs) -> TaskPoint:
     accuracy, perplexity, agreement, kl = _means(scored_jobs, version.label)
     return TaskPoint(
-        way=version.way,
+        way=version.method,
         ratio=version.ratio,
         stored_bytes=version.stored_bytes,
         worst=version.worst,
@@ -242,7 +295,10 @@ def _run(job: EvaluationJob, job_scores: JobScores, version: str) -> TaskRun:
 
 
 def _means(scored_jobs: ScoredJobs, version: str) -> tuple[float | None, float | None, float, float]:
-    """Return a version's accuracy, perplexity, agreement and KL divergence, as means over the jobs of one task."""
+    """Return a version's accuracy, perplexity, agreement and KL divergence: means over the jobs of one task.
+
+    The perplexity is that of the mean loss. Accuracy is None without labelled jobs, perplexity without language models.
+    """
     scores = [(job, job_scores.scores[version]) for job, job_scores in scored_jobs]
     accuracies = [score.accuracy for job, score in scores if job.labelled]
     losses = [score.loss for job, score in scores if job.classes is None]

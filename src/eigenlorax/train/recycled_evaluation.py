@@ -27,19 +27,24 @@ from .examples import IGNORED, Collate, Example
 from .options import EVALUATION_BATCH, Columns
 
 RECYCLED = "recycled"
+"""Name of the version that the pack returns."""
 _MAX_FLOAT64_LOGITS = 2**24
-"""Logits that are converted to float64 at once: those of all tokens of a batch may take gigabytes."""
+"""Maximum number of logits that are converted to float64 at once. All logits of a batch may take gigabytes."""
 
 LabelNames = Mapping[str, Sequence[str]] | Sequence[str]
-"""Class names in the order of the head: by adapter, or the same for all."""
+"""Class names in the order of the head: adapter → names, or the same names for all adapters."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationJob:
-    """One adapter on one file of rows.
+    """Evaluation of one adapter on one file.
 
-    classes: number of classes of the adapter's head, None for a language model. labelled: whether the file has a class
-    for each row.
+    Attributes:
+        name: Name of the adapter in the pack.
+        file: File of rows.
+        classes: Number of classes of the adapter's head; None for a language model.
+        labelled: Whether each row has a class. False for a language model.
+        rows: Encoded rows.
     """
 
     name: str
@@ -50,12 +55,21 @@ class EvaluationJob:
 
     @property
     def task(self) -> str:
+        """Task of the adapter: "text-classification" or "causal-lm"."""
         return "causal-lm" if self.classes is None else "text-classification"
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationPlan:
-    """Jobs that were checked against the base model's config and tokenizer. The base model is not loaded yet."""
+    """Evaluation jobs that were checked against the base model's config and tokenizer.
+
+    Attributes:
+        base: Base model to load.
+        revision: Revision of the base model.
+        tokenizer: Tokenizer of the base model.
+        batch_size: Rows per batch.
+        jobs: One job per adapter and file.
+    """
 
     base: str
     revision: str | None
@@ -66,13 +80,14 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, slots=True)
 class _RowOptions:
-    """Options that say how rows are read. label_names: as in `prepare`. max_length: None for the default."""
+    """Options of `prepare` that control how rows are read and encoded."""
 
     label_names: LabelNames | None
     columns: Columns
     max_length: int | None
 
     def class_names(self, adapter: str) -> Sequence[str] | None:
+        """Return the class names of an adapter, or None if the user passed none for it."""
         if isinstance(self.label_names, Mapping):
             return self.label_names.get(adapter)
         return self.label_names
@@ -80,7 +95,7 @@ class _RowOptions:
 
 @dataclass(frozen=True, slots=True)
 class _BaseModel:
-    """A base model by name, with its config and tokenizer; its weights are not loaded."""
+    """Base model with its config and tokenizer. Its weights are not loaded."""
 
     name: str
     revision: str | None
@@ -100,19 +115,29 @@ def prepare(
     batch_size: int = EVALUATION_BATCH,
     max_length: int | None = None,
 ) -> EvaluationPlan:
-    """Check all options, and encode the rows. Only errors that need the base model's weights come later.
+    """Check all options, and encode the rows. The base model's weights are not loaded.
 
     Args:
-        originals: Original adapters by their names in the pack.
-        files: Pairs of an adapter's name and a file of rows. None for the name: every adapter whose original is given.
+        pack: Pack of the recycled adapters.
+        originals: Name in the pack → original adapter.
+        files: Pairs of an adapter's name and a file of rows. If the name is None, the file is for every adapter in
+            `originals`.
         model: Base model. Default: the pack's.
-        task: Task of all adapters. Default: the adapter's own task type, or classification if it has none but a head.
-        labels: Class names in the order of the head, by adapter or for all.
-        columns: Names of columns. Rows without a label column are compared too, but have no accuracy.
+        task: Task of all adapters. Default: the task type of each adapter; classification for an adapter that has a
+            head and no task type.
+        labels: Class names in the order of the head, by adapter or for all adapters.
+        columns: Names of the columns. Default: `Columns()`. Rows without labels have no accuracy.
         batch_size: Rows per batch, at least 1.
-        max_length: Maximum number of tokens per row. Default: 128 for classification, 512 for language models.
+        max_length: Maximum number of tokens per row, at least 2. Default: 128 for classification, 512 for language
+            models.
 
-    Raises `OptionError` or `FormatError` if options, rows and adapters do not fit together.
+    Returns:
+        Jobs for `run`.
+
+    Raises:
+        OptionError: An option is out of range, or does not fit the adapters or the rows.
+        FormatError: The rows or the base model cannot be read, or an adapter belongs to a different base model.
+        AdapterNameError: The pack has no adapter of such a name, or an adapter has no head for a classification.
     """
     evaluate.check_sizes(batch_size, max_length)
     row_options = _RowOptions(labels, columns or Columns(), max_length)
@@ -139,7 +164,16 @@ def _jobs_for_file(
     *,
     is_for_all: bool,
 ) -> list[EvaluationJob]:
-    """Return one job per adapter. Rows are encoded once per task. is_for_all: the file was given without a name."""
+    """Return one job per adapter. Rows are encoded once per task.
+
+    Args:
+        table: Rows of the file.
+        adapters: Adapters to evaluate on the file.
+        tasks: Adapter's name → its task.
+        options: Options for reading and encoding the rows.
+        base: Base model.
+        is_for_all: Whether the user passed the file without an adapter's name.
+    """
     has_classifiers = any(tasks[adapter.name] == "text-classification" for adapter in adapters)
     labelled = has_classifiers and _has_labels(table, options.columns)
     encoded: dict[str, list[Example]] = {}
@@ -164,7 +198,7 @@ def _jobs_for_file(
 
 
 def _adapters_for(pack: Pack, originals: Mapping[str, Adapter], name: str | None) -> list[PackedAdapter]:
-    """Return the named adapter, or all whose original is given."""
+    """Return the named adapter; if the name is None, all adapters with an original."""
     if name is not None:
         adapter = pack.packed(name)
         if name not in originals:
@@ -177,6 +211,7 @@ def _adapters_for(pack: Pack, originals: Mapping[str, Adapter], name: str | None
 
 
 def _check_label_names(labels: LabelNames | None, pack: Pack) -> None:
+    """Raise unless class names are valid and belong to adapters of the pack."""
     if isinstance(labels, Mapping):
         for name in labels:
             keys.check_known(name, pack.names, "the pack, though labels name it")
@@ -187,6 +222,7 @@ def _check_label_names(labels: LabelNames | None, pack: Pack) -> None:
 
 
 def _resolve_task(adapter: PackedAdapter, task: str | None) -> str:
+    """Return the task of an adapter, with classification for adapters that have a head and no task type."""
     has_no_type = json.loads(adapter.source_config).get("task_type") is None
     if not task and has_no_type and adapter.heads:
         task = "text-classification"
@@ -194,7 +230,7 @@ def _resolve_task(adapter: PackedAdapter, task: str | None) -> str:
 
 
 def _class_numbers(adapter: str, classes: int, table: Table, options: _RowOptions, *, is_for_all: bool) -> list[int]:
-    """Return the class number of each row."""
+    """Return the class number of each row. classes: number of classes of the adapter's head."""
     try:
         labels = evaluate.label_names(classes, options.class_names(adapter), table, options.columns)
         return labels.encode(table, options.columns)
@@ -208,9 +244,9 @@ def _class_numbers(adapter: str, classes: int, table: Table, options: _RowOption
 
 
 def _has_labels(table: Table, columns: Columns) -> bool:
-    """Return whether the rows have labels. Raises `FormatError` if some rows have none, or a named column is missing.
+    """Return whether the rows have labels. Warns with `RowsWarning` if another column may have the labels.
 
-    Warns if the file looks labelled, but has no column of the default name.
+    Raises `FormatError` if some rows have a label and others have none.
     """
     has_label = [columns.label in row for row in table.rows]
     if any(has_label) and not all(has_label):
@@ -218,7 +254,7 @@ def _has_labels(table: Table, columns: Columns) -> bool:
             f"{table.path}, {table.locations[has_label.index(False)]} has no {columns.label!r}, which {sum(has_label)} "
             f"of {len(has_label)} rows have. Label all rows, or none."
         )
-    # a column that the user named must exist: reading it raises the error
+    # if the user named the column, it must exist; reading it raises the error
     if all(has_label) or columns.label != Columns().label:
         return True
     if columns.text in table.columns and set(table.columns) - {columns.text, columns.pair}:
@@ -235,8 +271,11 @@ def _has_labels(table: Table, columns: Columns) -> bool:
 class Score:
     """Means over the rows of a classification, or over the predicted tokens of a language model.
 
-    accuracy, loss (cross-entropy in nats): meaningless without labels. agreement: fraction of predictions that equal
-    the original's. kl: divergence from the original's distribution, in nats.
+    Attributes:
+        accuracy: Fraction of predictions that equal the label; meaningless without labels.
+        loss: Cross-entropy, in nats; meaningless without labels.
+        agreement: Fraction of predictions that equal the original adapter's.
+        kl: Kullback–Leibler divergence from the original adapter's distribution, in nats.
     """
 
     accuracy: float
@@ -247,7 +286,12 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class JobScores:
-    """Scores of one job by version, with `ORIGINAL` and `WITHOUT_UPDATE`. n: number of rows, or of predicted tokens."""
+    """Scores of one job.
+
+    Attributes:
+        n: Number of rows of a classification, or of predicted tokens of a language model.
+        scores: Version → score, with `ORIGINAL` and `WITHOUT_UPDATE`.
+    """
 
     n: int
     scores: Mapping[str, Score]
@@ -260,7 +304,21 @@ Versions = Mapping[str, Callable[[str], Adapter]]
 def run(
     pack: Pack, originals: Mapping[str, Adapter], plan: EvaluationPlan, progress: Progress | None = None
 ) -> list[Evaluation]:
-    """Evaluate the originals, the recycled adapters, and the heads alone. One evaluation per job, in their order."""
+    """Evaluate the original adapters, the recycled adapters, and the heads alone.
+
+    Args:
+        pack: Pack of the recycled adapters.
+        originals: Name in the pack → original adapter.
+        plan: Result of `prepare`.
+        progress: Function that is called with (stage, done, total).
+
+    Returns:
+        One evaluation per job, in the order of the jobs.
+
+    Raises:
+        FormatError: PEFT cannot load an adapter on the base model.
+        NonFiniteError: Predictions are NaN or Inf.
+    """
     job_scores = score_versions(originals, {RECYCLED: pack.adapter}, plan, progress)
     return [evaluation(job, scores) for job, scores in zip(plan.jobs, job_scores, strict=True)]
 
@@ -268,10 +326,23 @@ def run(
 def score_versions(
     originals: Mapping[str, Adapter], versions: Versions, plan: EvaluationPlan, progress: Progress | None = None
 ) -> list[JobScores]:
-    """Score the originals, every version, and the heads alone, in the order of the jobs.
+    """Score the original adapters, every version, and the heads alone.
 
     Jobs are grouped by base model and adapter, so that each is loaded once. The original's predictions are computed
     once for all versions that share a base model with it.
+
+    Args:
+        originals: Name in the pack → original adapter.
+        versions: Version → function that returns an adapter by its name.
+        plan: Result of `prepare`.
+        progress: Function that is called with (stage, done, total).
+
+    Returns:
+        Scores of each job, in the order of the jobs.
+
+    Raises:
+        FormatError: PEFT cannot load an adapter on the base model.
+        NonFiniteError: Predictions are NaN or Inf.
     """
     jobs = plan.jobs
     scores: list[dict[str, Score]] = [{} for _ in jobs]
@@ -292,7 +363,7 @@ def score_versions(
                 indices = list(same_adapter)
                 adapters = {
                     ORIGINAL: originals[name],
-                    **{version: adapter_of(name) for version, adapter_of in versions.items()},
+                    **{version: load_adapter(name) for version, load_adapter in versions.items()},
                 }
                 for loaded in loader.load(name, adapters):
                     for index in indices:
@@ -303,6 +374,7 @@ def score_versions(
 
 
 def _load_base(plan: EvaluationPlan, classes: int | None) -> Any:
+    """Load the base model as a classifier with this number of classes; for None, as a language model."""
     labels = None if classes is None else data.numbered_labels(classes)
     return models.load_model(plan.base, plan.revision, labels, plan.tokenizer)
 
@@ -310,9 +382,19 @@ def _load_base(plan: EvaluationPlan, classes: int | None) -> Any:
 def _score(
     job: EvaluationJob, loaded: LoadedVersions, collate: Collate, batch_size: int, advance: Callable[[int], None]
 ) -> tuple[int, dict[str, Score]]:
-    """Return the number of predictions, and the scores of each version.
+    """Score the versions of an adapter on the rows of one job.
 
-    Sums are taken batch by batch, because the logits of a whole file may not fit into memory.
+    Sums are computed batch by batch, because the logits of a whole file may not fit into memory.
+
+    Args:
+        job: Adapter and rows.
+        loaded: Versions of the adapter.
+        collate: Function that makes a padded batch of rows.
+        batch_size: Rows per batch.
+        advance: Function that is called with the number of predictions made since the last call.
+
+    Returns:
+        Number of predictions per version, and version → score.
     """
     sums, n = torch.zeros(len(loaded.names), 4, dtype=torch.float64), 0
     original_model, _ = loaded.models[ORIGINAL]
@@ -329,7 +411,7 @@ def _score(
                     f"the predictions of adapter {job.name!r} ({version}) on {job.file} are NaN or Inf: its weights "
                     "are damaged, or its training diverged."
                 )
-            # the original comes first; only its logits are kept, because those of a language model take gigabytes
+            # the original comes first; only its logits stay in memory, because a language model's take gigabytes
             original_logits = logits if original_logits is None else original_logits
             chunk = max(1, _MAX_FLOAT64_LOGITS // logits.shape[-1])
             for start in range(0, len(targets), chunk):
@@ -338,7 +420,7 @@ def _score(
                     evaluate.to_float64(original_logits[rows]), evaluate.to_float64(logits[rows]), targets[rows]
                 )
         n += len(targets)
-        # progress counts neither the original nor the head alone
+        # progress counts neither the original adapter nor the head alone
         advance((len(loaded.names) - 2) * len(labels))
     means = (sums / n).tolist()
     return n, {
@@ -348,7 +430,7 @@ def _score(
 
 
 def evaluation(job: EvaluationJob, job_scores: JobScores) -> Evaluation:
-    """Return the scores of a job as the report's record."""
+    """Return the scores of a job as a record of the report. The versions must include `RECYCLED`."""
     original, recycled, without = (job_scores.scores[version] for version in (ORIGINAL, RECYCLED, WITHOUT_UPDATE))
     is_language_model = job.classes is None
     accuracy = [score.accuracy if job.labelled else None for score in (original, recycled, without)]
@@ -376,7 +458,13 @@ def evaluation(job: EvaluationJob, job_scores: JobScores) -> Evaluation:
 
 
 def _score_sums(original_logits: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return sums over rows: correct predictions, loss, predictions equal to the original's, divergence from it."""
+    """Return sums over predictions, (4,): correct ones, loss, equal to the original's, divergence from the original.
+
+    Args:
+        original_logits: Logits of the original adapter, (predictions, classes), float64.
+        logits: Logits of the scored version, of the same shape.
+        targets: Class of each prediction, or `IGNORED`, (predictions,).
+    """
     targets = targets.to(logits.device)
     original_log_probs, log_probs = original_logits.log_softmax(dim=-1), logits.log_softmax(dim=-1)
     predictions = log_probs.argmax(dim=-1)

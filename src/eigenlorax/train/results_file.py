@@ -1,4 +1,4 @@
-"""The results file of a comparison: the settings that runs depend on, every finished run, and the summary."""
+"""Results file of a comparison: the settings that its runs depend on, every finished run, and the summary."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,11 +17,20 @@ _HASHED_SETTINGS = {
     "evaluation": "other test rows",
     "subspace": "a pack with another subspace",
 }
-"""Settings that are stored as a hash, and what a message says of a difference."""
+"""Setting that is stored as a hash → description of a difference, for messages."""
 
 
 def check_output(output: Path, resume: bool) -> None:
-    """Raise unless a new file can be written, or, with `resume`, an old one can be read."""
+    """Check that the results file can be written or resumed.
+
+    Args:
+        output: Results file.
+        resume: Continue an existing file.
+
+    Raises:
+        OptionError: `output` is a folder, or `resume` is True and there is no file.
+        PackExistsError: The file exists, and `resume` is False.
+    """
     writer.check_outside(output)
     atomic_files.check_is_folder(output.parent)
     if output.is_dir():
@@ -35,7 +44,14 @@ def check_output(output: Path, resume: bool) -> None:
 def write(
     output: Path, settings: Mapping[str, Any], runs: Iterable[MethodRun], summary: Mapping[str, Any] | None
 ) -> None:
-    """Write the file anew, one line per run. summary: None until the comparison is complete."""
+    """Write the file, or replace it.
+
+    Args:
+        output: Results file.
+        settings: Everything that the runs depend on, as JSON.
+        runs: Finished runs. Each is one line of the file.
+        summary: `ComparisonResult` as JSON; None until the comparison is complete.
+    """
     fields = {
         "eigenlorax": json.dumps(__version__),
         "asked": json.dumps(settings, sort_keys=True),
@@ -47,9 +63,15 @@ def write(
 
 
 def read_runs(output: Path, settings: Mapping[str, Any]) -> list[MethodRun]:
-    """Return the runs of a file.
+    """Read the runs of a file.
 
-    Raises `FormatError` for another kind of file, `OptionError` for a comparison with other settings.
+    Args:
+        output: Results file.
+        settings: Settings of the comparison that resumes it.
+
+    Raises:
+        FormatError: The file was not written by `eigenlorax compare`.
+        OptionError: The file has other settings.
     """
     try:
         document = json.loads(output.read_bytes())

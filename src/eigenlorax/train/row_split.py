@@ -1,4 +1,4 @@
-"""Split of a comparison's rows: for training, for choosing learning rates, and for testing."""
+"""Split of a comparison's rows for training, for choosing learning rates, and for testing."""
 
 import random
 import warnings
@@ -13,20 +13,25 @@ from .examples import Example
 from .search_space import ComparisonOptions
 
 SEARCH_SEED = 2**31 - 1
-"""Seed of the split and of the runs that choose a learning rate. Other runs have the seeds 0, 1, 2 …"""
-_HELD_OUT_FRACTION = 5
-"""One of this many rows of each class is held out."""
-_FEW_ROWS = 100
+"""Seed of the split and of the runs that choose a learning rate. Other runs have the seeds 0, 1, 2, …"""
 MAX_VALIDATION_ROWS = 500
+"""Maximum number of test rows that are scored during training."""
+_HELD_OUT_DIVISOR = 5
+"""One of this number of rows of each class is held out."""
+_FEW_ROWS = 100
+"""Number of rows held out below which a warning is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowSplit:
-    """Encoded rows of a comparison.
+    """Encoded rows of a comparison. The split does not depend on the seed of a run.
 
-    train: all training rows. search_train, held_out: the same rows in two parts, of which the second chooses learning
-    rates. test: all test rows. validation: test rows that are scored during training too. The split does not depend
-    on the seed of a run.
+    Attributes:
+        train: All training rows.
+        search_train: Training rows of the runs that choose a learning rate.
+        held_out: Other training rows, on which these runs are scored.
+        test: All test rows.
+        validation: Test rows that are also scored during training, at most `MAX_VALIDATION_ROWS`.
     """
 
     train: list[Example]
@@ -41,8 +46,18 @@ def split_rows(
 ) -> RowSplit:
     """Encode and split the rows. A fifth of each class is held out from the training rows.
 
-    Warns with `RowsWarning` if test rows are among the training rows, or few rows are held out. Raises `FormatError`
-    if the rows held out have fewer than two classes, and a learning rate is to be chosen.
+    Warns with `RowsWarning` if test rows are among the training rows, or few rows are held out.
+
+    Args:
+        options: Options of the comparison.
+        train: Training rows.
+        test: Test rows.
+        labels: Classes.
+        tokenizer: Tokenizer of the model.
+        max_length: Maximum number of tokens per row.
+
+    Raises:
+        FormatError: A learning rate must be chosen, and the rows held out have fewer than two classes.
     """
     train_rows, test_rows = (
         examples.encode_classification(table, labels, options.columns, tokenizer, max_length) for table in (train, test)
@@ -89,11 +104,11 @@ def _warn_about_duplicates(
 
 
 def _held_out_indices(classes: Sequence[int]) -> set[int]:
-    """Return the indices of rows held out, at least one of every class that has two rows or more."""
+    """Return the indices of rows held out: at least one of every class that has two rows or more."""
     generator = random.Random(SEARCH_SEED)  # noqa: S311
     held_out: set[int] = set()
-    for number in sorted(set(classes)):
-        indices = [index for index, row_class in enumerate(classes) if row_class == number]
-        count = max(1, len(indices) // _HELD_OUT_FRACTION) if len(indices) > 1 else 0
+    for class_number in sorted(set(classes)):
+        indices = [index for index, row_class in enumerate(classes) if row_class == class_number]
+        count = max(1, len(indices) // _HELD_OUT_DIVISOR) if len(indices) > 1 else 0
         held_out.update(generator.sample(indices, count))
     return held_out

@@ -1,6 +1,6 @@
 """Options of a method comparison: methods, learning rates to try, and training settings.
 
-Imports no torch, because the help of the command line reads it.
+Imports no torch, because the help of the command line imports this module.
 """
 
 import math
@@ -26,32 +26,38 @@ LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
     "full": (5e-5, 1.5e-4, 5e-4),
     "head": (6e-2, 2e-1, 6e-1),
 }
-"""Method → learning rates that are tried: of the method's own parameters, or of the head if it has no others."""
+"""Method → learning rates to try. They apply to the method's parameters, or to the head if the method has no others."""
 
 DEFAULT_METHODS = ("lora", "lora-small", "core", "factors", "random", "vera", "lora-xs", "head")
 
 BASELINE = "lora"
-"""The method that the others are compared with, if it takes part. Otherwise the first one is."""
+"""Method that the others are compared with. Without it, the first method is the baseline."""
 
 SEEDS = 3
+"""Default number of runs per method at the chosen learning rate."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComparisonOptions:
     """Options of one comparison, checked when built.
 
-    Args:
+    Attributes:
         train: File of training rows.
         evaluation: File of test rows.
         task: Only "text-classification" is supported.
-        model: Base model. None: the pack's.
+        model: Folder or Hub id of the base model. Default: the pack's.
         methods: Keys of `LEARNING_RATES`, without duplicates.
-        rates: Method → learning rates to try instead of those of `LEARNING_RATES`. With one rate there is no search.
+        rates: Method → learning rates to try instead of those in `LEARNING_RATES`. One rate is used without a search.
         seeds: Number of runs per method at the chosen learning rate.
-        rank: Rank of LoRA, INIT and factors. Small methods get as many parameters as factors of this rank have.
-        max_length: Maximum number of tokens per row. None: as in `Training`.
+        rank: Rank of LoRA, INIT and factors. Small methods get at most as many parameters as factors of this rank.
+        epochs: Number of epochs of each run.
+        batch_size: Rows per batch.
+        max_length: Maximum number of tokens per row, at least 2. Default: `options.MAX_LENGTH` of the task.
+        bf16: Compute in bfloat16 by autocast. Trained parameters stay float32.
+        columns: Names of the columns.
 
-    Raises `OptionError` for an unknown or duplicate name, or a number out of range.
+    Raises:
+        OptionError: A name is unknown or a duplicate, or a number is out of range.
     """
 
     train: Path
@@ -80,9 +86,9 @@ class ComparisonOptions:
         if not (math.isfinite(self.epochs) and self.epochs > 0):
             raise OptionError(f"epochs must be a number above 0, got {self.epochs!r}.")
         for name, minimum in (("seeds", 1), ("rank", 1), ("batch_size", 1), ("max_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise OptionError(f"{name} must be at least {minimum}, got {value!r}.")
+            number = getattr(self, name)
+            if number is not None and number < minimum:
+                raise OptionError(f"{name} must be at least {minimum}, got {number!r}.")
 
     def _check_methods(self) -> None:
         if not self.methods:
@@ -108,12 +114,13 @@ class ComparisonOptions:
 
     @property
     def baseline(self) -> str:
+        """Method that the others are compared with."""
         return BASELINE if BASELINE in self.methods else self.methods[0]
 
     def learning_rates(self, method: str) -> list[float]:
-        """Return the learning rates to try, ascending."""
+        """Return the learning rates to try for a method, in ascending order."""
         return sorted(set(self.rates.get(method, LEARNING_RATES[method])))
 
     def searches(self, method: str) -> bool:
-        """Return whether the method's learning rate is chosen among several."""
+        """Return whether a search chooses the method's learning rate."""
         return len(self.learning_rates(method)) > 1
