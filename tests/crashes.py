@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -24,12 +25,15 @@ from children import Done, at_change, changes_within
 from eigenlorax.cli import main
 from eigenlorax.core import keys
 from eigenlorax.core.atomic_files import STAGING_PREFIX
+from eigenlorax.errors import DuplicateAdapterWarning
 from outcomes import contents
 
 VERBS = {
     "add": "add {pack} {sources}/delta zeta={sources}/gamma --warn-above 1",
     "extend": "add {pack} {sources}/delta --extend 1 --warn-above 1",
     "remove": "remove {pack} beta",
+    "remove a parent": "remove {place}/coded alpha",
+    "add a reference": "add {place}/coded zeta={sources}/beta --warn-above 1",
     "refit": "refit {pack} -o {pack} -k 3 --warn-above 1 --overwrite",
     "augment": "augment {pack} --n-extra 2 --seed 7 -o {place}/fresh",
     "augment in place": "augment {pack} --n-extra 2 --seed 7 -o {pack} --overwrite",
@@ -122,6 +126,9 @@ class Crashes:
         (self._before / "pack" / keys.REPORT_PAGE).write_bytes(
             b"Made by eigenlorax 0 from the subspace of fingerprint 0"
         )
+        with warnings.catch_warnings(action="ignore", category=DuplicateAdapterWarning):
+            copies = {"alpha": some[0], "beta": some[1], "copy": some[0], "other": some[0]}
+            ex.fit(copies, max_error=0.3, warn_above=1.0).save(self._before / "coded")
         styles = self._scratch / "images"
         styles.mkdir()
         for seed in range(2):

@@ -13,7 +13,7 @@ from torch import nn
 import eigenlorax as ex
 from adapters import MODULES, make_adapter, make_adapters
 from children import load_command, needs_fork
-from eigenlorax.errors import OptionError
+from eigenlorax.errors import DuplicateAdapterWarning, OptionError
 from fake_hub import FakeHub, running
 from outcomes import contents, json_of, succeeded
 
@@ -284,6 +284,62 @@ def files_of(hub, repo, revision="main"):
 
 def contents_of(folder):
     return {name: data for name, data in contents(folder).items() if data is not None}
+
+
+class TestReferences:
+    """Adapters whose codes are in the file of another one."""
+
+    @pytest.fixture
+    def references(self, hub, made, tmp_path):
+        """`org/references` is an entropy-coded pack of alpha, beta, and two copies of alpha; its folder."""
+        alpha = made / "in" / "alpha"
+        with pytest.warns(DuplicateAdapterWarning, match="copy, other have the same update as alpha"):
+            pack = ex.fit({"alpha": alpha, "beta": made / "in" / "beta", "copy": alpha, "other": alpha}, max_error=0.1)
+        path = pack.save(tmp_path / "references")
+        hub.repos["org/references"] = {"main": path}
+        return path
+
+    def test_come_with_the_codes(self, online, hub, references):
+        def call():
+            pack = ex.Pack.from_pretrained("org/references", adapters=["copy"])
+            pack.verify()
+            say([pack.names, pack.adapter("copy").modules[QUERY].down.tolist()])
+
+        names, down = json_of(online(call=call))
+        assert names == ["copy"]
+        assert down == ex.Pack.open(references).adapter("alpha").modules[QUERY].down.tolist()
+        assert hub.asked == sorted([MANIFEST, subspace_of(references), *of("alpha", "copy")])
+
+    def test_are_pulled_with_codes_of_their_own(self, online, references, tmp_path):
+        command = ("pull", "org/references", "--adapter", "copy", "--adapter", "other", "-o", tmp_path / "mine")
+        succeeded(online(*command))
+        pulled, whole = ex.Pack.open(tmp_path / "mine"), ex.Pack.open(references)
+        pulled.verify()
+        assert pulled.names == ["copy", "other"]
+        assert pulled.references == {"other": "copy"}
+        assert torch.equal(pulled.codes("other"), whole.codes("alpha"))
+
+    def test_are_pushed_with_codes_of_their_own(self, online, hub, references):
+        def call():
+            ex.Pack.open(references).push_to_hub("org/new", adapters=["copy", "beta"], token=WRITER)
+            pack = ex.Pack.from_pretrained("org/new")
+            say([pack.names, pack.references, pack.adapter("copy").modules[QUERY].down.tolist()])
+
+        expected = ex.Pack.open(references).adapter("alpha").modules[QUERY].down.tolist()
+        assert json_of(online(call=call)) == [["beta", "copy"], {}, expected]
+
+    def test_are_loaded_by_peft(self, online, hub, references):
+        """The parent is fetched from the pack that the adapter is in."""
+
+        def call():
+            from eigenlorax.tuner import EigenLoraxConfig, parents, resolve
+
+            config = EigenLoraxConfig.from_pretrained("org/references", subfolder="adapters/copy")
+            pack = resolve.resolve_subspace(config).pack
+            codes = parents.Parent.of(config).with_codes({}, pack)["eigenlorax_coded"]
+            say([pack.names, codes.tolist()])
+
+        assert json_of(online(call=call)) == [["alpha"], ex.Pack.open(references).codes("alpha").tolist()]
 
 
 class TestPush:

@@ -1,6 +1,7 @@
 """From names to folders: what is written for vLLM, under which name, and what becomes of it when the pack changes."""
 
 import json
+import shutil
 import threading
 from dataclasses import replace
 
@@ -11,7 +12,14 @@ from safetensors.torch import load_file
 import eigenlorax as ex
 from adapters import MODULES, make_adapter, make_adapters
 from children import needs_fork
-from eigenlorax.errors import AdapterNameError, CacheFullError, OptionError, PackMissingError, ServingError
+from eigenlorax.errors import (
+    AdapterNameError,
+    CacheFullError,
+    DuplicateAdapterWarning,
+    OptionError,
+    PackMissingError,
+    ServingError,
+)
 from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.cores import core_name
 from eigenlorax.serving.vllm.servable import shared_rank
@@ -70,6 +78,22 @@ def test_bytes_that_were_chosen_are_expanded(serve, pack, tmp_path):
             assert torch.equal(served.modules[module].up, factors.up)
     with pytest.raises(ServingError, match="'alpha' cannot be served: it has a residual"):
         path_of(serve(shared=True), "alpha")
+
+
+def test_a_reference_is_expanded(serve, pack, tmp_path):
+    shutil.copytree(tmp_path / "in" / "alpha", tmp_path / "in" / "copy")
+    with pytest.warns(DuplicateAdapterWarning, match="copy has the same update as alpha"):
+        ex.fit(tmp_path / "in", max_error=0.1).save(pack, overwrite=True)
+    folders = serve()
+    copy, alpha = (load_file(path_of(folders, name) / "adapter_model.safetensors") for name in ("copy", "alpha"))
+    assert copy.keys() == alpha.keys()
+    assert all(torch.equal(copy[key], alpha[key]) for key in alpha)
+    before = path_of(folders, "copy")
+    with ex.Pack.edit(pack) as edited:
+        edited.remove("alpha")
+    after = path_of(serve(), "copy")
+    assert load_file(after / "adapter_model.safetensors").keys() == copy.keys()
+    assert before != after
 
 
 def test_with_one_it_is_a_lora_of_the_cores(serve, pack):

@@ -127,7 +127,8 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
     if (note := uncompressed_note(pack.summary.bytes)) is not None:
         console.note(note)
     if json:
-        console.print_json({"pack": target, **console.summary_json(pack.summary, pack.records)})
+        references = {"references": pack.references} if pack.references else {}
+        console.print_json({"pack": target, **console.summary_json(pack.summary, pack.records), **references})
         return
     console.print_rows(f"pack {target}", console.summary_rows(pack.summary))
     console.print_sizes(pack.summary)
@@ -144,7 +145,10 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
             for record in records.values()
         ],
         "rounding": [console.format_error(record.rounding_error) for record in records.values()],
-        "bytes": [f"{record.coefficient_bytes:,}" for record in records.values()],
+        "bytes": [
+            f"as {pack.references[name]}" if name in pack.references else f"{record.coefficient_bytes:,}"
+            for name, record in records.items()
+        ],
         **({"carried": [f"{record.carried_bytes:,}" for record in records.values()]} if carries else {}),
         "in fit": ["yes" if record.in_fit else "no" for record in records.values()],
     }

@@ -140,6 +140,12 @@ class PackContents(Mapping[str, Adapter]):
         return {name: self._adapters[name].record for name in self.names}
 
     @property
+    def references(self) -> dict[str, str]:
+        """For each adapter that is stored as a reference to another one, the name of that."""
+        parents = {name: self._adapters[name].parent for name in self.names}
+        return {name: parent for name, parent in parents.items() if parent in self._adapters}
+
+    @property
     def summary(self) -> Summary:
         """Figures of the whole pack: contents, bytes and errors."""
         return summarize(

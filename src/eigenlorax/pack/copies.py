@@ -43,11 +43,14 @@ def names_by_content(pack: PackContents) -> dict[str, str]:
     }
 
 
-def warn_of_copies(copies: Mapping[str, str], *, as_references: bool, stacklevel: int = 3) -> None:
+def warn_of_copies(copies: Mapping[str, str], *, as_references: bool) -> None:
     """Issue one `DuplicateAdapterWarning` if there are copies.
 
-    copies: for each adapter whose update is that of another one, the name of that. as_references: whether they are
-    stored as references.
+    It is attributed to the line that called `fit` or `Pack.add`.
+
+    Args:
+        copies: For each adapter whose update is that of another one, the name of that.
+        as_references: True if they are stored as references.
     """
     by_original: dict[str, list[str]] = {}
     for name, original in sorted(copies.items()):
@@ -55,7 +58,7 @@ def warn_of_copies(copies: Mapping[str, str], *, as_references: bool, stacklevel
     sentences = [_sentence(names, original, as_references) for original, names in sorted(by_original.items())]
     more = f" So have copies of {len(sentences) - NAMED} more adapters." if len(sentences) > NAMED else ""
     if sentences:
-        warnings.warn(" ".join(sentences[:NAMED]) + more, DuplicateAdapterWarning, stacklevel=stacklevel)
+        warnings.warn(" ".join(sentences[:NAMED]) + more, DuplicateAdapterWarning, stacklevel=4)
 
 
 def _sentence(names: list[str], original: str, as_references: bool) -> str:

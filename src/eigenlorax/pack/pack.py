@@ -240,7 +240,7 @@ class Pack(PackContents):
                 stacklevel=3,
             )
         warn_of_losses(records, warn_above, stacklevel=4)
-        warn_of_copies(addition.copies, as_references=self.is_coded, stacklevel=4)
+        warn_of_copies(addition.copies, as_references=self.is_coded)
         if addition.subspace is not self.subspace:
             # adapters that are only in memory refer to the subspace as it was until now
             self._adapters = {
