@@ -117,6 +117,21 @@ class TestAPack:
         succeeded(cli("inspect", pack))
         assert not (pack / ".lock").exists()
 
+    def test_a_reference_names_its_parent(self, cli, pack, tmp_path):
+        source = pack.parent / "in" / "alpha"
+        done = succeeded(
+            cli("fit", source, f"copy={source}", "-o", tmp_path / "references", "--max-error", 0.1, "--no-report")
+        )
+        note = "copy has the same update as alpha; it is stored as a reference."
+        assert done.err.count(note) == 1
+        assert json_of(cli("inspect", tmp_path / "references", "--json"))["references"] == {"copy": "alpha"}
+        row = next(
+            line for line in succeeded(cli("inspect", tmp_path / "references")).out.splitlines() if "copy" in line
+        )
+        assert "as alpha" in row
+        again = succeeded(cli("add", tmp_path / "references", f"third={source}"))
+        assert again.err.count("third has the same update as alpha; it is stored as a reference.") == 1
+
     def test_of_a_newer_format(self, cli, pack):
         path = pack / "subspace_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 7}))

@@ -16,7 +16,6 @@ from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import DuplicateAdapterWarning, PackDamagedError, UntrainedAdapterWarning
 from hostile import change_json, changed
 from make_reference_packs import PACKS, shared_adapters
-from outcomes import json_of, succeeded
 from planted import MODULES, random_adapter, random_collection, tree
 from signing import signed_again
 
@@ -303,11 +302,6 @@ class TestRead:
         parent.write_text(parent.read_text() + "\n")
         signed_again(folder)
         assert ex.Pack.open(folder).digest("a-more") != digest
-
-    def test_inspect_names_the_parent(self, folder, cli):
-        assert json_of(cli("inspect", folder, "--json"))["references"] == {"a-head": "a", "a-more": "a"}
-        table = succeeded(cli("inspect", folder)).out
-        assert "as a" in next(line for line in table.splitlines() if line.startswith("a-more"))
 
     def test_every_export(self, folder, tmp_path):
         paths = ex.Pack.open(folder).export(tmp_path / "out")
