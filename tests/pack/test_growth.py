@@ -361,7 +361,7 @@ class TestLineage:
         assert pack.subspace.at("0" * 64) is None
 
     def test_it_is_known_by_all_its_fingerprints(self, saved, tmp_path, monkeypatch):
-        monkeypatch.setattr(registry, "_holders", {})
+        monkeypatch.setattr(registry, "_pack_openers", {})
         monkeypatch.setattr(registry, "_alive", type(registry._alive)())
         before = ex.Pack.open(saved).subspace
         with ex.Pack.edit(saved) as pack:

@@ -55,7 +55,7 @@ def gpt2_pack(tmp_path_factory):
 @pytest.fixture
 def forgotten(monkeypatch):
     """As in a new process: no subspace is known."""
-    monkeypatch.setattr(registry, "_holders", {})
+    monkeypatch.setattr(registry, "_pack_openers", {})
     monkeypatch.setattr(registry, "_alive", type(registry._alive)())
 
 

@@ -195,5 +195,5 @@ class TestCombine:
     def test_of_two_subspaces_is_refused(self, model):
         other, _ = make_pack(dict.fromkeys(BERT, (IN, IN)), n=2)
         model.add_adapter("other", ex.EigenLoraxConfig(subspace=other, r=2))
-        with pytest.raises(OptionError, match="b, other differ in their subspace"):
+        with pytest.raises(OptionError, match="b, other have different subspaces"):
             combine(model, ["b", "other"], "mix")

@@ -93,7 +93,7 @@ class TestSavedElsewhere:
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         # one of another basis, though of as many components
         other = ex.fit([opened.adapter(name) for name in ("a1", "a2", "a3")], n_components=9)
-        with pytest.raises(OptionError, match="but <Pack of 3 adapters .*> holds .* would mean something else there"):
+        with pytest.raises(OptionError, match="but <Pack of 3 adapters .*> has .* would mean something else there"):
             PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=other)
 
     @pytest.mark.parametrize("start", ["mean", "a1", "uniform"])
@@ -166,7 +166,7 @@ class TestSavedElsewhere:
             PeftModel.from_pretrained(base(saved_base), tmp_path / "mine", subspace=other)
         registry.clear()
         ex.Pack.open(other)
-        with pytest.raises(PackMissingError, match="not at hand"):
+        with pytest.raises(PackMissingError, match="not loaded"):
             PeftModel.from_pretrained(base(saved_base), tmp_path / "mine")
 
     def test_tensors_of_another_width_are_refused_as_ever(self, saved_base, pack, tmp_path):

@@ -37,7 +37,7 @@ def test_a_new_one_is_taken(monkeypatch, version):
 def test_a_method_of_that_name_in_peft_itself_is_left_alone(monkeypatch):
     kind = registration.peft_type()
     monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, kind, peft.LoraConfig)
-    with pytest.raises(MissingExtraError, match="has a method EIGENLORAX of its own"):
+    with pytest.raises(MissingExtraError, match="has its own method EIGENLORAX"):
         registration.register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING[kind] is peft.LoraConfig
 
@@ -47,7 +47,7 @@ def test_an_old_peft_goes_on_working_for_others(tmp_path):
     (tmp_path / "peft" / "__init__.py").write_text("__version__ = '0.10.0'\nworks = True\n")
     code = "import eigenlorax, peft; assert peft.works; eigenlorax.fit\neigenlorax.EigenLoraxConfig"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert "RegistrationWarning: adapters on models need a newer PEFT than 0.10.0" in done.stderr
+    assert "RegistrationWarning: eigenlorax.tuner requires a newer PEFT than 0.10.0" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("eigenlorax.errors.MissingExtraError")
 
 

@@ -151,7 +151,7 @@ def test_an_embedded_subspace(pack_path, naming, tmp_path, monkeypatch, core):
     shake(model).eval()
     model.save_pretrained(tmp_path / "mine")
     rewrite(tmp_path / "mine", naming, target_modules=sorted(every_module(naming)))
-    monkeypatch.setattr(registry, "_holders", {})
+    monkeypatch.setattr(registry, "_pack_openers", {})
     monkeypatch.setattr(registry, "_alive", type(registry._alive)())
     again = PeftModel.from_pretrained(make_vit(), tmp_path / "mine").eval()
     with torch.no_grad():

@@ -216,7 +216,7 @@ class TestWrongUse:
 
     def test_no_subspace(self, bert):
         call = lambda: get_peft_model(bert, ex.EigenLoraxConfig())  # noqa: E731
-        self.assert_untouched(bert, OptionError, "no subspace was given.*EigenLoraxConfig", call)
+        self.assert_untouched(bert, OptionError, "no subspace was passed.*EigenLoraxConfig", call)
 
     def test_a_pack_that_is_not_there(self, bert, tmp_path):
         call = lambda: get_peft_model(bert, ex.EigenLoraxConfig(subspace=tmp_path / "gone"))  # noqa: E731
@@ -269,7 +269,7 @@ class TestWrongUse:
         config = ex.EigenLoraxConfig(subspace=bert_pack, layers_to_transform=[99])
         call = lambda: get_peft_model(bert, config)  # noqa: E731
         self.assert_untouched(
-            bert, OptionError, r"none of the 4 modules .* is left by .*layers_to_transform=\[99\]", call
+            bert, OptionError, r"none of the 4 modules .* is selected by .*layers_to_transform=\[99\]", call
         )
 
     @pytest.mark.parametrize(

@@ -285,10 +285,10 @@ def test_another_kernel_is_another_base_model(pack_path, tmp_path):
     model.save_pretrained(tmp_path / "mine")
     base = make_convnet()
     base.strided = nn.Conv2d(5, 7, (5, 3))
-    with pytest.raises(ShapeError, match=r"strided: the adapter is for a kernel of \(3, 5\), .* is \(5, 3\)"):
+    with pytest.raises(ShapeError, match=r"strided: the adapter has the kernel \(3, 5\), .* has \(5, 3\)"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "mine")
     (lora,) = random_loras(base, ["strided"], n=1)
-    with pytest.raises(ShapeError, match=r"kernel of 'a0' is \(5, 3\), and that of the model \(3, 5\)"):
+    with pytest.raises(ShapeError, match=r"kernel of 'a0' is \(5, 3\), in the model it is \(3, 5\)"):
         swap(model, lora)
     start = ex.write_adapter(lora, tmp_path / "lora")
     with pytest.raises(ShapeError, match=r"module strided: its kernel is \(5, 3\), and \(3, 5\) in the model"):

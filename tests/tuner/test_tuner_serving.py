@@ -377,7 +377,7 @@ def test_nothing_of_it_is_saved(bert_pack, tmp_path):
 def test_wrong_use(bert_pack):
     with pytest.raises(OptionError, match="no EigenLoRAx adapter: load one first"):
         serve(make_bert())
-    with pytest.raises(OptionError, match="dtype must be a dtype of floating point"):
+    with pytest.raises(OptionError, match="dtype must be a floating-point dtype"):
         serve(crowd(bert_pack, make_bert(), recipes={}), torch.int16)
 
 

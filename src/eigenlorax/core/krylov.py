@@ -83,7 +83,7 @@ def leading_eigenvectors(
         if is_invariant or has_converged or len(values) + block > len(start):
             vectors = orthonormal_columns(basis @ combination[:, :k].to(basis.dtype))
             return RitzPairs(values.clamp_min(0), vectors, shortfall)
-        # QR loses orthogonality to the basis where `outside` is small, so the new block is orthogonalised once more
+        # QR leaves the block less orthogonal to the basis where `outside` is small, so it is orthogonalised once more
         block_columns = orthonormal_columns(_orthogonal_part(orthonormal_columns(outside), basis, passes=1))
         basis = torch.cat([basis, block_columns], dim=1)
 

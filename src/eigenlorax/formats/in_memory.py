@@ -1,4 +1,4 @@
-"""Adapters that a program holds in memory: those of a PEFT model, and state dicts with their configs."""
+"""Adapters in memory: adapters of a PEFT model, and state dicts with their configs."""
 
 import json
 import tempfile
@@ -38,13 +38,13 @@ def is_state_dict(source: object) -> TypeGuard[StateDict]:
 
 
 def from_peft_model(model: PeftModel) -> list[Adapter]:
-    """Return the adapters of a PEFT model, with copies of their tensors, by the names that they have in the model.
+    """Return the adapters of a PEFT model, with copies of their tensors, by their names in the model.
 
     Args:
         model: A `PeftModel` with LoRAs, or with adapters of our own type.
 
     Raises:
-        FormatError: An adapter is of another PEFT type.
+        FormatError: An adapter has another PEFT type.
     """
     return [_saved_adapter(model, name) for name in model.peft_config]
 

@@ -1,4 +1,4 @@
-"""The active adapters of a layer that serves, blended into one core per subspace.
+"""The active adapters of a serving layer, summed into one core per subspace.
 
 The cores are buffers that are overwritten in place when another adapter becomes active, so a compiled model, which
 reads only the buffers, is not compiled again.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Blend:
-    """Keeps the buffers of a serving layer in step with its active adapters and their scalings.
+    """Updates of the buffers of a serving layer when its active adapters or their scalings change.
 
     Args:
         dtype: Dtype of the layer's bases, including torch.int8; None for the dtype in which they are loaded.
@@ -26,7 +26,7 @@ class Blend:
         self._blended: tuple[Any, ...] = ()
 
     def fill_if_changed(self, layer: "EigenLoraxLayer") -> None:
-        """Fill the buffers unless the same adapters are active with the same scalings as the last time."""
+        """Fill the buffers unless the same adapters are active with the same scalings as at the last call."""
         if _active_scalings(layer) != self._blended:
             self.fill(layer)
 
@@ -64,7 +64,7 @@ def _active_scalings(layer: "EigenLoraxLayer") -> tuple[tuple[str, float], ...]:
 
 
 def _add_core(blend: Tensor, layer: "EigenLoraxLayer", adapter_name: str) -> None:
-    """Add an adapter's scaled core, in the dtype of the blend, to the components that the adapter has."""
+    """Add an adapter's scaled core, in the dtype of the blend, at the components that the adapter uses."""
     down, up = layer.factors_of(adapter_name)
     # coefficients that are not loaded yet are on the meta device
     if down.is_meta:
@@ -84,7 +84,7 @@ def _fill_factors(layer: "EigenLoraxLayer", active: Sequence[str]) -> None:
     if not ranks:
         buffers.clear()
         return
-    # never fewer rows than the largest adapter has, so that switching adapters does not change the shape
+    # at least as many rows as the largest adapter, so that switching adapters does not change the shape
     rows = max(sum(ranks[name] for name in active), *ranks.values())
     if "down" not in buffers or len(buffers["down"]) < rows:
         _, up_basis = layer.bases_of(next(iter(ranks)))

@@ -39,8 +39,8 @@ def lora_from_components(
             The rank. Rows beyond the number of components are initialised as in PEFT. Defaults to `32`.
         start (`str`):
             Passing `'zero'` (default) sets lora_B to zero, so that training starts from the base model. Passing
-            `'components'` sets it to the components of the up side, as in the paper ("EigenLoRAx-INIT"), which is an
-            update of norm √r times the scaling in every module.
+            `'components'` sets it to the components of the up side, as in the paper ("EigenLoRAx-INIT"). The initial
+            update then has the norm √r times the scaling in every module.
         adapter_name (`str`):
             The name of the adapter. Defaults to `'default'`.
         fields:
@@ -49,7 +49,9 @@ def lora_from_components(
     Returns:
         `PeftModel`: A plain LoRA, of which all parameters are trained.
 
-    Raises `OptionError` for an unknown `start` and `ModuleNameError` if the model has no module of the subspace.
+    Raises:
+        OptionError: `start` is unknown.
+        ModuleNameError: The model has no module of the subspace.
     """
     if start not in STARTS:
         raise OptionError(f"start must be one of {', '.join(STARTS)}, got {start!r}.")
@@ -75,7 +77,7 @@ def lora_from_components(
 
 
 def _copy_rows(weight: torch.Tensor, components: torch.Tensor) -> None:
-    """Overwrite the first rows of a weight with components, which are reshaped for a convolution."""
+    """Overwrite the first rows of a weight by components, which are reshaped for a convolution."""
     n_rows = min(len(weight), len(components))
     with torch.no_grad():
         weight[:n_rows].copy_(components[:n_rows].view(n_rows, *weight.shape[1:]))

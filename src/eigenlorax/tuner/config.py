@@ -25,8 +25,8 @@ class EigenLoraxConfig(PeftConfig):
     Args:
         subspace (`str`, `os.PathLike` or [`Pack`], *optional*):
             The pack whose subspace is used: a folder, a repository on the Hub, or a `Pack` in memory. If it is not
-            specified, the subspace is looked up by its fingerprint among the packs that are open in this process, or
-            loaded with the adapter if it is embedded there.
+            specified, the subspace is found by its fingerprint among the packs that are open in this process, or
+            loaded with the adapter if it is embedded in the adapter's file.
         subspace_revision (`str`, *optional*):
             Branch, tag or commit of a pack on the Hub.
         subspace_fingerprint (`str`, *optional*):
@@ -84,13 +84,14 @@ class EigenLoraxConfig(PeftConfig):
             The mapping from layer names or regexp expression to alphas which are different from the default alpha
             specified by `lora_alpha`.
         subspace_modules (`dict`):
-            Written by packs: the mapping from module names of the model to those of the subspace, where they differ.
+            Written by packs: the mapping from module names of the model to module names of the subspace, where they
+            differ.
         kernels (`dict`):
             Written on saving: the kernel size of each convolution.
         rests (`dict`):
             Written on saving: the sides, "down" or "up", on which each module has a residual.
         coefficient_dtype (`str`, *optional*):
-            Written by packs: how the file stores coefficients, such as "int8", if not as floats.
+            Written by packs: the storage of coefficients in the file, such as "int8", if they are not floats.
         source_dtype (`str`, *optional*):
             Written by packs: the dtype that the factors of the LoRA had, in which it is exported.
         parent (`dict`):
@@ -165,7 +166,7 @@ class EigenLoraxConfig(PeftConfig):
     )
     coefficient_dtype: str | None = field(
         default=None,
-        metadata={"help": "Written by packs: how the file stores coefficients, such as int8, if not as floats."},
+        metadata={"help": "Written by packs: the storage of coefficients in the file, such as int8, if not floats."},
     )
     source_dtype: str | None = field(
         default=None,
@@ -199,11 +200,11 @@ class EigenLoraxConfig(PeftConfig):
 
     def _check(self) -> None:
         if self.layers_pattern and self.layers_to_transform is None:
-            raise OptionError("when `layers_pattern` is given, `layers_to_transform` has to be given too.")
+            raise OptionError("`layers_pattern` requires `layers_to_transform`. Pass both, or neither.")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise OptionError(
                 "`layers_to_transform` and `layers_pattern` cannot be used when `target_modules` is a str: "
-                "put the layers into the regular expression."
+                "select the layers in the regular expression."
             )
         if self.core and self.rank_pattern:
             raise OptionError("rank_pattern has no meaning with core=True, which trains whole (k_up, k_down) matrices.")
@@ -221,10 +222,10 @@ class EigenLoraxConfig(PeftConfig):
             raise OptionError(f"start must be 'zero', 'mean', 'uniform', a name or a path, got {self.start!r}.")
 
     def check_saving(self, adapter_name: str) -> None:
-        """Raise `OptionError` if the adapter cannot be saved from the model. Configs of adapters in pipelines do."""
+        """Raise `OptionError` if the adapter cannot be saved from the model. Here it can; subclasses override this."""
 
     def use_subspace(self, subspace: os.PathLike[str] | str | Pack | None) -> None:
-        """Set the subspace to that of a pack, given as a folder, a repository on the Hub, or a `Pack`."""
+        """Set the subspace to the subspace of a pack: a folder, a repository on the Hub, or a `Pack`."""
         if isinstance(subspace, Pack):
             subspace.remember()
             self.subspace_fingerprint = subspace.info.fingerprint
@@ -233,13 +234,13 @@ class EigenLoraxConfig(PeftConfig):
             self.subspace = None if subspace is None else os.fspath(subspace)
 
     def _use_for_saved_coefficients(self, subspace: os.PathLike[str] | str | Pack) -> None:
-        """Set the subspace of an adapter that was saved. Raise `OptionError` if its coefficients are of another one."""
+        """Set the subspace of a saved adapter; raise `OptionError` if its coefficients belong to another one."""
         saved = self.subspace_fingerprint
         if isinstance(subspace, Pack) and saved not in (None, *subspace.info.lineage):
             raise OptionError(
-                f"the adapter belongs to the subspace {str(saved)[:12]}…, but {subspace!r} holds "
-                f"{subspace.info.fingerprint[:12]}…: its coefficients would mean something else there. Pass subspace= "
-                "its own pack."
+                f"the adapter belongs to the subspace {str(saved)[:12]}…, but {subspace!r} has "
+                f"{subspace.info.fingerprint[:12]}…: its coefficients would mean something else there. Pass its own "
+                "pack as subspace=."
             )
         self.use_subspace(subspace)
         self.subspace_fingerprint = saved or self.subspace_fingerprint
@@ -267,15 +268,15 @@ class EigenLoraxConfig(PeftConfig):
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "EigenLoraxConfig":
         """
-        Load the configuration of an adapter. An adapter inside a pack finds that pack by itself.
+        Load the configuration of an adapter. For an adapter inside a pack, the subspace is set to that pack.
 
         Args:
             pretrained_model_name_or_path (`str`):
                 The folder or the repository of the adapter.
             subfolder (`str`, *optional*):
-                The folder inside of it.
+                The folder of the adapter inside of the folder or repository.
             subspace (`str`, `os.PathLike` or [`Pack`], *optional*):
-                The pack of the adapter, if it is not the one in its configuration.
+                The pack of the adapter, if it is not the pack in its configuration.
             kwargs:
                 Passed to [`PeftConfig.from_pretrained`].
         """

@@ -1,6 +1,6 @@
-"""Export, import, swapping, scaling and combining of adapters: what PEFT offers for LoRA only.
+"""Export, import, swapping, scaling and combining of adapters, which PEFT supports for LoRA only.
 
-All functions multiply k × r matrices and decompose nothing.
+All functions multiply k × r matrices, without decompositions.
 """
 
 import os
@@ -77,7 +77,7 @@ def from_lora(
     """
     Add a LoRA to a model, projected on a subspace, with its heads.
 
-    A warning says how much of the update lies outside the subspace.
+    A warning gives the relative error of the update if it is not in the subspace.
 
     Args:
         model (`nn.Module`):
@@ -89,7 +89,8 @@ def from_lora(
         subspace (`str`, `os.PathLike` or [`Pack`]):
             The pack whose subspace is used.
         fields:
-            Passed to [`EigenLoraxConfig`]. Ranks, alphas, task type and saved modules are those of the LoRA by default.
+            Passed to [`EigenLoraxConfig`]. Ranks, alphas, task type and saved modules are taken from the LoRA by
+            default.
     """
     adapter = _read_lora(source)
     lora_config = {"r": 8, "lora_alpha": 8, "bias": "none", **adapter.config}
@@ -118,10 +119,10 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
     """
     Replace an adapter by another one in place, so that a compiled model is not compiled again.
 
-    An adapter of the same subspace is represented exactly. Of any other one, a warning says how much of the update is
-    lost, except in modules where the replaced adapter has a residual, which takes up the difference. If the subspace
-    has grown since the replaced adapter was saved, it gets coefficients on all components first, for which a compiled
-    model is compiled once more.
+    An adapter of the same subspace is represented exactly. For any other adapter, a warning gives the relative error of
+    its update. Modules where the replaced adapter has a residual have no error: the new residual is the difference. If
+    the subspace has grown since the replaced adapter was saved, the adapter first gets coefficients on all components,
+    for which a compiled model is compiled once more.
 
     Args:
         model (`nn.Module`):
@@ -152,8 +153,8 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
         layer, factors = layers[model_name], adapter.modules[module]
         if not convolution.kernels_match(factors.kernel, layer.kernel):
             raise ShapeError(
-                f"module {module}: the kernel of {adapter.name!r} is {factors.kernel}, and that of the model "
-                f"{layer.kernel}. It is an adapter of another base model."
+                f"module {module}: the kernel of {adapter.name!r} is {factors.kernel}, in the model it is "
+                f"{layer.kernel}. The adapter belongs to another base model."
             )
         tensors, error = _project(layer, adapter_name, factors)
         errors.append(error)
@@ -163,13 +164,14 @@ def swap(model: nn.Module, source: Source, adapter_name: str = "default") -> flo
         if state[key].shape != tensor.shape:
             raise ShapeError(
                 f"{key} is {tuple(state[key].shape)} in the model and {tuple(tensor.shape)} in {adapter.name!r}: "
-                "adapters can be swapped if their ranks and heads have the same shapes."
+                "adapters can only be swapped if their ranks and heads have the same shapes."
             )
     _load_state_dict(model, {**state, **new}, adapter_name)
     delta_error = metrics.adapter_error(errors).delta_error
     if delta_error > _ROUNDING_ERROR:
         warnings.warn(
-            f"{delta_error:.4f} of the update of {adapter.name!r} lies outside the subspace (delta error) and is lost.",
+            f"the update of {adapter.name!r} is not in the subspace: its relative error (delta error) is "
+            f"{delta_error:.4f}.",
             ProjectionWarning,
             stacklevel=2,
         )
@@ -205,7 +207,7 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
     Add the weighted sum Σ weight · update of adapters of one subspace as a new adapter.
 
     The sum is exact; the rank of the new adapter is the sum of their ranks. Heads are not combined: PEFT initialises
-    those of the new adapter.
+    the heads of the new adapter.
 
     Args:
         model ([`PeftModel`]):
@@ -217,14 +219,14 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
     """
     weights = dict(adapters) if isinstance(adapters, Mapping) else {name: 1 / len(adapters) for name in adapters}
     if not weights:
-        raise OptionError("no adapter was named to combine.")
+        raise OptionError("adapters is empty: pass the names of the adapters to combine.")
     configs = {name: _config(model, name) for name in weights}
     for name in weights:
         # adapters that were saved before the subspace grew can be added to later ones
         _extend_coefficients(model, name)
     if len({(c.subspace_fingerprint, c.n_extra, c.extra_seed, c.core) for c in configs.values()}) > 1:
         raise OptionError(
-            f"adapters {', '.join(sorted(weights))} differ in their subspace, or only some of them are cores: their "
+            f"adapters {', '.join(sorted(weights))} have different subspaces, or only some of them are cores: their "
             "coefficients cannot be added."
         )
     layers = {name: layer for name, layer in _layers(model).items() if any(map(layer.has_adapter, weights))}
@@ -277,7 +279,7 @@ def _combined_config(
 
 
 def _combine_residuals(layer: EigenLoraxLayer, scalings: Mapping[str, float], adapter_name: str) -> None:
-    """Write the residuals of adapters into those of a combined one, in the same order as their coefficients."""
+    """Write the residuals of adapters into a combined adapter, in the same order as their coefficients."""
     down, up = layer.residuals_of(adapter_name)
     start = 0
     for name, scaling in scalings.items():
@@ -291,7 +293,7 @@ def _combine_residuals(layer: EigenLoraxLayer, scalings: Mapping[str, float], ad
 
 
 def _extend_coefficients(model: nn.Module, adapter_name: str) -> None:
-    """Give an adapter coefficients on all components of its subspace, if that has grown since it was saved."""
+    """Pad an adapter's coefficients to all components of its subspace, if that has grown since it was saved."""
     config, layers = _config(model, adapter_name), _layers(model, adapter_name).values()
     if config.embed_subspace or config.n_extra:
         return
@@ -312,7 +314,7 @@ def _read_lora(source: Source) -> Adapter:
     if adapter.carried:
         raise OptionError(
             f"the LoRA {adapter.name!r} has tensors that coefficients cannot express, such as "
-            f"{min(adapter.carried)!r}: let PEFT load it as it is."
+            f"{min(adapter.carried)!r}. Load it as a LoRA with PEFT."
         )
     return adapter
 
@@ -320,8 +322,11 @@ def _read_lora(source: Source) -> Adapter:
 def _project(layer: EigenLoraxLayer, adapter_name: str, factors: LoRAFactors) -> tuple[dict[str, Tensor], ModuleError]:
     """Project a LoRA on the bases of a layer.
 
-    Returns the tensors by the suffix that they are saved under, and the error of the projection. The layer's scaling is
-    a constant in a compiled model, so the up factor absorbs the ratio of the two scalings.
+    The layer's scaling is a constant in a compiled model, so the up factor is multiplied by the ratio of the two
+    scalings.
+
+    Returns:
+        Tensors by the last part of their key in the adapter's file, and the error of the projection.
     """
     bases = ModuleBases(*(Basis(basis.cpu(), torch.zeros(0), energy=1.0) for basis in layer.bases_of(adapter_name)))
     projected = projection.project(factors, bases)
@@ -345,7 +350,7 @@ def _project(layer: EigenLoraxLayer, adapter_name: str, factors: LoRAFactors) ->
 
 
 def _state_dict(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Return the adapter's tensors under the keys that they are saved under, whether or not PEFT wraps the model."""
+    """Return the adapter's tensors by their keys in a file, whether or not PEFT wraps the model."""
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     return {keys.MODEL_PREFIX + key.removeprefix(keys.MODEL_PREFIX): tensor.detach() for key, tensor in tensors.items()}
 
@@ -366,7 +371,7 @@ def _is_basis(key: str) -> bool:
 
 
 def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, EigenLoraxLayer]:
-    """Return the adapted layers by module name, or those that have the adapter of a name."""
+    """Return the adapted layers by module name; only the layers that have the adapter, if one is named."""
     return {
         name.removeprefix(keys.MODEL_PREFIX): module
         for name, module in model.named_modules()

@@ -1,6 +1,6 @@
 """Adapted layers: the output of a layer with one adapter, several adapters, or one adapter per row; and merging.
 
-The input is multiplied with the frozen down basis first, so that autograd stores an activation of width k instead of
+The input is multiplied by the frozen down basis first, so that autograd stores an activation of width k instead of
 the layer's input. Active adapters on the same bases share both products with the bases.
 """
 
@@ -41,7 +41,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         self._active_adapter = adapter_name
 
     def train(self, mode: bool = True) -> "AdaptedLayer":
-        """Set the training mode. A layer that serves picks up the coefficients that were trained."""
+        """Set the training mode. A serving layer then uses the coefficients that were trained."""
         super().train(mode)
         self.blend()
         return self
@@ -109,7 +109,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
             adapter = self.merged_adapters.pop()
             if self.has_adapter(adapter):
                 weight = self.get_base_weight()
-                # subtract what was added, even if the scaling has changed since
+                # with the scaling at the time of merging, which may have changed since
                 scaling, self.scaling[adapter] = self.scaling[adapter], self._merged_scaling.pop(adapter)
                 weight -= self.get_delta_weight(adapter).to(weight.dtype)
                 self.scaling[adapter] = scaling
@@ -165,7 +165,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         for adapter in self.active_adapters:
             if self.has_adapter(adapter):
                 dropout = self._dropout(adapter)
-                # each adapter draws its own dropout mask, so none can share its input
+                # each adapter has its own dropout mask, so adapters cannot share their input
                 mask_owner = adapter if isinstance(dropout, nn.Dropout) and dropout.training else None
                 key = (*self.bases_key(adapter), self.factors_of(adapter)[0].dtype, mask_owner)
                 groups.setdefault(key, []).append(adapter)
@@ -200,10 +200,10 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         return None if down is None else down.to(dtype), None if up is None else up.to(dtype)
 
     def _add_mixed(self, output: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """Add to each row of the batch the update of the adapter that it names; "__base__" adds nothing.
+        """Add to each row of the batch the update of its own adapter; "__base__" adds nothing.
 
         Rows of adapters on the same components share the products with the bases. Dropout is not applied, because
-        mixed batches are refused in training.
+        mixed batches raise an error in training.
         """
         output = output.clone()
         rows_by_bases: dict[tuple[Any, ...], list[int]] = {}
@@ -231,8 +231,8 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
             groups: The adapter of each group of rows.
             rows: The adapter of each row.
         """
-        example = self.factors_of(groups[0])[0]
-        scalings = example.new_tensor([self.scaling[name] for name in groups])[:, None, None]
+        first_down = self.factors_of(groups[0])[0]
+        scalings = first_down.new_tensor([self.scaling[name] for name in groups])[:, None, None]
         if groups[0] in self.eigenlorax_core:
             cores = torch.stack([self.eigenlorax_core[name] for name in groups])
             return LayerCoefficients(cores * scalings, None, 1.0)
@@ -271,7 +271,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
 
 
 class Linear(AdaptedLayer):
-    """An adapted linear layer: `torch.nn.Linear`, `Conv1D`, or a quantised layer that PEFT has a backend for."""
+    """An adapted linear layer: `torch.nn.Linear`, `Conv1D`, or a quantised layer with a backend in PEFT."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, fan_in_fan_out: bool = False, **kwargs: Any) -> None:
         super().__init__(base_layer, adapter_name, **kwargs)
@@ -282,7 +282,7 @@ class Linear(AdaptedLayer):
 
 
 class Conv(AdaptedLayer):
-    """An adapted convolution of one, two or three dimensions."""
+    """An adapted convolution with one, two or three dimensions."""
 
     def _in_weight_shape(self, delta: Tensor) -> Tensor:
         return delta.reshape(self.get_base_layer().weight.shape)
@@ -300,7 +300,7 @@ def wrap_layer(target: nn.Module, adapter_name: str, fan_in_fan_out: bool = Fals
         fan_in_fan_out (`bool`):
             Whether the weight of a linear layer is stored as (in, out).
         kwargs:
-            What `get_quantization_kwargs` returns for the model.
+            The result of `get_quantization_kwargs` for the model.
     """
     base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     if isinstance(base_layer, CONVOLUTIONS):

@@ -26,7 +26,10 @@ from .config import EigenLoraxConfig
 from .resolve import EmbeddedSubspace, ResolvedSubspace
 
 InitialCore = Callable[[str, ModuleBases], Tensor | None]
-"""Maps a module's name in the subspace and its bases to scaling · C_up C_down, (k_up, k_down) float64; None if zero."""
+"""Function of a module's name in the subspace and its bases.
+
+It returns scaling · C_up C_down, (k_up, k_down) float64; None if that is zero.
+"""
 
 # Relative error that rounding to float32 explains.
 _ROUNDING_ERROR = 1e-5
@@ -34,13 +37,13 @@ _ROUNDING_ERROR = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class InitialCoefficients:
-    """The start of one module: random coefficients, or those of a core.
+    """The start of one module: random coefficients, or the coefficients of a core.
 
-    Args:
+    Attributes:
         start: The `start` of the config.
         k_down: Number of components of the down side.
         k_up: Number of components of the up side.
-        core: (k_up, k_down), scaling included; None for a random start or the zero update.
+        core: Core with the scaling, (k_up, k_down); None for a random start or the zero update.
         as_core: Whether the coefficients are one core.
         init_weights: False for random coefficients of which none is zero.
     """
@@ -77,7 +80,7 @@ class InitialCoefficients:
 def factor_core(core: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """Return the factors (r, k_down) and (k_up, r), float32, of the best approximation of rank `r` of a core.
 
-    The factors have equal norms, so that both are trained at the same pace. Ranks above that of the core are zeros.
+    The factors have equal norms, so that both are trained at the same rate. Rows beyond the rank of the core are zero.
     """
     u, sigma, vh = torch.linalg.svd(core, full_matrices=False)
     rank = min(r, len(sigma))
@@ -103,11 +106,11 @@ def initial_core(config: EigenLoraxConfig, resolved: ResolvedSubspace | Embedded
     if Path(config.start).is_dir():
         return _projected_core(formats.read_adapter(config.start), resolved, config)
     names = pack.names if pack is not None else []
-    available = ", ".join(names[:12]) if pack is not None else "none: no pack is at hand"
+    available = ", ".join(names[:12]) if pack is not None else "none, since no pack is open"
     near = suggestion(config.start, [*names, "zero", "mean", "uniform"])
     raise OptionError(
         f"start={config.start!r} is neither 'zero', 'mean' nor 'uniform', nor the folder of a LoRA, nor an adapter of "
-        f"the pack.{near} Those are: {available}."
+        f"the pack.{near} Adapters of the pack: {available}."
     )
 
 
@@ -115,12 +118,12 @@ def _mean_core(resolved: ResolvedSubspace, config: EigenLoraxConfig) -> InitialC
     pack = resolved.pack
     trained = [name for name, record in pack.records.items() if not record.untrained] if pack is not None else []
     if pack is None or not trained:
-        raise OptionError("start='mean' needs a pack with adapters: pass subspace='pack/', the pack they are in.")
+        raise OptionError("start='mean' needs a pack with trained adapters. Pass it as subspace='pack/'.")
     return _packed_core([pack.packed(name) for name in trained], resolved, config.start)
 
 
 def _packed_core(adapters: list[PackedAdapter], resolved: ResolvedSubspace, start: str) -> InitialCore:
-    """Return the mean core of adapters of a pack, zero on components that were added after them."""
+    """Return the mean core of adapters of a pack, zero at components that were added after them."""
     _warn_of_residuals(adapters, resolved, start)
 
     def core(subspace_name: str, bases: ModuleBases) -> Tensor | None:
@@ -139,7 +142,7 @@ def _packed_core(adapters: list[PackedAdapter], resolved: ResolvedSubspace, star
 def _without_residual(coefficients: Coefficients, bases: ModuleBases) -> Coefficients:
     if not coefficients.has_residual:
         return coefficients
-    # a residual need not be orthogonal to the bases, so it is projected and not just dropped
+    # a residual may not be orthogonal to the bases, so it is projected instead of dropped
     return projection.project(projection.reconstruct(coefficients, bases), bases)
 
 
@@ -172,14 +175,14 @@ def _error_without_residual(packed: PackedAdapter, resolved: ResolvedSubspace) -
 
 
 def _projected_core(adapter: Adapter, resolved: ResolvedSubspace, config: EigenLoraxConfig) -> InitialCore:
-    """Return the core of a LoRA's projection on the subspace. Warn of what lies outside of it."""
+    """Return the core of a LoRA's projection on the subspace, and warn of its relative error."""
     kernels = {resolved.subspace_name(module, config): tuple(kernel) for module, kernel in config.kernels.items()}
     subspace_names = module_names.resolve_all(adapter.specs, resolved.subspace.modules)
     modules = {subspace_name: module for module, subspace_name in subspace_names.items() if subspace_name is not None}
     if not modules:
         raise ModuleNameError(
-            f"start={adapter.name!r} has none of the modules of the subspace: it is a LoRA of another base model, or "
-            "of other modules."
+            f"start={adapter.name!r} has none of the modules of the subspace: it belongs to another base model, or "
+            "has other modules."
         )
     errors = []
     for subspace_name, module in modules.items():
@@ -200,10 +203,10 @@ def _projected_core(adapter: Adapter, resolved: ResolvedSubspace, config: EigenL
     missing = set(adapter.specs) - set(modules.values())
     error = metrics.adapter_error(errors).delta_error
     if missing or error > _ROUNDING_ERROR:
-        elsewhere = f", and all of {len(missing)} modules that the subspace lacks" if missing else ""
+        elsewhere = f", and the subspace lacks {len(missing)} of its modules" if missing else ""
         warnings.warn(
-            f"start={adapter.name!r}: {error:.4f} of its update lies outside the subspace (delta error){elsewhere}. "
-            "Training starts without that.",
+            f"start={adapter.name!r} is not in the subspace: its relative error (delta error) is "
+            f"{error:.4f}{elsewhere}. Training starts from its projection.",
             ProjectionWarning,
             stacklevel=2,
         )

@@ -192,17 +192,19 @@ class EigenLoraxLayer(LayerWithBases):
         self.blend()
 
     def has_adapter(self, adapter_name: str) -> bool:
+        """Return whether the layer has coefficients of an adapter."""
         return adapter_name in self.eigenlorax_down or adapter_name in self.eigenlorax_core
 
     def check_decoded(self) -> None:
-        """Raise `FormatError` if a loader left the coefficients of an adapter as it had initialised them."""
+        """Raise `FormatError` if a loader has not decoded the coefficients of an adapter."""
         for name, stored in self.undecoded.items():
             raise FormatError(
                 f"adapter {name!r} stores its coefficients as {stored}, which its loader did not decode: transformers' "
-                "own load_adapter reads floats only. Load it with PeftModel.from_pretrained, or `eigenlorax export` it."
+                "load_adapter supports floats only. Load it with PeftModel.from_pretrained, or `eigenlorax export` it."
             )
 
     def has_residual(self, adapter_name: str) -> bool:
+        """Return whether an adapter has a residual on either side."""
         return adapter_name in self.eigenlorax_down_rest or adapter_name in self.eigenlorax_up_rest
 
     def residuals_of(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
@@ -245,7 +247,7 @@ class EigenLoraxLayer(LayerWithBases):
         self.blend()
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the scaling of an adapter to `scale` times that of its config."""
+        """Set the scaling of an adapter to `scale` times the scaling of its config."""
         if adapter in self.r:
             divisor = math.sqrt(self.r[adapter]) if self.use_rslora[adapter] else self.r[adapter]
             self.scaling[adapter] = scale * self.lora_alpha[adapter] / divisor
@@ -259,7 +261,7 @@ class EigenLoraxLayer(LayerWithBases):
         self._blend_if_changed()
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of all active adapters by `scale`, or reset it to that of their config if it is None."""
+        """Divide the scaling of all active adapters by `scale`; None resets it to the scaling of the config."""
         for adapter in self.active_adapters:
             if adapter in self.scaling and scale is not None:
                 self.scaling[adapter] /= scale
@@ -288,25 +290,25 @@ class EigenLoraxLayer(LayerWithBases):
         Serve the active adapters from one core per subspace outside of training.
 
         The cores are buffers that are filled in place when other adapters become active. The forward pass reads the
-        buffers only, so that a compiled model is not compiled again; it gives no gradients for coefficients. Adapters
-        with a residual become one LoRA that is filled in the same way.
+        buffers only, so that a compiled model is not compiled again; coefficients get no gradients. Adapters with a
+        residual are one LoRA that is filled in the same way.
 
         Args:
             dtype (`torch.dtype`, *optional*):
                 Dtype of the bases, unless they are embedded. `torch.int8` stores 8 bits per entry and a scale per row.
-                By default they stay as they are.
+                By default they are unchanged.
         """
         if self.serving is None:
             self.register_load_state_dict_post_hook(_blend_after_loading)
         self.serving = Blend(dtype)
         if dtype is not None:
             self.convert_bases(dtype)
-        # a new layer is in training mode even if the model that it was put into is not
+        # a new layer is in training mode even if its model is not
         self.train(self.base_layer.training)
         self.blend()
 
     def blend(self) -> None:
-        """Fill the buffers of a layer that serves. Call it after writing to coefficients."""
+        """Fill the buffers of a serving layer. Call this after writing to coefficients."""
         if self.serving is not None:
             self.serving.fill(self)
 

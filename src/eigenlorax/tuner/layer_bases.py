@@ -10,7 +10,7 @@ from ..core.subspace import ModuleBases
 
 
 class LayerWithBases(BaseTunerLayer):
-    """Bases by the fingerprint of their subspace, or by the name of an adapter that is saved with its own."""
+    """Layer with bases, by the fingerprint of their subspace or by the name of an adapter with embedded bases."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -42,9 +42,9 @@ class LayerWithBases(BaseTunerLayer):
             fingerprint (`str`):
                 The fingerprint of the subspace, under which the bases are shared by adapters.
             embed (`bool`):
-                Whether the adapter has bases of its own, which are saved with it.
+                Whether the bases belong to the adapter alone, and are saved with it.
             dtype (`torch.dtype`, *optional*):
-                Dtype of shared bases; by default their own, and float32 at least.
+                Dtype of shared bases. Default: their own dtype, at least float32.
         """
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         if device is not None and device.type == "meta":
@@ -116,7 +116,7 @@ class LayerWithBases(BaseTunerLayer):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype that the layer computes in; None if its weight is not of floating point."""
+        """Dtype of the layer's weight; None if it is not a floating-point dtype."""
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return dtype if dtype is not None and dtype.is_floating_point else None
 

@@ -1,4 +1,4 @@
-"""`EigenLoraxModel`, the tuner: wraps the modules of a model that the subspace has bases for."""
+"""`EigenLoraxModel`, the tuner, which wraps the modules of a model that have bases in the subspace."""
 
 import copy
 import warnings
@@ -33,7 +33,7 @@ from .resolve import EmbeddedSubspace, ResolvedSubspace
 from .supported_modules import in_out_features, is_supported
 
 _FSDP = "_fsdp_wrapped_module."
-"""Part of module names that FSDP adds, and that names of tensors lack."""
+"""Part of module names that FSDP adds. Names of tensors do not have it."""
 
 
 class EigenLoraxModel(BaseTuner):
@@ -62,7 +62,7 @@ class EigenLoraxModel(BaseTuner):
             if not shared:
                 raise ModuleNameError(
                     f"the model has none of the modules of the subspace {resolved.fingerprint[:12]}…. It is a "
-                    "different base model; `eigenlorax inspect` says which one the pack belongs to."
+                    "different base model; `eigenlorax inspect` prints the base model of the pack."
                 )
             peft_config.target_modules = set(shared)
         peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
@@ -75,8 +75,8 @@ class EigenLoraxModel(BaseTuner):
         )
         targets = {n: module for n, module in modules.items() if self._check_target_module_exists(peft_config, n)}
         for name, module in targets.items():
-            if why := convolution.unsupported_reason(module):
-                raise TypeError(f"module {name} is {why}: it is not supported. Keep it out with exclude_modules.")
+            if reason := convolution.unsupported_reason(module):
+                raise TypeError(f"module {name} is {reason}. Exclude it with exclude_modules.")
         targets = {name: module for name, module in targets.items() if is_supported(module)}
         sizes = [resolved.bases(name, peft_config, *in_out_features(module)) for name, module in targets.items()]
         resolve.record_kernels(peft_config, {name: convolution.kernel_size(module) for name, module in targets.items()})
@@ -86,14 +86,14 @@ class EigenLoraxModel(BaseTuner):
         trained = not peft_config.inference_mode and not peft_config.rests
         if trained and sizes and not any(min(bases.down.k, bases.up.k) for bases in sizes):
             raise OptionError(
-                "the subspace has no component in any of these modules, so that nothing of them would be trained: its "
-                "pack was made for an error bound or a size, and no component saved bytes. Fit one to train on, with "
+                "the subspace has no component in any of these modules, so there is nothing to train: its pack was "
+                "fitted for an error bound or a size, and components saved no bytes. Fit a pack for training with "
                 "n_components=32 (-k 32), or add random components (n_extra=32)."
             )
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):
             warnings.warn(
-                f"r={largest} is more than the {smallest} components of a module, which limit the rank of its update "
-                f"to {smallest}.",
+                f"r={largest} is larger than the {smallest} components of a module, so the rank of its update is at "
+                f"most {smallest}.",
                 RankWarning,
                 stacklevel=2,
             )
@@ -110,13 +110,13 @@ class EigenLoraxModel(BaseTuner):
             for name, module in self._base_modules()
             if is_supported(module) and resolved.subspace_name(name, config) is not None
         ]
-        # PEFT applies layers_to_transform only to targets that are less than a full name
+        # PEFT applies layers_to_transform only to targets that are not full names
         by_suffix = copy.copy(config)
         by_suffix.target_modules = {name.rpartition(".")[2] for name in shared}
         selected = [name for name in shared if self._check_target_module_exists(by_suffix, name)]
         if shared and not selected:
             raise OptionError(
-                f"none of the {len(shared)} modules of the subspace is left by "
+                f"none of the {len(shared)} modules of the subspace is selected by "
                 f"exclude_modules={config.exclude_modules} and layers_to_transform={config.layers_to_transform}."
             )
         return selected
@@ -124,7 +124,7 @@ class EigenLoraxModel(BaseTuner):
     def _base_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules of the model that can be targets, without those inside of adapted layers.
 
-        Of a layer that this method has adapted, the base layer is yielded.
+        For a layer that this method has adapted, the base layer is yielded.
         """
         inside: tuple[str, ...] = ()
         for name, module in self.model.named_modules():
@@ -269,7 +269,7 @@ class EigenLoraxModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         beams = kwargs.get("num_beams") or 1
-        # generation repeats each row of the decoder's batch for every beam, but not those of an encoder
+        # generation repeats each row of the decoder's batch for every beam, but not the rows of an encoder
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = _encoder(self.model) if beams > 1 else None
         inside_encoder = set(encoder.modules()) if encoder is not None else set()
@@ -310,7 +310,7 @@ def _decode(
         return resolve.resolve_subspace(config)
 
     def slots() -> dict[str, ModuleSlot]:
-        # an entropy-coded adapter is read by the subspace's module names, which may differ from its own by now
+        # an entropy-coded adapter is read by the subspace's module names, which may differ from its own names
         by_module = coefficients.slots({**config.to_dict(), "target_modules": list(layers)}, "the adapter's config")
         return {
             name: replace(slot, subspace_module=resolved().subspace_name(name, config) or name)
@@ -331,9 +331,9 @@ def _decode(
 def _check_residuals(
     layers: Mapping[str, EigenLoraxLayer], adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> None:
-    """Raise `FormatError` if the residuals in an adapter's file are not those that its config lists.
+    """Raise `FormatError` if the residuals in an adapter's file differ from the list in its config.
 
-    PEFT would ignore a residual that no layer expects, and leave one that is missing at zero.
+    PEFT would ignore a residual that no layer expects, and leave a missing one at zero.
     """
     sides = {suffix: side for side, suffix in keys.RESIDUALS.items()}
     in_file = {
@@ -343,8 +343,8 @@ def _check_residuals(
     for module, side in sorted(in_file ^ in_config, key=str):
         has, lacks = ("file", "config") if (module, side) in in_file else ("config", "file")
         raise FormatError(
-            f"the adapter's {has} has a residual of the {side} side of {module}, and its {lacks} does not: they do not "
-            "belong together. Save the adapter again, or take it from its pack."
+            f"the adapter's {has} has a residual of the {side} side of {module}, but its {lacks} does not: they do not "
+            "belong together. Save the adapter again, or load it from its pack."
         )
 
 
@@ -372,7 +372,7 @@ def _encoder(model: nn.Module) -> nn.Module | None:
 
 
 def _fan_in_fan_out(base_layer: nn.Module, config: EigenLoraxConfig) -> bool:
-    """Return whether the layer's weight is (in, out). Correct a config that says otherwise, as LoRA does."""
+    """Return whether the layer's weight is (in, out). Correct a config that states the opposite, as LoRA does."""
     fan_in_fan_out = isinstance(base_layer, Conv1D)
     if config.fan_in_fan_out != fan_in_fan_out:
         kind = "Conv1D" if fan_in_fan_out else "torch.nn.Linear"

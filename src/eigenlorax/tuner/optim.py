@@ -31,13 +31,13 @@ class SOAP(Optimizer):
     thousands long, but coefficients are small on both sides. Parameters that are not matrices, or longer than
     `max_side` on one side, get AdamW.
 
-    As in the authors' code, the first step of a matrix only initialises the second moments. Unlike there, matrices
-    whose sides are both longer than 32 (cores) are moved by √(32 / the shorter side) of a step: the norm of a step
-    grows with both sides, and with this factor one learning rate serves all sizes.
+    As in the authors' code, the first step of a matrix only initialises the second moments. In addition, the steps of
+    matrices whose sides are both longer than 32 (cores) are multiplied by √(32 / the shorter side): the norm of a step
+    grows with both sides, and with this factor one learning rate is suitable for all sizes.
 
     Args:
         params (iterable):
-            Parameters or parameter groups, as for any optimizer of torch. `coefficient_groups` makes the groups of a
+            Parameters or parameter groups, as for any optimizer of torch. `coefficient_groups` returns the groups of a
             model.
         lr (`float`):
             The learning rate: the distance by which Adam moves each entry in the eigenbasis.
@@ -50,7 +50,7 @@ class SOAP(Optimizer):
         max_side (`int`):
             The longest side that is decomposed; 0 for AdamW.
 
-    The state of a matrix (m, n) is 2·m·n + 2·(m² + n²) numbers. Parameters have to be float32, as coefficients are.
+    The state of a matrix (m, n) has 2·m·n + 2·(m² + n²) entries. Parameters must be float32, as coefficients are.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class SOAP(Optimizer):
                 if parameter.grad is None:
                     continue
                 if parameter.grad.is_sparse:
-                    raise RuntimeError("SOAP does not take sparse gradients.")
+                    raise RuntimeError("SOAP does not support sparse gradients.")
                 state = self.state[parameter]
                 if not state:
                     _init_state(state, parameter, group["max_side"])
@@ -126,7 +126,7 @@ def coefficient_groups(
     """
     Return parameter groups of a model for [`SOAP`]: its coefficients, and all other trained parameters.
 
-    The other parameters, such as those of a task head or biases, get AdamW.
+    The other parameters, such as a task head or biases, are updated by AdamW.
 
     Args:
         model (`nn.Module`):
@@ -136,20 +136,25 @@ def coefficient_groups(
         head_lr (`float`):
             Learning rate of the other parameters.
 
-    Raises `OptionError` if the model trains no coefficients, or also trains weights of another kind of adapter, for
-    which neither learning rate is right.
+    Returns:
+        `list`: The groups, without empty ones.
+
+    Raises:
+        OptionError: The model trains no coefficients, or also trains weights of another kind of adapter, for which
+            neither learning rate is suitable.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    layer_of = {id(weight): layer for layer in layers for weight in _adapter_weights(layer)}
-    all_coefficients = {key for key, layer in layer_of.items() if isinstance(layer, EigenLoraxLayer)}
+    layers_by_weight = {id(weight): layer for layer in layers for weight in _adapter_weights(layer)}
+    all_coefficients = {key for key, layer in layers_by_weight.items() if isinstance(layer, EigenLoraxLayer)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    foreign = [name for name, parameter in trained.items() if id(parameter) in layer_of.keys() - all_coefficients]
+    other_weights = layers_by_weight.keys() - all_coefficients
+    foreign = [name for name, parameter in trained.items() if id(parameter) in other_weights]
     if foreign:
-        kind = type(layer_of[id(trained[foreign[0]])]).__module__.split(".")[-2]
+        kind = type(layers_by_weight[id(trained[foreign[0]])]).__module__.split(".")[-2]
         raise OptionError(
             f"the model trains {len(foreign)} weights of another kind of adapter ({kind}), such as {foreign[0]}. "
-            "coefficient_groups has rates for coefficients and for heads alone. Freeze these weights "
-            "(requires_grad_(False)), or make the groups yourself: SOAP takes any groups of parameters."
+            "coefficient_groups has learning rates for coefficients and heads only. Freeze these weights "
+            "(requires_grad_(False)), or pass your own groups of parameters to SOAP."
         )
     coefficients = [parameter for parameter in trained.values() if id(parameter) in all_coefficients]
     if not coefficients:
@@ -165,7 +170,7 @@ def coefficient_groups(
 
 
 def _adapter_weights(layer: BaseTunerLayer) -> Iterator[nn.Parameter]:
-    """Yield the weights of a layer's adapters, without those of its base layer."""
+    """Yield the weights of a layer's adapters, without the weights of its base layer."""
     for name in layer.adapter_layer_names:
         container = getattr(layer, name, None)
         if isinstance(container, nn.Module):
@@ -189,7 +194,7 @@ def _update_moments(state: dict[str, Any], gradient: Tensor, decay: float) -> No
 
 
 def _update_eigenbases(states: list[dict[str, Any]]) -> None:
-    """Decompose the second moments of both sides, all of one size in one batch."""
+    """Decompose the second moments of both sides, in one batch per size."""
     sizes: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for state in states:
         for side in ("left", "right"):
@@ -197,7 +202,7 @@ def _update_eigenbases(states: list[dict[str, Any]]) -> None:
     for entries in sizes.values():
         moments = torch.stack([state[side] for state, side in entries])
         # scaled, because squares of small gradients underflow. Moments that are not finite get the identity, since eigh
-        # would raise an error: the loss shows the problem anyway
+        # would raise an error: the loss shows the problem in any case
         scale = moments.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(torch.finfo(moments.dtype).tiny)[:, None, None]
         finite = moments.isfinite().all(-1).all(-1)[:, None, None]
         identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
@@ -207,7 +212,7 @@ def _update_eigenbases(states: list[dict[str, Any]]) -> None:
 
 
 def _apply_step(parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Move a parameter by the step of Adam, in the eigenbases if it has them."""
+    """Update a parameter by a step of Adam, in the eigenbases if it has them."""
     step, (mean_decay, square_decay), lr = state["step"], group["betas"], group["lr"]
     rotated = "left" in state
     state["mean"].lerp_(parameter.grad, 1 - mean_decay)

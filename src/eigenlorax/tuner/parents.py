@@ -1,4 +1,4 @@
-"""Adapters of an entropy-coded pack whose codes are those of another one there, their parent: docs/pack-format.md."""
+"""Adapters of an entropy-coded pack that share the codes of another adapter, their parent (docs/pack-format.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +15,12 @@ from .config import EigenLoraxConfig
 
 @dataclass(frozen=True, slots=True)
 class Parent:
-    """The parent that an adapter's config states: its name in the pack, and the sha256 of its codes."""
+    """Parent that an adapter's config states.
+
+    Attributes:
+        name: Name of the parent in the pack.
+        sha256: SHA-256 of its codes.
+    """
 
     name: str
     sha256: str
@@ -24,7 +29,8 @@ class Parent:
     def of(cls, config: EigenLoraxConfig) -> "Parent | None":
         """Return the parent of a config; None for an adapter with codes of its own.
 
-        Raises `FormatError` if the config's field has another form.
+        Raises:
+            FormatError: The config's field has another form.
         """
         if not config.parent:
             return None
@@ -37,8 +43,9 @@ class Parent:
     def with_codes(self, tensors: Mapping[str, Tensor], pack: Pack | None) -> dict[str, Tensor]:
         """Return the tensors of the adapter's file together with the parent's codes.
 
-        Raises `FormatError` if the pack is not known, or does not hold these codes, and `PackDamagedError` if its files
-        were changed.
+        Raises:
+            FormatError: The pack is not loaded, or does not contain these codes.
+            PackDamagedError: The files of the pack were changed.
         """
         if pack is None or self.name not in pack:
             raise FormatError(

@@ -1,4 +1,4 @@
-"""Registration of the method in PEFT's three tables, since `register_peft_method` refuses unknown types."""
+"""Registration of the method in PEFT's three tables, since `register_peft_method` rejects unknown types."""
 
 from ..core import keys
 from ..errors import MissingExtraError
@@ -15,16 +15,17 @@ def check_peft() -> None:
         from packaging.version import Version
     except ImportError as error:
         raise MissingExtraError(
-            f"adapters on models need {error.name}, which is not installed: pip install 'eigenlorax[peft]'."
+            f"eigenlorax.tuner requires {error.name}, which is not installed: pip install 'eigenlorax[peft]'."
         ) from error
     if Version(peft.__version__).release[:2] < OLDEST_PEFT:
-        raise MissingExtraError(f"adapters on models need a newer PEFT than {peft.__version__}: {_GET_PEFT}.")
+        raise MissingExtraError(f"eigenlorax.tuner requires a newer PEFT than {peft.__version__}: {_GET_PEFT}.")
 
 
 def register() -> None:
     """Register the config, the tuner and the prefix of the method in PEFT. A second call changes nothing.
 
-    Raises `MissingExtraError` if PEFT itself has a method of this name.
+    Raises:
+        MissingExtraError: PEFT itself has a method of this name.
     """
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -39,7 +40,7 @@ def register() -> None:
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(method)
     if registered not in (None, EigenLoraxConfig):
         raise MissingExtraError(
-            f"this PEFT has a method {keys.PEFT_TYPE} of its own ({registered.__module__}): use that, or an older PEFT."
+            f"this PEFT has its own method {keys.PEFT_TYPE} ({registered.__module__}): use that, or an older PEFT."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING[method] = EigenLoraxConfig
     PEFT_TYPE_TO_TUNER_MAPPING[method] = EigenLoraxModel

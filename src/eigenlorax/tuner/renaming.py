@@ -1,4 +1,4 @@
-"""Module names from another version of transformers, translated to the names that the model has."""
+"""Translation of module names from another version of transformers to the names in the model."""
 
 import copy
 from collections.abc import Callable, Collection, Mapping
@@ -11,7 +11,7 @@ from ..errors import ModuleNameError
 from .config import EigenLoraxConfig
 
 IsTarget = Callable[[EigenLoraxConfig, str], Any]
-"""PEFT's check whether a config targets the module of a name."""
+"""Function that returns whether a config targets a module name, as PEFT decides it."""
 
 
 def rename_targets(
@@ -20,15 +20,15 @@ def rename_targets(
     subspace_names: Callable[[], Mapping[str, str | None]],
     is_target: IsTarget,
 ) -> None:
-    """Rename targets, ranks and alphas of a config that the model has under another name.
+    """Rename targets, ranks and alphas of a config whose modules have another name in the model.
 
-    Names that the model has stay as they are.
+    Names that the model has are unchanged.
 
     Args:
         config: The config, which is changed.
         modules: The names of all modules of the model.
-        subspace_names: Returns the name in the subspace of each module that can be adapted. Called only if a target
-            is missing, because it compares all names.
+        subspace_names: Function that returns the name in the subspace of each module that can be adapted. It is only
+            called if a target is missing, because it compares all names.
         is_target: PEFT's check of targets.
     """
     targets = config.target_modules
@@ -82,7 +82,7 @@ def _renamed_modules(
     }
     if matches:
         return matches
-    # a target may be the end of many modules' names, or a full name of which the model has a shorter form
+    # a target may be the end of several module names, or a full name that is shorter in the model
     newest = renamed_modules.newest_name(target)
     ends = {name: target for name in subspace_names if _ends_with(renamed_modules.newest_name(name), newest)}
     return ends or {name: target for name in subspace_names if _ends_with(newest, renamed_modules.newest_name(name))}
@@ -93,13 +93,14 @@ def _ends_with(name: str, suffix: str) -> bool:
 
 
 def rename_state_dict(state_dict: Mapping[str, Tensor], modules: Collection[str]) -> dict[str, Tensor]:
-    """Return an adapter's tensors under the model's names of its modules.
+    """Return an adapter's tensors with the names that its modules have in the model.
 
     Args:
-        state_dict: The tensors under the names that the adapter was saved with.
-        modules: The names of the adapted modules.
+        state_dict: Tensors by the keys that the adapter was saved with.
+        modules: Names of the adapted modules.
 
-    Raises `ModuleNameError` if coefficients belong to a module that is not adapted.
+    Raises:
+        ModuleNameError: Coefficients belong to a module that is not adapted.
     """
     owners = {key: keys.module_of_key(key) for key in state_dict}
     names = {owner for owner in owners.values() if owner is not None}
@@ -110,8 +111,8 @@ def rename_state_dict(state_dict: Mapping[str, Tensor], modules: Collection[str]
     missing = sorted(name for name in with_coefficients if model_names[name] is None)
     if missing:
         raise ModuleNameError(
-            f"the adapter has coefficients of {missing[0]!r}, which is not among the {len(modules)} modules that it "
-            "was put on: they would be lost. Its target_modules, or the model, are not those that it was saved with."
+            f"the adapter has coefficients of {missing[0]!r}, which is not among its {len(modules)} modules in the "
+            "model: they would be dropped. Load it with the target_modules and on the model that it was saved with."
         )
     renamed = {}
     for key, tensor in state_dict.items():

@@ -1,4 +1,4 @@
-"""The subspace that a config refers to, and the modules of a model that it has bases for."""
+"""The subspace that a config refers to, and its bases for the modules of a model."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from ..pack.pack import Pack
 from .config import EigenLoraxConfig
 from .parents import Parent
 
-# Checksums of one added component may differ by this much between machines, whose QR decompositions round differently.
+# Largest difference between the checksums of one added component on two machines, which round QR decompositions
+# differently.
 _CHECKSUM_TOLERANCE = 1e-3
 
 
@@ -24,12 +25,12 @@ _CHECKSUM_TOLERANCE = 1e-3
 class ResolvedSubspace:
     """The subspace of an adapter, added components included.
 
-    Args:
-        subspace: The bases by module name.
-        fingerprint: The fingerprint of `subspace`.
-        pack: The pack that it comes from, if that is open or on disk.
-        saved_subspace: The subspace when the adapter was saved, if it has grown since. The adapter's coefficients are
-            on the first components of `subspace` then.
+    Attributes:
+        subspace: Bases by module name.
+        fingerprint: Fingerprint of `subspace`.
+        pack: Pack of the subspace, if that is open or on disk.
+        saved_subspace: State of the subspace when the adapter was saved, if it has grown since. The adapter's
+            coefficients then belong to the first components of `subspace`.
     """
 
     subspace: Subspace
@@ -51,14 +52,16 @@ class ResolvedSubspace:
     def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
         """Return the bases of a module of the model.
 
-        Raises `ModuleNameError` if the subspace lacks the module, `ShapeError` if it has another shape there.
+        Raises:
+            ModuleNameError: The subspace lacks the module.
+            ShapeError: The module has another shape in the subspace.
         """
         subspace_name = self.subspace_name(module, config)
         if subspace_name is None:
             names = sorted(self.subspace.modules)
             raise ModuleNameError(
                 f"module {module!r} is not in the subspace, which has {len(names)} modules such as {names[0]!r}. "
-                "Remove target_modules to adapt those that it has, or exclude this one with exclude_modules."
+                "Remove target_modules to adapt the modules that it has, or exclude this module with exclude_modules."
             )
         bases = self.subspace.modules[subspace_name]
         if bases.shape != (out_features, in_features):
@@ -73,9 +76,9 @@ class ResolvedSubspace:
 class EmbeddedSubspace:
     """A subspace that is saved in the adapter's own file: placeholders for its bases until they are loaded.
 
-    Args:
-        fingerprint: The fingerprint of the subspace.
-        shapes: Components (down, up) by module name.
+    Attributes:
+        fingerprint: Fingerprint of the subspace.
+        shapes: Number of components (down, up) by module name.
     """
 
     fingerprint: str
@@ -83,11 +86,11 @@ class EmbeddedSubspace:
     pack: None = None
 
     def n_components(self, subspace_name: str, bases: ModuleBases) -> tuple[int, int]:
-        """Return the number of components (down, up) of a module that the adapter has coefficients on: all of them."""
+        """Return the number of components (down, up) of a module, all of which the adapter has coefficients on."""
         return bases.down.k, bases.up.k
 
     def subspace_name(self, module: str, config: EigenLoraxConfig) -> str | None:
-        """Return the name under which the adapter has bases for a module of the model; None if it has none."""
+        """Return the name of the adapter's bases for a module of the model; None if it has none."""
         return module_names.resolve(module, self.shapes)
 
     def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
@@ -95,8 +98,8 @@ class EmbeddedSubspace:
         subspace_name = self.subspace_name(module, config)
         if subspace_name is None:
             raise ModuleNameError(
-                f"module {module!r} is not among the {len(self.shapes)} that the adapter has embedded bases for, such "
-                f"as {min(self.shapes)!r}. It was trained on another model."
+                f"module {module!r} is not among the {len(self.shapes)} modules with embedded bases of the adapter, "
+                f"such as {min(self.shapes)!r}. It was trained on another model."
             )
         k_down, k_up = self.shapes[subspace_name]
         return ModuleBases(_zero_basis(k_down, in_features), _zero_basis(k_up, out_features))
@@ -107,10 +110,13 @@ def _zero_basis(k: int, dimension: int) -> Basis:
 
 
 def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSubspace:
-    """Find the subspace of a config: embedded, in the pack that it names, or known in this process by its fingerprint.
+    """Find the subspace of a config: embedded, in the pack that it names, or in an open pack by its fingerprint.
 
-    Sets the fingerprint of a config that has none. Raises `OptionError` if the config names no subspace or another one
-    than its pack has, `PackMissingError` if the subspace is not known.
+    The fingerprint of a config that has none is set.
+
+    Raises:
+        OptionError: The config names no subspace, or its pack has another one.
+        PackMissingError: No open pack has the subspace.
     """
     if config.embed_subspace and config.embedded_shapes:
         return EmbeddedSubspace(config.subspace_fingerprint or "embedded", config.embedded_shapes)
@@ -120,8 +126,9 @@ def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSub
         fingerprint = pack.info.fingerprint
         if config.subspace_fingerprint is not None and config.subspace_fingerprint not in pack.info.lineage:
             raise OptionError(
-                f"the adapter belongs to the subspace {config.subspace_fingerprint[:12]}…, but {config.subspace} holds "
-                f"{fingerprint[:12]}…: its coefficients would mean something else there. Pass subspace= its own pack."
+                f"the adapter belongs to the subspace {config.subspace_fingerprint[:12]}…, but {config.subspace} has "
+                f"{fingerprint[:12]}…: its coefficients would mean something else there. Pass its own pack as "
+                "subspace=."
             )
         subspace = registry.find(fingerprint) or registry.intern(pack.subspace)
         if config.subspace_fingerprint not in (None, fingerprint):
@@ -129,7 +136,7 @@ def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSub
         else:
             config.subspace_fingerprint = fingerprint
         if saved_subspace is not None and config.n_extra:
-            # components that the config adds are orthogonal to the saved subspace, not to what it has grown to since
+            # components that the config adds are orthogonal to the saved subspace, not to its later components
             subspace, saved_subspace = registry.intern(saved_subspace), None
     else:
         subspace = _find_by_fingerprint(config)
@@ -141,14 +148,14 @@ def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSub
 def _find_by_fingerprint(config: EigenLoraxConfig) -> Subspace:
     if config.subspace_fingerprint is None:
         raise OptionError(
-            "no subspace was given. EigenLoraxConfig(subspace='pack/') takes a pack's folder, a repository on the "
-            "Hub, or a Pack; `eigenlorax fit adapters/ -o pack/` makes one."
+            "no subspace was passed. Pass a pack's folder, a repository on the Hub, or a Pack: "
+            "EigenLoraxConfig(subspace='pack/'). `eigenlorax fit adapters/ -o pack/` fits one."
         )
     subspace = registry.find(config.subspace_fingerprint)
     if subspace is None:
         raise PackMissingError(
-            f"the subspace {config.subspace_fingerprint[:12]}… of this adapter is not at hand. Open its pack in "
-            "this process (eigenlorax.Pack.open('pack/')), or pass subspace='pack/' where it is loaded, or save "
+            f"the subspace {config.subspace_fingerprint[:12]}… of this adapter is not loaded. Open its pack in "
+            "this process (eigenlorax.Pack.open('pack/')), or pass subspace='pack/' when loading, or save "
             "the adapter with embed_subspace=True."
         )
     return subspace
@@ -159,8 +166,9 @@ def _find_pack(config: EigenLoraxConfig) -> Pack | None:
     if config.subspace is None or config.subspace == keys.INSIDE_PACK:
         if config.subspace_fingerprint is None:
             return None
-        holder = registry.find_pack(config.subspace_fingerprint)
-        return holder if isinstance(holder, Pack) and config.subspace_fingerprint in holder.info.lineage else None
+        open_pack = registry.find_pack(config.subspace_fingerprint)
+        has_subspace = isinstance(open_pack, Pack) and config.subspace_fingerprint in open_pack.info.lineage
+        return open_pack if has_subspace else None
     assert isinstance(config.subspace, str)
     if Path(config.subspace).exists():
         return Pack.open(config.subspace)
@@ -173,9 +181,12 @@ def _find_pack(config: EigenLoraxConfig) -> Pack | None:
 
 
 def check_added_components(config: EigenLoraxConfig, resolved: ResolvedSubspace | EmbeddedSubspace) -> None:
-    """Check that this machine computes the added components of a config as the machine that saved it did.
+    """Check that this machine computes the added components of a config like the machine that saved it.
 
-    Sets the checksums of a new config. Raises `OptionError` if they differ.
+    The checksums of a new config are set.
+
+    Raises:
+        OptionError: The checksums differ.
     """
     if not config.n_extra or isinstance(resolved, EmbeddedSubspace):
         return
@@ -196,35 +207,38 @@ def check_added_components(config: EigenLoraxConfig, resolved: ResolvedSubspace 
 
 
 def record_kernels(config: EigenLoraxConfig, kernels: Mapping[str, tuple[int, ...]]) -> None:
-    """Set the kernels of a config to those of the model's modules; raise `ShapeError` if it was saved with others.
+    """Set the kernels of a config to the kernels of the model's modules.
 
     Args:
-        config: The config.
+        config: The config, which is changed.
         kernels: Kernel size of each adapted module; () for a linear layer.
+
+    Raises:
+        ShapeError: The config was saved with other kernels.
     """
     for name, module in module_names.resolve_all(config.kernels, kernels).items():
         if module is not None and not convolution.kernels_match(tuple(config.kernels[name]), kernels[module]):
             raise ShapeError(
-                f"module {module}: the adapter is for a kernel of {tuple(config.kernels[name])}, and that of the model "
-                f"is {kernels[module] or 'none: it is a linear layer'}. It belongs to a different base model."
+                f"module {module}: the adapter has the kernel {tuple(config.kernels[name])}, and the model "
+                f"has {kernels[module] or 'none: it is a linear layer'}. It belongs to a different base model."
             )
     config.kernels = {module: list(kernel) for module, kernel in kernels.items() if kernel}
 
 
 def rename_residuals(config: EigenLoraxConfig, modules: Collection[str]) -> None:
-    """Rename the modules for which a config has residuals to the names that the model has."""
+    """Rename the modules for which a config has residuals to their names in the model."""
     model_names = module_names.resolve_all(config.rests, modules)
     for name, module in model_names.items():
         if module is None:
             raise ModuleNameError(
-                f"the adapter has a residual in {name!r}, which is not among the {len(modules)} modules that it is put "
-                "on. Load it with its own target_modules, on the model that it was saved with."
+                f"the adapter has a residual in {name!r}, which is not among its {len(modules)} modules in the model. "
+                "Load it with its own target_modules, on the model that it was saved with."
             )
     config.rests = {module: config.rests[name] for name, module in model_names.items() if module is not None}
 
 
 def check_base_model(resolved: ResolvedSubspace | EmbeddedSubspace, model: object) -> None:
-    """Warn if the pack is for another base model than `model`, the name of the one that is adapted."""
+    """Warn if the pack is for another base model than the adapted model, whose name is `model`."""
     if resolved.pack is not None:
         checks.warn_of_other_model(resolved.pack.base_model, model)
 
@@ -234,5 +248,5 @@ def check_not_carried(config: EigenLoraxConfig) -> None:
     if config.carried:
         raise OptionError(
             "this adapter has tensors that coefficients cannot express (carried.safetensors: DoRA magnitudes, "
-            "embeddings, modules that the subspace lacks). `eigenlorax export` writes all of it as an ordinary LoRA."
+            "embeddings, modules that the subspace lacks). Write it as an ordinary LoRA with `eigenlorax export`."
         )

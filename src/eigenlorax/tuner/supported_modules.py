@@ -1,4 +1,4 @@
-"""The modules of a model that can have coefficients: linear layers, quantised ones included, and convolutions."""
+"""Modules of a model that can have coefficients: linear layers, quantised layers included, and convolutions."""
 
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.quantization_utils import resolve_quantization_backend
@@ -9,7 +9,7 @@ from ..core import convolution
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer, quantised or not, or a convolution of one group."""
+    """Return whether a module is a linear layer, quantised or not, or a convolution with groups=1."""
     if isinstance(module, nn.Linear | Conv1D) or convolution.is_supported(module):
         return True
     backend = resolve_quantization_backend(module)
@@ -17,7 +17,7 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
-    """Return (in, out) of a module; of a convolution (input channels · kernel size, output channels)."""
+    """Return (in, out) of a module; for a convolution (input channels · kernel size, output channels)."""
     if isinstance(module, convolution.CONVOLUTIONS):
         return convolution.row_sizes(module)
     in_features, out_features = _get_in_out_features(module)
