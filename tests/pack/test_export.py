@@ -150,7 +150,7 @@ class TestErrors:
     def test_digits_that_float16_lacks_are_warned_of_as_with_dtype(self, tmp_path):
         small = {"encoder.0.query": random_factors(3, 41, 29, seed=1, size=1e-6, dtype=torch.float16)}
         pack = ex.fit([from_factors("small", small, base_model="org/base")], max_error=0.1)
-        with pytest.warns(RoundingWarning, match="'small': rounding to float16 .* Take bfloat16 or float32"):
+        with pytest.warns(RoundingWarning, match="'small': rounding to float16 .* Use bfloat16 or float32"):
             pack.export(tmp_path / "out")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
