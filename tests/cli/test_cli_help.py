@@ -23,7 +23,7 @@ from eigenlorax.cli.goals import GOALS
 from eigenlorax.cli.main import app, main
 from eigenlorax.cli.verbs import FOLDERS
 from fake_hub import FakeHub, running
-from outcomes import assert_usage_error, contents, succeeded
+from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
 
 VERBS = list(typer.main.get_command(app).commands)
 EXAMPLES = {verb: importlib.import_module(f"eigenlorax.cli.{verb.replace('-', '_')}").EXAMPLES for verb in VERBS}
@@ -162,6 +162,26 @@ def test_the_examples_of_a_verb_run(cli, demo_folder, monkeypatch, verb):
         shutil.rmtree("demo")
     for arguments in example_arguments(verb):
         succeeded(cli(*arguments))
+
+
+@pytest.mark.slow
+def test_demo_writes_files_or_keeps_a_pack(cli, demo_folder):
+    before = contents(demo_folder)
+    assert_refused(cli("demo", "--data", "new", "--keep", "kept"), 3, "--data", "--keep")
+    assert_refused(cli("demo", "--data", "demo"), 4, "demo exists and is not empty")
+    assert contents(demo_folder) == before
+    found = json_of(cli("demo", "--data", "new", "--json"))
+    assert found == {
+        name: f"new/{path}"
+        for name, path in {
+            "adapters": "adapters",
+            "new": "new",
+            "model": "model",
+            "train": "train.csv",
+            "test": "test.csv",
+            "spam": "spam.csv",
+        }.items()
+    }
 
 
 @pytest.fixture

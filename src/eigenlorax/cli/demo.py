@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core import keys
+from ..errors import OptionError
 from . import arguments, console, verbs
 from .env import collect
 
@@ -57,6 +58,8 @@ def demo(
     json: arguments.Json = False,
 ) -> None:
     """Fit a pack to sixteen LoRA adapters of a MiniLM, compare predictions, and train a new task in their subspace."""
+    if data is not None and keep is not None:
+        raise OptionError("--data only writes files, so that there is nothing to keep. Pass either --data or --keep.")
     if data is not None:
         _write_data(data, overwrite, json)
         return
