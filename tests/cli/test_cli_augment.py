@@ -124,7 +124,7 @@ def test_in_its_own_place_with_overwrite(cli, pack):
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
 @pytest.mark.parametrize(
     ("output", "part"),
-    [("in", "is not a pack"), ("pack/more", "lies in the pack"), ("new/adapter_config.json", "not a folder")],
+    [("in", "is not a pack"), ("pack/more", "is in the pack"), ("new/adapter_config.json", "not a folder")],
 )
 def test_what_is_no_place_for_a_pack(cli, pack, output, part, overwrite):
     before = contents(pack.parent)

@@ -109,7 +109,7 @@ BAD = {
     ),
     "a folder in the way": (f"{QUICK} -o empty", 3, "empty is a folder. Name a file for the results"),
     "a file in a file": (f"{QUICK} -o odd.jsonl/out.json", 4, "odd.jsonl exists and is not a folder"),
-    "a file in the pack": (f"{QUICK} -o pack/out.json", 4, "lies in the pack"),
+    "a file in the pack": (f"{QUICK} -o pack/out.json", 4, "is in the pack"),
     "nothing to resume": (f"{QUICK} --resume", 3, "out.json does not exist: there is nothing to resume"),
     "resuming another kind of file": (
         f"{QUICK} --resume -o odd.jsonl",

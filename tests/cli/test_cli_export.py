@@ -171,13 +171,13 @@ class TestWhereItGoes:
     def test_never_into_a_pack(self, cli, pack, below, overwrite):
         before = contents(pack.parent)
         done = cli("export", pack, "-o", pack / below, *overwrite)
-        assert_refused(done, 4, f"lies in the pack {pack}")
+        assert_refused(done, 4, f"is in the pack {pack}")
         assert contents(pack.parent) == before
 
     def test_never_into_a_pack_by_a_link(self, cli, pack):
         (pack.parent / "link").symlink_to(pack / "adapters")
         before = contents(pack.parent)
-        assert_refused(cli("export", pack, "-o", pack.parent / "link", "--overwrite"), 4, "lies in the pack")
+        assert_refused(cli("export", pack, "-o", pack.parent / "link", "--overwrite"), 4, "is in the pack")
         assert contents(pack.parent) == before
 
     def test_never_over_a_pack_that_has_an_adapter_s_name(self, cli, pack):

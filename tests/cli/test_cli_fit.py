@@ -558,7 +558,7 @@ class TestTheOutput:
         succeeded(cli("fit", pair, "-o", target, "-k", 4))
         before = contents(pair.parent)
         done = cli("fit", pair, "-o", target / "adapters" / "more", "-k", 4)
-        assert_refused(done, 4, f"lies in the pack {target}")
+        assert_refused(done, 4, f"is in the pack {target}")
         assert contents(pair.parent) == before
 
     def test_a_link_to_a_folder_is_followed_and_stays(self, cli, pair):

@@ -248,4 +248,4 @@ def test_heads_and_carried_tensors_that_are_most_of_a_pack_are_told(cli, tmp_pat
             assert said == ""
         else:
             assert "% of the pack's" in said
-            assert f"bytes are kept as they came, whatever the fit does: {kinds}" in said
+            assert f"bytes are stored unchanged by every fit: {kinds}" in said

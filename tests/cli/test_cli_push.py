@@ -140,7 +140,7 @@ class TestPull:
     def test_not_a_part_of_a_pack_over_the_whole(self, online, pack):
         before = contents(pack)
         done = online("pull", pack, "--adapter", "beta", "-o", pack, "--overwrite")
-        assert_refused(done, 3, "would lose its other adapters")
+        assert_refused(done, 3, "would remove its other adapters")
         assert contents(pack) == before
 
 

@@ -161,7 +161,7 @@ BAD = {
     "a name that is taken": (f"{TRAIN} --name a1", 3, "already has an adapter named 'a1'"),
     "a name that is none": (f"{TRAIN} --name .x", 3, ".x"),
     "a folder in the way": (f"{TRAIN} -o in-the-way", 4, "in-the-way exists and is not empty"),
-    "a folder in the pack": (f"{TRAIN} -o pack/adapters/new", 4, "lies in the pack"),
+    "a folder in the pack": (f"{TRAIN} -o pack/adapters/new", 4, "is in the pack"),
     "nothing to resume": (f"{TRAIN} --resume", 3, "there is no training to resume"),
     "no such task": (f"{TRAIN} --task chess", 3, "no task 'chess'"),
     "no such rows": (f"{TRAIN} --train gone.jsonl", 3, "gone.jsonl does not exist"),

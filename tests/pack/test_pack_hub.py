@@ -269,7 +269,7 @@ class TestTheCacheIsForReading:
         before = contents(local)
         pack = ex.Pack.from_pretrained(local, adapters=["beta"])
         for options in ({}, {"path": local, "overwrite": True}):
-            with pytest.raises(OptionError, match="would lose its other adapters"):
+            with pytest.raises(OptionError, match="would remove its other adapters"):
                 pack.save(**options)
         assert contents(local) == before
         pack.save(tmp_path / "part")

@@ -468,7 +468,7 @@ class TestWhatCannotBe:
                 PackExistsError,
                 "full exists and is not empty. Choose another folder, or continue with resume=True (--resume)",
             ),
-            ({"output": "pack/adapters/x"}, PackExistsError, "lies in the pack"),
+            ({"output": "pack/adapters/x"}, PackExistsError, "is in the pack"),
             ({"name": "A0"}, AdapterNameError, "already has an adapter named 'A0'"),
             ({"name": "a/b"}, AdapterNameError, "a/b"),
             ({"columns": Columns(text="body")}, OptionError, "no column 'body'"),

@@ -1,1 +1,1 @@
-"""A collection as one folder: its manifest, its subspace, its adapters as coefficients, and what is added later."""
+"""Packs: the folder format, its manifest, and adding adapters."""

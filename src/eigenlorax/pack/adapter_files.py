@@ -1,4 +1,4 @@
-"""The files of one adapter's folder in a pack, which is a PEFT adapter of our own type: docs/pack-format.md."""
+"""Files of one adapter in a pack, which form a PEFT adapter of our own type: docs/pack-format.md."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,14 +35,16 @@ KEPT_FIELDS = (
     "bias",
     "modules_to_save",
 )
-"""Fields of a LoRA's config that hold for its coefficients too."""
+"""Fields of a LoRA's config that apply to its coefficients too."""
 
 
 def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, bytes]:
-    """Return the files of an adapter's folder by name.
+    """Return the files of an adapter's folder, by name.
 
-    fingerprint: of the current subspace, for adapters that do not refer to an earlier one. storage: of the pack's
-    coefficients.
+    Args:
+        packed: The adapter.
+        fingerprint: Fingerprint of the current subspace, for adapters that do not refer to an earlier one.
+        storage: Storage of the pack's coefficients.
     """
     fingerprint = packed.subspace or fingerprint
     stored: Mapping[str, Tensor] = {}
@@ -61,7 +63,7 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
 
 
 def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, Any]:
-    """Return the config of our PEFT type: fields of the source that still hold, and the reference to the subspace."""
+    """Return the config of our PEFT type: fields of the source that still apply, and the reference to the subspace."""
     source = json.loads(packed.source_config)
     metadata = coefficient_metadata(packed.coefficients)
     kernels = {module: list(each.kernel) for module, each in metadata.items() if each.kernel}
@@ -84,17 +86,19 @@ def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) ->
 
 
 def _parent_fields(packed: PackedAdapter) -> dict[str, Any]:
-    """Return the adapter whose codes are those of `packed`, and their digest, for readers of the folder alone."""
+    """Return the name of the parent and the digest of its codes, for readers of the adapter's folder alone."""
     assert packed.payload is not None
     return {"name": packed.parent, "sha256": codes_digest(packed.payload[keys.CODED])}
 
 
 @dataclass(frozen=True, slots=True)
 class SubspaceHistory:
-    """The subspaces that an adapter of a pack may refer to by fingerprint: the current one and those it grew from.
+    """Subspaces to which adapters of a pack may refer by fingerprint: the current one and the earlier ones.
 
-    sizes(fingerprint, module): sizes of a module's bases then; module: its name in the subspace. at(fingerprint): the
-    subspace then, whose tensors are read when this is called.
+    Attributes:
+        lineage: Fingerprints, the current one last.
+        sizes: Function of (fingerprint, name of a module in the subspace) to the sizes of its bases.
+        at: Function of the fingerprint to the subspace, whose tensors it reads.
     """
 
     lineage: tuple[str | None, ...]
@@ -104,7 +108,7 @@ class SubspaceHistory:
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """The fields of an adapter's config that its tensors are read by."""
+    """Fields of an adapter's config that are needed to read its tensors."""
 
     target_modules: list[str]
     subspace_modules: dict[str, str]
@@ -115,7 +119,7 @@ class _Config:
 
     @property
     def subspace_names(self) -> dict[str, str]:
-        """Name in the subspace of each module; `ValueError` if two modules have the same."""
+        """Name in the subspace of each module; `ValueError` if two modules have the same name there."""
         names = {module: self.subspace_modules.get(module, module) for module in self.target_modules}
         if len(set(names.values())) < len(names):
             raise ValueError("two modules of the adapter are in one place of the subspace")
@@ -130,11 +134,17 @@ def from_files(
     history: SubspaceHistory,
     parent_codes: Tensor | None = None,
 ) -> PackedAdapter:
-    """Read what `to_files` wrote, whose digests were checked before.
-
-    parent_codes: those in the parent's file, if the adapter has a parent.
+    """Read an adapter from the files that `to_files` wrote, whose digests were checked before.
 
     Errors of parsers are not translated here: call it within `limits.damaged_on_error`.
+
+    Args:
+        name: Name of the adapter.
+        files: Contents of the files, by name.
+        entry: Entry of the adapter in the manifest.
+        storage: Storage of the pack's coefficients.
+        history: Subspaces to which the adapter may refer.
+        parent_codes: Codes in the parent's file; None if the adapter has no parent.
     """
     tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
     carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
@@ -155,7 +165,7 @@ def from_files(
         _check_padding(entry.record, list(slots.values()))
     factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
     limits.check_factor_memory(sum(factors), "the factors of the adapter")
-    # takes the coefficients out of `tensors`, so that the heads are left
+    # removes the coefficients from `tensors`, which then contains only the heads
     coefficients, payload = storage.read_adapter(tensors, slots, lambda: history.at(fingerprint))
     origin = None
     if keys.SOURCE_FILE in files:
@@ -180,9 +190,12 @@ def from_files(
 def _module_slots(
     config: _Config, numbers: lora_config.ScalingConfig, history: SubspaceHistory
 ) -> dict[str, ModuleSlot]:
-    """Return rank, scaling, kernel and sizes of every module; `ValueError` for what cannot be.
+    """Return rank, scaling, kernel and sizes of every module; `ValueError` if one of them is impossible.
 
-    numbers: ranks and scalings by the source's config.
+    Args:
+        config: Config of the packed adapter.
+        numbers: Ranks and scalings of the source's config.
+        history: Subspaces to which the adapter may refer.
     """
     slots = {}
     for module, subspace_name in config.subspace_names.items():
@@ -198,7 +211,7 @@ def _module_slots(
 
 
 def _read_fields(data: bytes) -> dict[str, Any]:
-    """Return the fields of `_Config` in an adapter's config; the others are PEFT's."""
+    """Return the fields of `_Config` in an adapter's config, without PEFT's other fields."""
     config = {
         keys.KERNELS: {},
         keys.SOURCE_DTYPE: None,
@@ -211,7 +224,7 @@ def _read_fields(data: bytes) -> dict[str, Any]:
 def _check_padding(record: Record, slots: Sequence[ModuleSlot]) -> None:
     """Raise `ValueError` unless ranks and widths agree with the manifest.
 
-    A module without components takes no byte of a file, so that only the manifest limits how large its factors are.
+    A module without components takes no bytes of a file, so only the manifest limits the size of its factors.
     """
     ranks = {slot.rank for slot in slots}
     if not ranks <= set(record.ranks):
@@ -225,9 +238,11 @@ def _check_padding(record: Record, slots: Sequence[ModuleSlot]) -> None:
 
 
 def _check_names(modules: Iterable[str], stored: Iterable[str]) -> None:
-    """Raise `ValueError` for a name that no tensor of a LoRA's file can have: its export could not be read.
+    """Raise `ValueError` if a tensor of the exported LoRA would have an invalid name.
 
-    stored: names of tensors that are exported as they are.
+    Args:
+        modules: The adapter's own names of its modules.
+        stored: Names of tensors that are exported unchanged.
     """
     factors = {module: keys.lora_key(module, "down") for module in modules}
     keys.check_tensor_names([*factors.values(), *stored], "the adapter")

@@ -1,4 +1,4 @@
-"""New adapters for a pack: read, compared with its subspace, and encoded in it."""
+"""Adding adapters to a pack: read them, compare them with its subspace, and encode them in it."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,14 @@ QuantisedBases = Mapping[str, tuple[QuantisedBasis, QuantisedBasis]]
 
 @dataclass(frozen=True, slots=True)
 class AddOptions:
-    """Options of `Pack.add`. reading: those of `read_adapter`."""
+    """Options of `Pack.add`.
+
+    Attributes:
+        extend: Maximum number of components to append per side; None for none.
+        carry_missing: True to store modules unchanged that the subspace lacks.
+        same_base: True to accept an adapter that names another base model.
+        reading: Options of `read_adapter`.
+    """
 
     extend: int | None
     carry_missing: bool
@@ -50,9 +57,14 @@ class AddOptions:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """New adapters by name, and the subspace that they are in, which may have been extended.
+    """Encoded new adapters.
 
-    copies: for each new adapter that has the content of another one, the name of that.
+    Attributes:
+        adapters: The adapters, by name.
+        copies: Name of the adapter with the same content, for each new adapter that has one.
+        subspace: Their subspace, which may have been extended.
+        base_model: Base model of the new adapters; None if none of them names one.
+        revision: Revision of the base model; None if unknown.
     """
 
     adapters: Mapping[str, PackedAdapter]
@@ -63,7 +75,7 @@ class Addition:
 
 
 def check_extend(extend: int, pack: PackContents) -> int:
-    """Return `extend` as an integer that the widest side has room for."""
+    """Return `extend` as an integer; `OptionError` if it is out of range, or impossible in this pack."""
     extend = to_int("extend", extend)
     largest = max((side.dimension for pair in pack.info.modules.values() for side in pair.values()), default=0)
     extension_error = storage_by_name(pack.coefficient_storage).extension_error
@@ -78,9 +90,10 @@ def check_extend(extend: int, pack: PackContents) -> int:
 
 
 def read_new(sources: Sequence[AdapterSource], pack: PackContents, options: AddOptions) -> list[ScannedAdapter]:
-    """Read adapters in the given order, and check that each belongs to the pack.
+    """Read adapters in the order of the sources, and check that each belongs to the pack.
 
-    `AdapterNameError`, `BaseModelError`, `ModuleNameError` or `ShapeError` for the first that does not.
+    Raises:
+        AdapterNameError, BaseModelError, ModuleNameError, ShapeError: An adapter does not belong to the pack.
     """
     adapters = []
     for source in sources:
@@ -108,7 +121,7 @@ def _read(source: AdapterSource, pack: PackContents, options: AddOptions) -> Sca
 
 
 def _match_modules(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) -> dict[str, str]:
-    """Return the name in the subspace of each module of an adapter, without those that the subspace lacks."""
+    """Return the name in the subspace of each module of an adapter, without modules that the subspace lacks."""
     matches = module_names.resolve_all(adapter.specs, info.modules)
     missing = [module for module, name in matches.items() if name is None]
     if missing and not carry_missing:
@@ -140,7 +153,14 @@ def _match_modules(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) ->
 def add_adapters(
     sources: Sequence[AdapterSource], pack: PackContents, options: AddOptions, progress: Progress
 ) -> Addition:
-    """Read and encode new adapters, all or none of them, after extending the subspace if that is asked for."""
+    """Read and encode new adapters, after extending the subspace if requested. If one fails, none is added.
+
+    Args:
+        sources: Sources of the adapters.
+        pack: The pack, which does not change.
+        options: Options of `Pack.add`.
+        progress: Callback with the arguments (stage, done, total).
+    """
     n_components = None if options.extend is None else check_extend(options.extend, pack)
     new = read_new(sources, pack, options)
     subspace = pack.subspace
@@ -179,7 +199,7 @@ def add_adapters(
 
 
 def _refer(scanned: ScannedAdapter, original: PackedAdapter) -> PackedAdapter:
-    """Return a new adapter as a reference to the codes of one that has the same content."""
+    """Return a new adapter as a reference to the codes of an adapter with the same content."""
     record = original.record
     error = AdapterError(delta_error=record.delta_error, rounding_error=record.rounding_error)
     encoded = EncodedAdapter(original.coefficients, original.payload, error)
@@ -190,17 +210,26 @@ def _refer(scanned: ScannedAdapter, original: PackedAdapter) -> PackedAdapter:
 def extend_subspace(
     subspace: Subspace, storage: Storage, new: Sequence[ScannedAdapter], n_components: int, progress: Progress
 ) -> Subspace:
-    """Append at most `n_components` components per side, those that the subspace lacks most for the new adapters.
+    """Append the components that reduce the errors of new adapters most.
 
-    Each adapter counts alike, and the order of adapters does not matter. The subspace itself is returned if it lacks
-    nothing. storage: of the subspace.
+    All adapters have equal weight, and their order does not matter.
+
+    Args:
+        subspace: The subspace.
+        storage: Storage of its components.
+        new: The new adapters.
+        n_components: Maximum number of components to append per side.
+        progress: Callback with the arguments (stage, done, total).
+
+    Returns:
+        The extended subspace, or the same object if it already contains all updates.
     """
     updates_by_module: dict[str, list[tuple[Adapter, str, float]]] = {}
     for scanned in sorted(new, key=lambda scanned: (scanned.scan.content_hash, scanned.name)):
         square = sum(scanned.scan.delta_squares[module] for module in scanned.subspace_names)
         for module, name in scanned.subspace_names.items():
             if scanned.is_trained(module):
-                # relative to the norm over all modules, so that each adapter counts alike
+                # relative to the norm over all modules, so that all adapters have equal weight
                 updates_by_module.setdefault(name, []).append((scanned.adapter, module, square**-0.5))
     rows = {}
     for done, (name, updates) in enumerate(sorted(updates_by_module.items())):
@@ -214,7 +243,7 @@ def extend_subspace(
 
 
 def project_adapter(scanned: ScannedAdapter, subspace: Subspace, storage: Storage) -> EncodedAdapter:
-    """Project all modules of an adapter on their bases. storage: of the coefficients."""
+    """Project all modules of an adapter on their bases, and round the coefficients to their storage."""
     modules = {}
     for module, name in scanned.subspace_names.items():
         bases = subspace.modules[name]
@@ -233,9 +262,13 @@ def quantised_bases(subspace: Subspace) -> QuantisedBases:
 def encode_alone(
     scanned: ScannedAdapter, subspace: Subspace, bases: QuantisedBases, error_bound: float
 ) -> EncodedAdapter:
-    """Encode one adapter against the bases of an entropy-coded pack, in the cluster where it takes fewest bytes.
+    """Encode one adapter with the bases of an entropy-coded pack, in the cluster in which it takes the fewest bytes.
 
-    bases: `quantised_bases` of the subspace. error_bound: the delta error that must not be exceeded.
+    Args:
+        scanned: The adapter.
+        subspace: The subspace.
+        bases: `quantised_bases` of the subspace.
+        error_bound: Delta error that must not be exceeded.
     """
     names = scanned.subspace_names
     trained = [module for module in names if scanned.is_trained(module)]

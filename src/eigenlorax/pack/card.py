@@ -11,9 +11,11 @@ from .summary import Errors, Summary
 
 
 def render(listed: Manifest, repo_id: str | None = None) -> str:
-    """Return the card: front matter, contents and errors of the pack, and code that loads it.
+    """Return the model card: front matter, contents and errors of the pack, and code that loads it.
 
-    repo_id: the repository that the code loads from; None: the folder that the card is in.
+    Args:
+        listed: Manifest of the pack.
+        repo_id: Repository from which the code loads the pack; None for the folder of the card.
     """
     figures = summary.summarize(
         {name: entry.record for name, entry in listed.adapters.items()},
@@ -32,7 +34,7 @@ def render(listed: Manifest, repo_id: str | None = None) -> str:
 def _front_matter(listed: Manifest, family: str | None) -> list[str]:
     kinds = ["diffusers", "text-to-image"] if family else ["peft"]
     lines = ["---", "library_name: eigenlorax", "tags:", *(f"- {tag}" for tag in ("eigenlorax", "lora", *kinds))]
-    # the Hub refuses a card with a path there
+    # the Hub rejects a card whose base_model is a path
     if listed.base_model and hub_client.may_be_model(listed.base_model):
         # every JSON string is a YAML string, whatever characters it has
         lines.append(f"base_model: {json.dumps(listed.base_model)}")

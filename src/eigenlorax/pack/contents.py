@@ -1,4 +1,4 @@
-"""Contents of a pack: a subspace, adapters as coefficients in it, in memory or on disk, and figures of both."""
+"""Contents of a pack in memory or on disk: a subspace, adapters as coefficients in it, and figures of both."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -24,14 +24,18 @@ from .summary import Summary, summarize
 class PackContents(Mapping[str, Adapter]):
     """A subspace, and adapters as coefficients in it.
 
-    A read-only mapping from names to adapters, sorted by name: `pack["a"]` is `pack.adapter("a")`, read at each access.
+    It is a read-only mapping from names to adapters, sorted by name. `pack["a"]` is `pack.adapter("a")`, and is read at
+    each access. Tensors of a pack on disk are read when they are used, and their bytes are checked against the
+    manifest.
 
-    Tensors of a pack on disk are read when they are used, and their bytes are checked against the manifest.
-
-    Attributes that a fit sets, and that are not saved:
-
-    notes: sentences about what the fit chose, and why. seconds: time by stage. frontier: for a fit to an error bound or
-    a size, the estimated bytes at other errors.
+    Attributes:
+        info: The subspace without its tensors.
+        fit_info: Options of the fit.
+        base_model: Base model of the adapters; None if unknown.
+        revision: Revision of the base model; None if unknown.
+        notes: Sentences about choices of the fit. Not saved.
+        seconds: Seconds of the fit, by stage. Not saved.
+        frontier: Estimated bytes at other errors, after a fit to an error bound or a size. Not saved.
     """
 
     def __init__(
@@ -71,18 +75,18 @@ class PackContents(Mapping[str, Adapter]):
     def __getitem__(self, name: str) -> Adapter:
         return self.adapter(name)
 
-    # two packs are the same if they are one object: comparing all tensors would read both from disk
+    # identity, because a comparison of all tensors would read both packs from disk
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
     @property
     def path(self) -> Path | None:
-        """The folder that the pack was opened from, or saved to last; None if it is in memory only."""
+        """Folder from which the pack was opened, or to which it was last saved; None if it is only in memory."""
         return self._folder.path if self._folder is not None else None
 
     @property
     def names(self) -> list[str]:
-        """The adapters' names, sorted."""
+        """Names of the adapters, sorted."""
         return sorted(self._adapters)
 
     @property
@@ -94,39 +98,39 @@ class PackContents(Mapping[str, Adapter]):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the components in memory: their storage dtype, or float32 for integers."""
+        """Dtype of the components in memory: their storage dtype, or float32 for integers."""
         return self._storage.dtype
 
     @property
     def coefficient_dtype(self) -> torch.dtype:
-        """The dtype of the coefficients in memory."""
+        """Dtype of the coefficients in memory."""
         return self._coefficient_storage.dtype
 
     @property
     def storage(self) -> str:
-        """The storage of the components, by the name that `fit` takes: `float16`, `int8`, `coded`."""
+        """Name of the components' storage, as in `fit`: "float16", "int8", "coded"."""
         return self._storage.name
 
     @property
     def coefficient_storage(self) -> str:
-        """The storage of the coefficients, by name."""
+        """Name of the coefficients' storage."""
         return self._coefficient_storage.name
 
     @property
     def is_coded(self) -> bool:
-        """True if it was fitted to an error bound or a size, and is entropy-coded."""
+        """True if the pack was fitted for an error bound or a size, and is entropy-coded."""
         return self._coefficient_storage.is_coded
 
     @property
     def cores(self) -> str | None:
-        """The kind of cores in place of coefficients, "full" or "diagonal"; None for coefficients."""
+        """Kind of cores that the pack stores, "full" or "diagonal"; None if it stores coefficients."""
         return self._coefficient_storage.core_kind
 
     @property
     def aim(self) -> float:
-        """The error bound of the pack: the one it was fitted for, else the largest delta error of a fitted adapter.
+        """Error bound of the pack: `max_error` of the fit, else the largest delta error of a fitted adapter.
 
-        If no fitted adapter is left, the largest of those that were added; 0.0 for a pack without adapters.
+        If no fitted adapter is left, it is the largest delta error of an added one. It is 0.0 without adapters.
         """
         if self.fit_info.max_error is not None:
             return self.fit_info.max_error
@@ -168,9 +172,11 @@ class PackContents(Mapping[str, Adapter]):
         return folder.file_sizes()
 
     def packed(self, name: str) -> PackedAdapter:
-        """Return one adapter as coefficients, read from disk if it is there.
+        """Return one adapter as coefficients, read from disk if it is saved.
 
-        `AdapterNameError` for an unknown name, `PackDamagedError` if its files were changed.
+        Raises:
+            AdapterNameError: The name is unknown.
+            PackDamagedError: A file of the adapter was changed.
         """
         self._check_has(name)
         adapter = self._adapters[name]
@@ -192,29 +198,35 @@ class PackContents(Mapping[str, Adapter]):
         return adapter.payload[keys.CODED]
 
     def _subspace_at(self, fingerprint: str) -> Subspace:
-        """Return the subspace at the time when it had a fingerprint of its lineage."""
+        """Return the earlier subspace with this fingerprint of the lineage."""
         return self.subspace.before(self.info.lineage.index(fingerprint))
 
     def adapter(self, name: str, dtype: torch.dtype | None = None) -> Adapter:
         """Return an adapter as an ordinary LoRA.
 
-        dtype: of its factors; by default float32, or the pack's own if that is wider, so that nothing is rounded again.
+        Args:
+            name: Name of the adapter.
+            dtype: Dtype of the factors. Default: `lossless_dtype`.
+
+        Raises:
+            AdapterNameError: The name is unknown.
+            PackDamagedError: A file of the adapter was changed.
         """
         return unpack(self.packed(name), self.subspace, dtype or self.lossless_dtype)
 
     @property
     def lossless_dtype(self) -> torch.dtype:
-        """The dtype in which factors are not rounded again: the pack's, and float32 at least."""
+        """Dtype in which factors are not rounded again: the pack's dtype, or float32 if that is wider."""
         return torch.promote_types(torch.promote_types(self.dtype, self.coefficient_dtype), torch.float32)
 
     def adapter_folder(self, name: str) -> Path:
-        """Return the folder of an adapter on disk, for PEFT to load. Its bytes are not checked; `packed` does that."""
+        """Return the folder of an adapter on disk, for PEFT to load. Its bytes are not checked, unlike in `packed`."""
         return self._saved(name)[1].current
 
     def digest(self, name: str) -> str:
         """Return a sha256 of everything that an adapter on disk depends on, from the manifest alone.
 
-        It changes when the subspace grows.
+        It changes when the subspace is augmented or extended.
         """
         folder, _ = self._saved(name)
         content = [
@@ -226,7 +238,7 @@ class PackContents(Mapping[str, Adapter]):
         return atomic_files.digest(json.dumps(content).encode())
 
     def _saved(self, name: str) -> tuple[PackFolder, AdapterFolder]:
-        """Return the pack on disk and the folder of an adapter in it; `OptionError` if it was not saved yet."""
+        """Return the pack on disk and the folder of an adapter; `OptionError` if the adapter was not saved yet."""
         self._check_has(name)
         if self._folder is None or not isinstance(self._adapters[name], Entry):
             raise OptionError(f"Adapter {name!r} is not on disk yet: save the pack first.")
@@ -238,7 +250,7 @@ class PackContents(Mapping[str, Adapter]):
             self._folder.verify()
 
     def _with_fingerprint(self, name: str) -> PackedAdapter:
-        """Return an adapter that refers to its subspace by fingerprint, so that it is unchanged when that grows."""
+        """Return an adapter that refers to its subspace by fingerprint, so that an extension does not affect it."""
         packed = self.packed(name)
         return replace(packed, subspace=packed.subspace or self.info.fingerprint)
 

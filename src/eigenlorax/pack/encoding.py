@@ -1,4 +1,4 @@
-"""From an adapter to what a pack stores of it: coefficients in the bases of a subspace, projected or entropy-coded."""
+"""Encoding of adapters for a pack: coefficients in the bases of a subspace, projected or entropy-coded."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +26,18 @@ from ..formats.checks import Scan
 from .packed_adapter import PackedAdapter, Record, coefficient_bytes
 
 FLOAT32_RANGE = 1e-36, 1e37
-"""Sizes of factors whose products and norms float32 holds, with room for rows that are smaller or larger."""
+"""Range of factors whose products and norms float32 can represent, with a margin for smaller and larger rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScannedAdapter:
-    """An adapter whose tensors were read once, and the modules of it that a subspace holds.
+    """Adapter whose tensors were scanned, and its modules that a subspace contains.
 
-    subspace_names: name in the subspace of each such module, by the adapter's own name. The others are carried.
+    Attributes:
+        adapter: The adapter.
+        scan: Content hash and norms of its tensors.
+        subspace_names: Name in the subspace of each such module, by the adapter's own name. Other modules are stored
+            unchanged.
     """
 
     adapter: Adapter
@@ -56,7 +60,13 @@ class ScannedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class EncodedModule:
-    """One module of an adapter as stored. payload: its tensors in the file where these are not the coefficients."""
+    """One encoded module of an adapter.
+
+    Attributes:
+        coefficients: The coefficients.
+        payload: Tensors of the file by key, for storages that do not store coefficients as floats.
+        error: Error of the module.
+    """
 
     coefficients: Coefficients
     payload: Payload
@@ -65,7 +75,13 @@ class EncodedModule:
 
 @dataclass(frozen=True, slots=True)
 class EncodedAdapter:
-    """All projected modules of an adapter as stored, by the adapter's own names, and the error of them together."""
+    """All encoded modules of an adapter.
+
+    Attributes:
+        coefficients: Coefficients, by the adapter's own module names.
+        payload: Tensors of the file by key, for storages that do not store coefficients as floats; else None.
+        error: Error over all modules.
+    """
 
     coefficients: Mapping[str, Coefficients]
     payload: Payload | None
@@ -73,7 +89,7 @@ class EncodedAdapter:
 
     @classmethod
     def of(cls, modules: Mapping[str, EncodedModule]) -> "EncodedAdapter":
-        """Join modules that were encoded one by one."""
+        """Join modules that were encoded separately."""
         payload: dict[str, Tensor] = {}
         for module in modules.values():
             payload |= module.payload
@@ -87,9 +103,14 @@ class EncodedAdapter:
 def project_module(
     module: str, factors: LoRAFactors, bases: ModuleBases, storage: Storage, dual: DualComponents | None = None
 ) -> EncodedModule:
-    """Project one update on its bases, rounded to `storage`, and measure the error.
+    """Project one update on its bases, round the coefficients, and measure the error.
 
-    dual: `projection.dual_components` of the bases, if they are at hand.
+    Args:
+        module: The adapter's own name of the module.
+        factors: Factors of the update.
+        bases: Bases of the module.
+        storage: Storage of the coefficients.
+        dual: `projection.dual_components` of the bases, if they were computed before.
     """
     prepared = storage.prepare(stack_factors([factors], [0.0]))
     projected = storage.project(prepared, bases, dual)
@@ -100,7 +121,7 @@ def project_module(
 def encoded_row(
     module: str, batch: CoefficientBatch, row: int, kernel: tuple[int, ...], error: ModuleError
 ) -> EncodedModule:
-    """Return one row of a batch of projected adapters as a module of its adapter."""
+    """Return one row of a batch of projected adapters as an encoded module."""
     coefficients = Coefficients(batch.down[row], batch.up[row], float(batch.scaling[row]), kernel)
     return EncodedModule(coefficients, adapter_payload(batch, row, module), error)
 
@@ -108,10 +129,17 @@ def encoded_row(
 def encoded_by_codes(
     scanned: ScannedAdapter, codes: AdapterCodes, layouts: Mapping[str, ModuleLayout], data: bytes, error: float
 ) -> EncodedAdapter:
-    """Return an entropy-coded adapter as stored; its coefficients are decoded when they are asked for.
+    """Return an entropy-coded adapter, whose coefficients are decoded when they are used.
 
-    layouts: of its modules, by their names in the subspace. data: `codes` as bytes. error: the relative error of all
-    modules together. `NonFiniteError` where float32 cannot hold the decoded factors.
+    Args:
+        scanned: The adapter.
+        codes: Its integers.
+        layouts: Layout of the integers of each module, by name in the subspace.
+        data: `codes` as bytes.
+        error: Relative error over all modules.
+
+    Raises:
+        NonFiniteError: The decoded factors would be outside the range of float32.
     """
     specs, squares, names = scanned.adapter.specs, scanned.scan.delta_squares, scanned.subspace_names
     # factors of equal norms have the fourth root of the update's squared norm each
@@ -131,15 +159,18 @@ def encoded_by_codes(
     return EncodedAdapter(
         coefficients=CodedCoefficients(codes, layouts, slots),
         payload={keys.CODED: coded.blob(data)},
-        # residuals are coded too, so that rounding is the only cause of an error
+        # residuals are encoded too, so rounding is the only cause of an error
         error=AdapterError(delta_error=error, rounding_error=error),
     )
 
 
 def pack_adapter(scanned: ScannedAdapter, encoded: EncodedAdapter, *, in_fit: bool) -> PackedAdapter:
-    """Return the adapter as a pack holds it; modules that were not projected are carried as they are.
+    """Return an encoded adapter with its record. Modules that were not encoded are stored unchanged.
 
-    in_fit: whether the subspace was fitted to it.
+    Args:
+        scanned: The adapter.
+        encoded: Its coefficients.
+        in_fit: True if the subspace was fitted to it.
     """
     adapter, coefficients = scanned.adapter, encoded.coefficients
     carried = {key: adapter.carried[key] for key in adapter.carried}
@@ -177,12 +208,12 @@ def pack_adapter(scanned: ScannedAdapter, encoded: EncodedAdapter, *, in_fit: bo
 
 
 def _widest_dtype(factor_dtypes: Sequence[torch.dtype]) -> torch.dtype | None:
-    """Return the narrowest dtype that holds all numbers of these dtypes, so that an export rounds none of them more."""
+    """Return the narrowest dtype that can represent all numbers of these dtypes, so that an export keeps them."""
     return reduce(torch.promote_types, factor_dtypes) if factor_dtypes else None
 
 
 def _source_config(adapter: Adapter, coefficients: Mapping[str, Coefficients]) -> str:
-    """Return the adapter's config, with the ranks that it comes back with where they are not its own."""
+    """Return the adapter's config, with the ranks of its coefficients if they differ from the adapter's ranks."""
     config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     ranks = {module: metadata.rank for module, metadata in coefficient_metadata(coefficients).items()}
     if any(rank != adapter.specs[module].rank for module, rank in ranks.items()):

@@ -1,4 +1,4 @@
-"""Adapters of a pack written as ordinary LoRAs."""
+"""Export of adapters from a pack as ordinary LoRAs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,19 @@ from .contents import PackContents
 from .packed_adapter import PackedAdapter, unpack
 
 HELD_BYTES = 2**26
-"""Bytes of adapters that stay in memory between their check and their writing. Others are read and decoded twice."""
+"""Maximum bytes of adapters that stay in memory between check and writing. Others are read and decoded twice."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportPlan:
-    """The adapters to export, each with its format, and where to. dtype: of the factors; None: as in their sources."""
+    """Adapters to export.
+
+    Attributes:
+        directory: Folder of the exported adapters.
+        formats: Format of each adapter, by name.
+        dtype: Dtype of the factors; None for the dtype of each adapter's source.
+        overwrite: True to replace existing files and folders.
+    """
 
     directory: Path
     formats: Mapping[str, str]
@@ -29,15 +36,20 @@ class ExportPlan:
 
     @property
     def targets(self) -> dict[str, Path]:
-        """The folder or file of each adapter."""
+        """Folder or file of each adapter, by name."""
         suffixes = {name: formats.writable(target_format).suffix for name, target_format in self.formats.items()}
         return {name: self.directory / (name + suffix) for name, suffix in suffixes.items()}
 
 
 def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | None) -> dict[str, Path]:
-    """Write adapters, and return where each is.
+    """Write adapters, and return the path of each, by name.
 
     Targets, names of modules, dtypes and the pack's bytes are checked for all adapters before the first is written.
+
+    Args:
+        pack: The pack.
+        plan: Adapters, formats and folder.
+        progress: Callback with the arguments (stage, done, total), called before each adapter.
     """
     targets = plan.targets
     for name, target in targets.items():
@@ -73,12 +85,12 @@ def _check_all_writable(pack: PackContents, plan: ExportPlan) -> dict[str, Packe
 
 
 def _memory(packed: PackedAdapter) -> int:
-    """Return about how many bytes an adapter takes in memory: at most two float32 per number, and its other tensors."""
+    """Estimate the bytes of an adapter in memory: at most two float32 numbers per element, and other tensors."""
     return 8 * packed.record.lora_numbers + packed.record.head_bytes + packed.record.carried_bytes
 
 
 def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
-    """Return an adapter as stored, after checking that the format has names for all of it and the dtype its range."""
+    """Check that the format can name all modules and the dtype can represent all numbers; return the packed adapter."""
     packed = pack.packed(name)
     chosen = factor_dtype(pack, packed, dtype)
     if torch.promote_types(chosen, pack.lossless_dtype) != chosen:
@@ -96,11 +108,12 @@ def factor_dtype(pack: PackContents, packed: PackedAdapter, dtype: torch.dtype |
 
 @dataclass(frozen=True, slots=True)
 class ExportErrors:
-    """Relative errors of one exported adapter.
+    """Relative errors of one exported adapter, over the modules of the subspace.
 
-    dtype: of its factors, by name. delta_error: of the pack, relative to the norm of the source's update. rounding: of
-    rounding the factors to `dtype`, relative to the norm of the pack's update. Both are over the modules that the
-    subspace has.
+    Attributes:
+        dtype: Dtype of the factors, by name.
+        delta_error: Error of the pack, relative to the norm of the source's update.
+        rounding: Error of rounding the factors to `dtype`, relative to the norm of the pack's update.
     """
 
     dtype: str
@@ -117,12 +130,12 @@ class ExportErrors:
 
 
 def export_errors(pack: PackContents, name: str, dtype: torch.dtype | None) -> ExportErrors:
-    """Return the errors of an adapter that is exported in `dtype`; None for that of its source."""
+    """Return the errors of an adapter that is exported in `dtype`; None is the dtype of its source."""
     packed = pack.packed(name)
     chosen = factor_dtype(pack, packed, dtype)
-    exact, rounded = (unpack(packed, pack.subspace, each).modules for each in (torch.float64, chosen))
+    exact, rounded = (unpack(packed, pack.subspace, factor_type).modules for factor_type in (torch.float64, chosen))
 
-    # a difference of updates is exact only between factors that were scaled alike
+    # the difference of two updates is exact only if their factors have the same scales
     def in_the_same_scale(module: str) -> LoRAFactors:
         return narrowing.balance(exact[module], chosen)
 

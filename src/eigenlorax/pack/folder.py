@@ -1,4 +1,4 @@
-"""A pack on disk: its manifest, its lock, and its files, whose hashes are checked when they are read.
+"""Reading a pack from disk: its manifest, its lock, and its files, whose hashes are checked.
 
 Tensor files are named by content and never modified. `writer` replaces a pack. docs/pack-format.md gives the reasons.
 """
@@ -33,10 +33,13 @@ LOCK_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True)
 class PackFolder:
-    """A pack on disk, as it was when its manifest was read.
+    """Pack on disk, in the state in which its manifest was read.
 
-    digest: of the manifest's bytes, by which a change on disk is noticed. is_partial: whether `manifest` was reduced to
-    some of the adapters.
+    Attributes:
+        path: Folder of the pack.
+        manifest: The manifest.
+        digest: Digest of the manifest's bytes, which shows whether the pack was changed since.
+        is_partial: True if `manifest` was reduced to some of the adapters.
     """
 
     path: Path
@@ -102,7 +105,7 @@ class PackFolder:
         """Read every byte of the pack; `PackDamagedError` names the first file that was changed."""
 
         def is_same(current: Manifest) -> bool:
-            # only a part of the pack may have been opened
+            # if only a part of the pack was opened, compare these adapters only
             return current.select(current.adapters.keys() & self.manifest.adapters.keys()) == self.manifest
 
         with self._busy_if_replaced(is_same):
@@ -122,7 +125,8 @@ class PackFolder:
     def _busy_if_replaced(self, is_same: Callable[[Manifest], bool]) -> Iterator[None]:
         """Raise `PackBusyError` in place of `PackDamagedError` if another process replaced the files that are read.
 
-        is_same: whether the manifest that is there now lists the same files.
+        Args:
+            is_same: Returns whether the current manifest lists the same files.
         """
         try:
             yield
@@ -136,10 +140,15 @@ class PackFolder:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """The folder of one adapter in the pack at `pack`: its own, or a spare one that a killed writer left.
+    """Folder of one adapter in a pack: its own folder, or a spare one that a killed writer left.
 
-    A writer puts an adapter into its spare folder while the previous pack needs its own, and moves it after it replaced
-    the manifest. The hashes in the manifest decide which of the two is read.
+    A writer uses the spare folder while the previous pack needs the adapter's own folder, and moves it after the
+    manifest was replaced. The hashes in the manifest decide which of the two is read.
+
+    Attributes:
+        pack: Folder of the pack.
+        name: Name of the adapter.
+        entry: Entry of the adapter in the manifest.
     """
 
     pack: Path
@@ -148,37 +157,41 @@ class AdapterFolder:
 
     @property
     def own(self) -> Path:
-        """The folder that is named after the adapter."""
+        """Folder named after the adapter."""
         return self.pack / keys.ADAPTERS / self.name
 
     @property
     def spare(self) -> Path:
-        """The folder that is named after the adapter and its content; no adapter's name contains '@'."""
+        """Folder named after the adapter and its content; no adapter's name contains '@'."""
         content = "".join(f"{file}{sha256}" for file, sha256 in sorted(self.entry.files.items()))
         return self.pack / keys.ADAPTERS / f"{self.name}@{atomic_files.digest(content.encode())[:8]}"
 
     @property
     def current(self) -> Path:
-        """The spare folder if it is still there, else its own."""
+        """The spare folder if it exists, else the own folder."""
         return self.spare if self.spare.is_dir() else self.own
 
     def read_files(self, names: Collection[str] | None = None) -> dict[str, bytes]:
-        """Read the files that the manifest lists, by name; `PackDamagedError` for one that is not as written.
+        """Return the files that the manifest lists, by name.
 
-        names: of the files to read; all by default.
+        Args:
+            names: Names of the files to read. Default: all.
+
+        Raises:
+            PackDamagedError: A file is missing or was changed.
         """
         digests = {file: sha256 for file, sha256 in self.entry.files.items() if names is None or file in names}
         if self.spare.is_dir():
             try:
                 return self._read_from(self.spare, digests)
             except PackDamagedError:
-                # another process may just have moved it to its own folder
+                # another process may have moved the adapter to its own folder in the meantime
                 if self.spare.is_dir():
                     raise
         return self._read_from(self.own, digests)
 
     def is_complete(self) -> bool:
-        """Return whether the adapter's files are there, byte for byte."""
+        """Return whether the adapter's files exist with the recorded hashes."""
         try:
             self.read_files()
         except PackDamagedError:
@@ -199,7 +212,7 @@ class AdapterFolder:
 
 
 def find_pack(folder: Path) -> PackFolder | None:
-    """Read the manifest of the pack in `folder`; None where there is no pack."""
+    """Read the manifest of the pack in `folder`; return None if there is no pack."""
     path = folder / keys.MANIFEST
     if not path.is_file():
         return None
@@ -211,7 +224,7 @@ def find_pack(folder: Path) -> PackFolder | None:
 
 
 def open_pack(folder: Path) -> PackFolder:
-    """Read the manifest of the pack in `folder`; `PackMissingError` where there is no pack."""
+    """Read the manifest of the pack in `folder`; `PackMissingError` if there is no pack."""
     opened = find_pack(folder)
     if opened is None:
         remedy = f"`eigenlorax fit ADAPTER... -o {folder}` makes one, `eigenlorax pull ORG/NAME -o {folder}` gets one"
@@ -223,14 +236,14 @@ def open_pack(folder: Path) -> PackFolder:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of the pack in `folder`, which exists. One process at a time; reentrant within a process."""
+    """Hold the lock of the pack in `folder`, for one process at a time; the lock is reentrant within a process."""
     check_no_link(folder)
     with atomic_files.lock(folder / keys.LOCK, LOCK_SECONDS):
         yield
 
 
 def check_no_link(folder: Path) -> None:
-    """Raise `PackExistsError` if `adapters` is a link, since a writer would delete files in the folder it points to.
+    """Raise `PackExistsError` if `adapters` is a link, because a writer would delete files in its target.
 
     Readers follow such a link.
     """
@@ -243,6 +256,7 @@ def check_no_link(folder: Path) -> None:
 
 
 def _read_checked(path: Path, sha256: str, limit: int) -> bytes:
+    """Read a file of at most `limit` bytes; `PackDamagedError` if it is missing, larger, or has another hash."""
     try:
         data = read_file(path, limit)
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""A pack in a repository on the Hub: which files a download needs, and which files a push replaces."""
+"""Packs on the Hub: the files that a download needs, and the files that a push replaces."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,10 +25,19 @@ def fetch(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Return the folder of a pack: a local folder as it is, else the Hub's cache with at least these adapters.
+    """Return the folder of a pack, after downloading it to the Hub's cache if it is not local.
 
-    source: a path, `org/name` or `org/name@revision`. The manifest is downloaded first, then the files that it lists.
-    `PackMissingError` if the repository holds no pack, `PackDamagedError` if it lacks a file of the pack.
+    The manifest is downloaded first, then the files that it lists.
+
+    Args:
+        source: Local folder, or repository as `org/name` or `org/name@revision`.
+        adapters: Names of the adapters to download. Default: all.
+        revision, token, cache_dir, local_files_only: Options of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        PackMissingError: The repository contains no pack.
+        PackDamagedError: The repository lacks a file of the pack.
+        AdapterNameError: The pack has no adapter of a name in `adapters`.
     """
     repository = hub_client.parsed(source, revision)
     if Path(source).exists() or repository is None:
@@ -43,7 +52,7 @@ def fetch(
     if missing:
         hub_client.download(
             repo_id,
-            # the commit that the manifest is from, even if the branch has moved since
+            # the commit of the manifest, even if the branch has moved since
             path.name,
             [*missing, *(f"{keys.ADAPTERS}/{name}@*" for name in wanted.manifest.needed)],
             required=missing[0],
@@ -54,13 +63,13 @@ def fetch(
         missing = _missing(wanted)
     if missing:
         raise PackDamagedError(
-            f"{repo_id} has no {missing[0]} on the Hub, though its {keys.MANIFEST} lists it. Push the pack again."
+            f"{repo_id} has no {missing[0]} on the Hub, although its {keys.MANIFEST} lists it. Push the pack again."
         )
     return path
 
 
 def is_pack(source: str | Path, *, revision: str | None = None) -> bool:
-    """Return whether there is a pack in a local folder, or else in a repository on the Hub."""
+    """Return whether a local folder, or a repository on the Hub, contains a pack."""
     repository = hub_client.parsed(source, revision)
     if Path(source).exists() or repository is None:
         return (Path(source) / keys.MANIFEST).is_file()
@@ -86,7 +95,7 @@ def _fetch_manifest(
 
 
 def _missing(wanted: PackFolder) -> list[str]:
-    """Return the files of a pack that are not in its folder. The bytes of the others are checked when they are read."""
+    """Return the files that the manifest lists and the folder lacks. Contents are checked when they are read."""
     files = [wanted.path / wanted.manifest.subspace_file]
     for name, entry in wanted.manifest.needed.items():
         files += [wanted.adapter(name).current / file for file in entry.files]
@@ -103,9 +112,22 @@ def push(
     token: str | bool | None = None,
     create_pr: bool = False,
 ) -> "CommitInfo":
-    """Upload the pack in the folder `path` in one commit.
+    """Upload a pack in one commit.
 
-    Files of a previous pack that this one does not list are deleted; other files stay.
+    Files of a previous pack that this one does not list are deleted. Other files of the repository do not change.
+
+    Args:
+        path: Folder of the pack.
+        repo_id: Repository, which is created if it does not exist.
+        private: True to create a private repository; an existing public one raises an error. Default: the default of
+            the account.
+        revision: Branch, which is created if it does not exist. Default: the main branch.
+        message: Message of the commit. Default: the number of adapters.
+        token: Access token, True for the stored one, False for none. Default: the stored one, if any.
+        create_pr: Open a pull request to the main branch, instead of committing to it.
+
+    Returns:
+        The commit.
     """
     listed = folder.open_pack(path).manifest
     files = [keys.MANIFEST, listed.subspace_file]
@@ -128,9 +150,9 @@ def push(
 
 
 def _outdated(existing: Sequence[str], files: Sequence[str]) -> Iterable[str]:
-    """Yield bases and adapters of a previous pack among the files of a repository.
+    """Yield files of bases and adapters of a previous pack in a repository that the new pack does not list.
 
-    Only folders with a source's config are taken for packed adapters, since `adapters` may contain ordinary LoRAs.
+    Only folders with a source's config count as packed adapters, because `adapters` may contain ordinary LoRAs.
     """
     packed = {path.removesuffix(keys.SOURCE_CONFIG) for path in existing if path.endswith(f"/{keys.SOURCE_CONFIG}")}
     for path in existing:

@@ -1,4 +1,4 @@
-"""Warnings about trained adapters that a pack does not hold closely: their relative errors in sentences."""
+"""Warnings about trained adapters with large errors in a pack."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from .packed_adapter import Record
 
 
 def check_warn_above(value: float) -> float:
-    """Return `value` as a number from 0 to 1; `OptionError` if it is none."""
+    """Return the option `warn_above` as a float; `OptionError` if it is no number from 0 to 1."""
     share = to_float("warn_above", value)
     if not 0 <= share <= 1:
         raise OptionError(f"warn_above must be a relative error from 0 to 1 (1: never warn), got {value}.")
@@ -22,13 +22,20 @@ def warn_of_losses(
     remedy: str = "Fit the pack again with such adapters among the sources, or keep the LoRAs themselves.",
     stacklevel: int = 3,
 ) -> None:
-    """Issue a `LossWarning` that names the trained adapters with a delta error above `above`; 1: never."""
+    """Issue a `LossWarning` that names the trained adapters with large errors.
+
+    Args:
+        records: Figures of the adapters, by name.
+        above: Delta error above which an adapter is named; 1 disables the warning.
+        remedy: Sentence with advice.
+        stacklevel: Stack level of the warning.
+    """
     if lossy(records, above):
         warnings.warn(f"{describe_losses(records, above)} {remedy}", LossWarning, stacklevel=stacklevel)
 
 
 def lossy(records: Mapping[str, Record], share: float) -> list[str]:
-    """Return the trained adapters with a delta error above `share`, the largest first; none of them if that is 1."""
+    """Return the trained adapters with a delta error above `share`, the largest first; none if `share` is 1."""
     if share >= 1:
         return []
     names = [name for name, record in records.items() if not record.untrained and record.delta_error > share]
@@ -36,9 +43,9 @@ def lossy(records: Mapping[str, Record], share: float) -> list[str]:
 
 
 def describe_losses(records: Mapping[str, Record], share: float) -> str:
-    """Return sentences that name up to five adapters of `lossy` with their errors, and how many more there are.
+    """Return sentences that name up to five adapters of `lossy` with their errors, and the number of the others.
 
-    Adapters with an upper bound in place of a measured error have a sentence of their own.
+    Adapters of which only an upper bound is known have their own sentence.
     """
     names = lossy(records, share)
     measured, bounded = ([name for name in names if records[name].bound == bound] for bound in (False, True))
@@ -60,7 +67,7 @@ def _named(records: Mapping[str, Record], names: Sequence[str]) -> str:
 
 def _error_text(record: Record) -> str:
     if record.bound and record.delta_error >= 1:
-        # a bound of 1 or more excludes nothing: an empty adapter has an error of 1
+        # a bound of 1 or more says nothing, because an adapter of zeros has an error of 1
         error = "perhaps all of it"
     else:
         error = f"at most {record.delta_error:.2f}" if record.bound else f"{record.delta_error:.2f}"

@@ -1,4 +1,4 @@
-"""The manifest of a pack as data: its subspace without tensors, how it was fitted, and figures of its adapters."""
+"""The manifest of a pack: its subspace without tensors, options of the fit, and figures of the adapters."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -15,15 +15,27 @@ from .packed_adapter import PackedAdapter, Record
 CODED_FORMAT, PLAIN_FORMAT = 6, 5
 """Format versions of the packs that are written: entropy-coded ones, and all others."""
 SOLVERS = ("exact", "iterative")
-"""How the bases were computed: by full decompositions, or by subspace iteration (docs/method.md)."""
+"""Methods that compute bases: full decompositions, and subspace iteration (docs/method.md)."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitInfo:
     """Options of the fit, and adapters that were skipped.
 
-    Exactly one of n_components, energy, max_error, max_bytes and ratio is not None. auto: whether n_components was
-    chosen by leaving adapters out. skipped: adapters that could not be read, with the reason. solver: of `SOLVERS`.
+    Exactly one of n_components, energy, max_error, max_bytes and ratio is not None.
+
+    Attributes:
+        n_components: Maximum number of components per side and module.
+        energy: Fraction of the squared norm to keep per side.
+        max_error: Error bound of every adapter.
+        max_bytes: Maximum size, in bytes.
+        ratio: Minimum compression ratio.
+        auto: True if n_components was chosen by leaving adapters out.
+        weighting: "delta" or "factors".
+        sweeps: Number of alternating refinements.
+        excluded_modules: Modules outside the subspace.
+        skipped: Adapters that could not be read, with the reason.
+        solver: One of `SOLVERS`.
     """
 
     n_components: int | None
@@ -40,7 +52,7 @@ class FitInfo:
 
     @property
     def size(self) -> str:
-        """The target of the fit, in words."""
+        """Description of the target of the fit."""
         if self.max_error is not None:
             return f"every adapter's delta error at most {self.max_error:g}"
         if self.max_bytes is not None:
@@ -56,10 +68,13 @@ class FitInfo:
 class SideInfo:
     """One side of one module.
 
-    k: number of components, including those appended after the fit. energy: fraction of the squared norm that the
-    fitted components keep. square: squared norm of the fitted stack, the weight of `energy` in averages.
-    shortfall: estimated fraction of `square` that subspace iteration missed, before sweeps; 0 for exact bases.
-    grown: number of components that each step of growth appended.
+    Attributes:
+        dimension: Length of the components.
+        k: Number of components, including those appended after the fit.
+        energy: Fraction of the squared norm that the fitted components keep.
+        square: Squared norm of the fitted stack, which is the weight of `energy` in averages.
+        shortfall: Estimated fraction of `square` that subspace iteration missed, before sweeps; 0 for exact bases.
+        grown: Number of components that each step of growth appended.
     """
 
     dimension: int
@@ -72,10 +87,11 @@ class SideInfo:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a subspace's growth: an augmentation by random components, or an extension by missing ones.
+    """One step of a subspace's growth: an augmentation by random components, or an extension for new adapters.
 
-    fingerprint: of the subspace before the step; None in packs of formats that did not store it. seed: of an
-    augmentation, which appends equally many components to every side; None for an extension.
+    Attributes:
+        fingerprint: Fingerprint of the subspace before the step; None in packs of formats that did not store it.
+        seed: Seed of an augmentation, which appends equally many components to every side; None for an extension.
     """
 
     fingerprint: str | None
@@ -84,7 +100,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class SubspaceInfo:
-    """A subspace without its tensors. dtype: the name of its storage (`codec.storage`)."""
+    """Subspace without its tensors.
+
+    Attributes:
+        dtype: Name of the components' storage (`codec.storage`).
+        fingerprint: Fingerprint of the subspace.
+        growth: Steps by which it grew after the fit.
+        stored_bytes: Tensor bytes of its file.
+        modules: Sides "down" and "up" of each module, by name.
+    """
 
     dtype: str
     fingerprint: str
@@ -94,7 +118,7 @@ class SubspaceInfo:
 
     @property
     def lineage(self) -> tuple[str | None, ...]:
-        """Fingerprints since the fit, by which adapters may refer to it; the last one is the current one."""
+        """Fingerprints since the fit, to which adapters may refer; the last one is the current one."""
         return (*(step.fingerprint for step in self.growth), self.fingerprint)
 
     @property
@@ -114,7 +138,7 @@ class SubspaceInfo:
         return sum(n for n, step in zip(side.grown, self.growth, strict=True) if includes(step))
 
     def sizes(self, fingerprint: str, module: str) -> ModuleSizes:
-        """Return the sizes of a module's bases when the subspace had this fingerprint, one of its lineage."""
+        """Return the sizes of a module's bases in the earlier subspace with this fingerprint of the lineage."""
         if module not in self.modules:
             raise JsonTypeError(f"module {module!r} is not in the subspace.")
         step = self.lineage.index(fingerprint)
@@ -124,7 +148,12 @@ class SubspaceInfo:
 
 
 def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo:
-    """Return the info of a subspace in memory. storage: of its components; by default floats of their dtype."""
+    """Return the description of a subspace in memory.
+
+    Args:
+        subspace: The subspace.
+        storage: Storage of its components. Default: floats of their dtype.
+    """
     modules = {
         name: {side: _side_info(bases.side(side)) for side in keys.SIDES}
         for name, bases in sorted(subspace.modules.items())
@@ -142,9 +171,12 @@ def _side_info(basis: Basis) -> SideInfo:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One adapter in the manifest: its figures, and the sha256 of each of its files.
+    """One adapter in the manifest.
 
-    parent: the adapter whose codes are those of this one; None for one with codes of its own.
+    Attributes:
+        record: Bytes and errors of the adapter.
+        files: sha256 of each of its files, by name.
+        parent: Adapter whose codes this adapter has; None if it has its own codes.
     """
 
     record: Record
@@ -160,9 +192,19 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A pack without its tensors.
+    """Pack without its tensors.
 
-    format_version: of its files. unlisted: adapters that were not selected, and whose codes are those of selected ones.
+    Attributes:
+        format_version: Version of the pack format of its files.
+        base_model: Base model of the adapters; None if unknown.
+        revision: Revision of the base model; None if unknown.
+        fit: Options of the fit.
+        subspace: The subspace.
+        subspace_file: Name of the subspace's file.
+        subspace_sha256: Hash of that file.
+        coefficient_dtype: Name of the coefficients' storage.
+        adapters: Entries of the adapters, by name.
+        unlisted: Entries of adapters that were not selected, and whose codes selected adapters have.
     """
 
     format_version: int
@@ -178,7 +220,7 @@ class Manifest:
 
     @property
     def needed(self) -> dict[str, Entry]:
-        """The adapters whose files are read: those of the pack, and parents that were not selected."""
+        """Entries of all adapters whose files are read: `adapters`, and parents that were not selected."""
         return self.adapters | self.unlisted
 
     def select(self, names: Collection[str]) -> "Manifest":

@@ -1,4 +1,4 @@
-"""Checks of a manifest whose fields have the right types: values that cannot be true, and file names that lead away."""
+"""Checks of a manifest whose fields have the right types: impossible values, and file names outside the pack."""
 
 import re
 from collections.abc import Iterable
@@ -15,9 +15,9 @@ from .packed_adapter import Record
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_ENERGY = 1.000001
-"""1, and the rounding of a quotient of two sums."""
+"""Maximum energy: 1, with a margin for the rounding of a quotient of two sums."""
 _MAX_FIGURE = 2**63
-"""Upper limit of all numbers but seeds, which may be any integer."""
+"""Upper limit of all numbers except seeds, which may be any integer."""
 _NUMERIC_FIELDS = [name for name, kind in get_type_hints(Record).items() if kind in (int, float)]
 """Fields of an adapter's record that are numbers."""
 _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
@@ -25,10 +25,7 @@ _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 
 
 def check(manifest: Manifest) -> None:
-    """Raise `JsonTypeError` for values that have the right type and cannot be true.
-
-    File names are among them: none may lead out of the pack.
-    """
+    """Raise `JsonTypeError` for impossible values, and for file names outside the pack."""
     if not keys.SUBSPACE_FILE.fullmatch(manifest.subspace_file):
         raise JsonTypeError(f"subspace.file is {manifest.subspace_file!r}.")
     _check_storages(manifest)
@@ -155,7 +152,7 @@ def _check_parents(manifest: Manifest) -> None:
 
 
 def _has_valid_figures(record: Record) -> bool:
-    """Return whether no figure is negative, or so large that sums of squares overflow."""
+    """Return whether all figures are non-negative, and so small that sums of squares do not overflow."""
     return all(0 < rank < _MAX_FIGURE for rank in record.ranks) and all(
         0 <= getattr(record, name) < _MAX_FIGURE for name in _NUMERIC_FIELDS
     )

@@ -28,9 +28,9 @@ _REMEDY = "Restore the pack from a copy, or fit it again."
 
 
 def to_bytes(manifest: Manifest) -> bytes:
-    """Return the manifest's file: JSON with sorted keys, including a digest of the rest.
+    """Return the manifest as JSON with sorted keys, and a digest of all other fields.
 
-    It is of the newest version for the pack's storage, whatever version the manifest was read from.
+    The format version is the newest one for the pack's storage, also if the manifest was read from an older version.
     """
     version = written_format(manifest.coefficient_dtype)
     body: dict[str, Any] = {
@@ -57,7 +57,7 @@ def _entry_fields(entry: Entry, version: int) -> dict[str, Any]:
 
 
 def parse(data: bytes, path: Path) -> Manifest:
-    """Return the manifest in a file's bytes; `PackVersionError` for a newer format, else `PackDamagedError`."""
+    """Parse the bytes of a manifest; `PackVersionError` if its format is newer, `PackDamagedError` if it is invalid."""
     try:
         body = json.loads(data, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
@@ -86,7 +86,7 @@ def parse(data: bytes, path: Path) -> Manifest:
 
 
 def _manifest(body: dict[str, Any]) -> Manifest:
-    """Return the manifest of any format version; `JsonTypeError` or `AdapterNameError` for fields that are wrong."""
+    """Convert JSON of any format version to a manifest; `JsonTypeError` or `AdapterNameError` if a field is wrong."""
     if body.get("format") != _FORMAT or body["format_version"] < 1:
         raise JsonTypeError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
     fit = from_json(FitInfo, _fit(body), "fit")
@@ -110,7 +110,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
 
 
 def _fit(body: dict[str, Any]) -> Any:
-    """Return `fit` with the fields that an older format lacks."""
+    """Return `fit` with defaults for fields that an older format lacks."""
     version, fit = body["format_version"], body.get("fit")
     if not isinstance(fit, dict):
         return fit
@@ -122,7 +122,7 @@ def _fit(body: dict[str, Any]) -> Any:
 
 
 def _subspace(body: dict[str, Any]) -> dict[str, Any]:
-    """Return `subspace` with the fields that formats 1 and 2 lack, whose subspaces grew by augmentations only."""
+    """Return `subspace` with the fields that formats 1 and 2 lack. Their subspaces grew by augmentations only."""
     fields = dict(from_json(dict, body.get("subspace"), "subspace"))
     if body["format_version"] >= 3:
         return fields
@@ -143,7 +143,7 @@ def _subspace(body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class _EarlySide:
-    """A side in formats 1 and 2."""
+    """One side of one module in formats 1 and 2."""
 
     dimension: int
     k: int

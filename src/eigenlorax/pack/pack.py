@@ -1,4 +1,4 @@
-"""`Pack`: a subspace, and any number of adapters as coefficients in it. Opened, changed, exported, saved and shared."""
+"""`Pack`: a subspace and adapters as coefficients in it, with methods to open, change, export, save and share it."""
 
 import os
 import tempfile
@@ -37,15 +37,20 @@ if TYPE_CHECKING:
 class Pack(PackContents):
     """A subspace, and adapters as coefficients in it.
 
-    `add`, `add_all` and `remove` change only this object; `save` writes it. A pack that was opened reads its tensors
-    from disk when they are used, and checks their bytes against the manifest.
+    `add`, `add_all` and `remove` change only this object; `save` writes it. A pack from disk reads its tensors when
+    they are used, and checks their bytes against the manifest.
     """
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Pack":
-        """Open the pack in the folder `path`. Only its manifest is read.
+        """Open the pack in a folder. Only its manifest is read.
 
-        `PackMissingError` where there is no pack, `PackDamagedError` or `PackVersionError` where it cannot be read.
+        Args:
+            path: Folder of the pack.
+
+        Raises:
+            PackMissingError: The folder contains no pack.
+            PackDamagedError, PackVersionError: The manifest cannot be read.
         """
         return cls._from_folder(folder.open_pack(Path(path)))
 
@@ -76,10 +81,17 @@ class Pack(PackContents):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> "Pack":
-        """Open the pack in a local folder, or in a repository on the Hub (`org/name`, `org/name@revision`).
+        """Open the pack in a local folder, or in a repository on the Hub.
 
-        adapters: names of the adapters to download and open; all by default, and `[]` for the subspace only.
-        revision, token, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+        Args:
+            source: Folder, or repository as `org/name` or `org/name@revision`.
+            adapters: Names of the adapters to download and open; `[]` for the subspace only. Default: all.
+            revision, token, cache_dir, local_files_only: Options of `huggingface_hub.snapshot_download`.
+
+        Raises:
+            PackMissingError: There is no pack.
+            PackDamagedError, PackVersionError: The pack cannot be read.
+            AdapterNameError: The pack has no adapter of a name in `adapters`.
         """
         source = os.fspath(source)
         adapters = name_list(adapters) if adapters is not None else None
@@ -90,9 +102,9 @@ class Pack(PackContents):
         return cls._from_folder(opened if adapters is None else opened.select(adapters))
 
     def remember(self) -> None:
-        """Register the subspace for the tuner, which looks it up by fingerprint, until the process ends.
+        """Register the subspace for the tuner, which finds it by fingerprint, until the process ends.
 
-        It is found by the fingerprints that it had before it grew, too.
+        Fingerprints that the subspace had before it was augmented or extended are registered as well.
         """
         reopen = partial(Pack.open, self.path.absolute()) if self.path is not None else lambda: self
         for fingerprint in self.info.lineage:
@@ -102,9 +114,12 @@ class Pack(PackContents):
     @classmethod
     @contextmanager
     def edit(cls, path: str | os.PathLike[str]) -> Iterator["Pack"]:
-        """Open the pack in `path` for changes, under its lock, and save it at the end of the block.
+        """Open a pack for changes, hold its lock, and save it at the end of the block.
 
         An error in the block leaves the pack on disk unchanged.
+
+        Args:
+            path: Folder of the pack.
         """
         folder.open_pack(Path(path))
         writer.check_no_cache(Path(path))
@@ -130,16 +145,27 @@ class Pack(PackContents):
     ) -> dict[str, Path]:
         """Write adapters as ordinary LoRAs, and return the path of each by name.
 
-        An adapter that came as a PEFT folder becomes the folder `directory`/NAME; one that came as a single file
-        becomes `directory`/NAME.safetensors in the same format.
+        An adapter whose source was a PEFT folder becomes the folder `directory`/NAME. An adapter whose source was a
+        single file becomes `directory`/NAME.safetensors in the same format. All adapters are checked before anything is
+        written.
 
-        names: adapters to export; all by default. format: "peft", "kohya" or "diffusers", for all of them. dtype: of
-        the factors; by default that of each adapter's source, the widest one if its factors had several, or as in
-        `adapter` for adapters of older packs, which do not say it. overwrite: replace what is there.
-        progress(stage, done, total): called before each adapter.
+        Args:
+            directory: Folder of the exported adapters.
+            names: Adapters to export. Default: all.
+            format: "peft", "kohya" or "diffusers", for all adapters. Default: the format of each adapter's source.
+            dtype: Dtype of the factors. Default: the widest dtype of each adapter's source; for adapters of older
+                packs, which do not record it, the default of `adapter`.
+            overwrite: Replace existing files and folders.
+            progress: Callback with the arguments (stage, done, total), called before each adapter.
 
-        Nothing is written if one of the adapters cannot be: unknown names, paths that are taken, modules that the
-        format has no names for, and numbers outside the dtype's range raise an error first.
+        Returns:
+            The path of each exported adapter, by name.
+
+        Raises:
+            AdapterNameError: The pack has no adapter of a name.
+            ModuleNameError: The format cannot name a module.
+            NonFiniteError: Numbers are outside the range of the dtype.
+            PackExistsError, FileExistsError: A path exists, and `overwrite` is not set.
         """
         wanted = list(dict.fromkeys(name_list(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
@@ -151,23 +177,29 @@ class Pack(PackContents):
         return export.export_adapters(self, plan, progress)
 
     def _format(self, name: str) -> str:
-        """Return the format that an adapter came in, from the manifest where that is enough."""
+        """Return the format of an adapter's source, from the manifest alone if possible."""
         adapter = self._adapters[name]
         if isinstance(adapter, Entry) and keys.SOURCE_FILE not in adapter.files:
             return formats.PEFT
         return formats.format_of(self.packed(name).origin)
 
     def export_rounding(self, name: str, dtype: str | torch.dtype | None = None) -> float:
-        """Return the relative error of an adapter's update that rounding to `dtype` on export causes.
+        """Return the relative error that rounding to `dtype` on export adds to an adapter's update.
 
-        It adds to the `delta_error` of the adapter's record, which is the error of the pack. dtype: as in `export`.
+        The error of the pack itself is `delta_error` in the adapter's record.
+
+        Args:
+            name: Name of the adapter.
+            dtype: Dtype of the factors, as in `export`.
         """
         return self.export_errors(name, dtype).rounding
 
     def export_errors(self, name: str, dtype: str | torch.dtype | None = None) -> ExportErrors:
-        """Return the dtype and the errors of an exported adapter: of the pack, of rounding, and a bound of both.
+        """Return the dtype of an exported adapter, its errors from the pack and from rounding, and a bound of both.
 
-        dtype: as in `export`.
+        Args:
+            name: Name of the adapter.
+            dtype: Dtype of the factors, as in `export`.
         """
         return export.export_errors(self, name, dtypes.parse(dtype))
 
@@ -182,15 +214,22 @@ class Pack(PackContents):
         warn_above: float = WARN_ABOVE,
         **options: Any,
     ) -> Record:
-        """Add one adapter, projected on the subspace, and return its record, which says how large its error is.
+        """Project one adapter on the subspace, add it, and return its record with its error.
 
-        source: a folder, file, URL, Hub id or `Adapter`. name: of the adapter in the pack; by default its own.
-        extend: append at most this many components to each side of each module, those that the subspace lacks most for
-            the adapter. Adapters in the pack do not change.
-        carry_missing: store modules that the subspace lacks as they are, instead of raising `ModuleNameError`.
-        same_base: accept an adapter that names another base model.
-        warn_above: delta error, 0 to 1, above which a `LossWarning` is issued; 1: never.
-        options: those of `read_adapter`.
+        Args:
+            source: Folder, file, URL, Hub id or `Adapter`.
+            name: Name of the adapter in the pack. Default: its own.
+            extend: Maximum number of components to append to each side of each module. The components that reduce the
+                error most are appended. Adapters in the pack do not change. Default: none.
+            carry_missing: Store modules that the subspace lacks unchanged, instead of raising `ModuleNameError`.
+            same_base: Accept an adapter that names another base model.
+            warn_above: Delta error, 0 to 1, above which a `LossWarning` is issued; 1 disables it.
+            options: Options of `read_adapter`.
+
+        Raises:
+            AdapterNameError: The pack already has an adapter of this name.
+            BaseModelError, ModuleNameError, ShapeError: The adapter does not belong to the pack.
+            OptionError: An option is invalid.
         """
         (record,) = self._add(
             [sources.single(name, source)],
@@ -211,10 +250,16 @@ class Pack(PackContents):
         progress: Progress | None = None,
         **options: Any,
     ) -> dict[str, Record]:
-        """Add several adapters, given as for `fit`, and return their records by name. If one fails, none is added.
+        """Add several adapters, and return their records by name. If one of them fails, none is added.
 
-        extend: as in `add`, for all of them together. progress(stage, done, total): called as work goes on. Other
-        arguments are those of `add`.
+        Args:
+            adapters: Adapters in any form that `fit` takes.
+            extend: Maximum number of components to append per side, for all adapters together. Default: none.
+            carry_missing, same_base, warn_above, options: Arguments of `add`.
+            progress: Callback with the arguments (stage, done, total).
+
+        Raises:
+            AdapterNameError, BaseModelError, ModuleNameError, ShapeError, OptionError: As `add`.
         """
         adapter_sources = sources.find_adapters(adapters, **options)
         report = progress or (lambda stage, done, total: None)
@@ -242,7 +287,7 @@ class Pack(PackContents):
         warn_of_losses(records, warn_above, stacklevel=4)
         warn_of_copies(addition.copies, as_references=self.is_coded)
         if addition.subspace is not self.subspace:
-            # adapters that are only in memory refer to the subspace as it was until now
+            # adapters in memory were encoded in the subspace before the extension
             self._adapters = {
                 name: adapter if isinstance(adapter, Entry) else self._with_fingerprint(name)
                 for name, adapter in self._adapters.items()
@@ -254,7 +299,7 @@ class Pack(PackContents):
         return records
 
     def remove(self, *names: str) -> None:
-        """Remove adapters; `AdapterNameError`, and no change, if one of them is unknown. The subspace stays."""
+        """Remove adapters, but no components; `AdapterNameError`, and no change, if a name is unknown."""
         for name in names:
             self._check_has(name)
         removed = set(names)
@@ -268,9 +313,13 @@ class Pack(PackContents):
         self._adapters |= share_codes(orphans)
 
     def augment(self, n_extra: int, seed: int) -> "Pack":
-        """Return a pack whose bases have `n_extra` more random components per side, drawn from `seed`.
+        """Return a pack whose bases have additional random components, for training new tasks.
 
-        The components are orthonormal to the others, for training new tasks. Updates of its adapters do not change.
+        The components are orthonormal to the others. Updates of the adapters do not change.
+
+        Args:
+            n_extra: Number of random components per side.
+            seed: Seed of the components.
         """
         subspace = spaces.augment(self.subspace, n_extra, seed)
         return Pack(
@@ -284,10 +333,16 @@ class Pack(PackContents):
         )
 
     def save(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Path:
-        """Write the pack to the folder `path`, completely or not at all, and return the folder.
+        """Write the pack to a folder, completely or not at all, and return the folder.
 
-        path: by default the folder that it was opened from. overwrite: replace another pack that is there, instead of
-        raising `PackExistsError`. `PackBusyError` if another process changed this pack since it was opened.
+        Args:
+            path: Folder of the pack. Default: the folder from which it was opened.
+            overwrite: Replace another pack in this folder.
+
+        Raises:
+            PackExistsError: The folder contains another pack and `overwrite` is not set, or it contains other files.
+            PackBusyError: Another process changed this pack since it was opened.
+            OptionError: The path is missing, or cannot be used for this pack.
         """
         target = Path(path) if path is not None else self.path
         if target is None:
@@ -296,8 +351,8 @@ class Pack(PackContents):
         opened = self._folder if self._folder is not None and self._folder.is_at(target) else None
         if opened is not None and opened.is_partial:
             raise OptionError(
-                f"This is a part of the pack in {target}, which would lose its other adapters. Save it to another "
-                "path, or open the whole pack."
+                f"Only a part of the pack in {target} was opened, so saving it there would remove its other adapters. "
+                "Save it to another path, or open the whole pack."
             )
         writer.check_free(target, overwrite or opened is not None)
         with writer.created(target), folder.locked(target):
@@ -313,16 +368,16 @@ class Pack(PackContents):
         repo_id: str | None = None,
         **hub_options: Any,
     ) -> Path:
-        """Write the pack to a folder, as in transformers: a pack that is there is replaced. Returns the folder.
+        """Write the pack to a folder, and return the folder. As in transformers, an existing pack is replaced.
 
         Args:
             save_directory: The folder.
             push_to_hub: Also upload the pack.
-            repo_id: Repository to upload to; by default the name of the folder.
+            repo_id: Repository to upload to. Default: the name of the folder.
             hub_options: Other arguments of `push_to_hub`.
 
         Raises:
-            PackExistsError: The folder holds something else than a pack.
+            PackExistsError: The folder contains other files than those of a pack.
             PackBusyError: Another process changed this pack since it was opened.
         """
         if not push_to_hub and (repo_id is not None or hub_options):
@@ -334,14 +389,15 @@ class Pack(PackContents):
         return path
 
     def load_into(self, model: Any, names: str | Sequence[str] | None = None) -> None:
-        """Load adapters into a `PeftModel`, under the names that they have in the pack.
+        """Load adapters into a `PeftModel`, under their names in the pack.
 
         They become ordinary LoRAs, or coefficients over one basis if the model's adapters were made with an
-        `EigenLoraxConfig`. `model.set_adapter` activates one. For pipelines of diffusers: `eigenlorax.load_into`.
+        `EigenLoraxConfig`. `model.set_adapter` activates one of them. For diffusers pipelines, use
+        `eigenlorax.load_into`.
 
         Args:
             model: A `PeftModel` of the pack's base model.
-            names: Adapters to load; all by default.
+            names: Adapters to load. Default: all.
 
         Raises:
             OptionError: The object is not a `PeftModel`, or has adapters of other types.
@@ -354,7 +410,13 @@ class Pack(PackContents):
         peft_models.load_into(self, model, wanted)
 
     def _write(self, target: Path, previous: Manifest | None, in_place: bool) -> None:
-        """Write the pack. previous: the manifest in `target`. in_place: whether it is an earlier state of this pack."""
+        """Write the pack, whose lock is held.
+
+        Args:
+            target: Folder of the pack.
+            previous: Manifest in this folder; None if there is none that can be read.
+            in_place: True if the folder contains an earlier state of this pack.
+        """
         loaded = {
             name: self.packed(name)
             for name, adapter in self._adapters.items()
@@ -363,7 +425,7 @@ class Pack(PackContents):
         if not in_place:
             # of adapters that were selected from another pack, parents may be missing
             loaded = share_codes(loaded)
-        # made one at a time: all files together would double the memory
+        # files are made one adapter at a time, because all together would double the memory
         files = LazyMapping(
             dict(sorted(loaded.items())),
             lambda name: adapter_files.to_files(loaded[name], self.info.fingerprint, self._coefficient_storage),
@@ -406,13 +468,21 @@ class Pack(PackContents):
     ) -> "CommitInfo":
         """Upload the pack to a repository on the Hub in one commit, and return the commit.
 
-        A pack that is there is replaced: adapters that this one lacks are deleted, and the model card is written again.
-        Other files stay. Changes that were not saved are uploaded too.
+        An existing pack is replaced: adapters that this pack lacks are deleted, and the model card is written again.
+        Other files do not change. Unsaved changes of this pack are uploaded too.
 
-        repo_id: `org/name`; the repository is created if it does not exist. adapters: names to upload; all by default.
-        private: create a private repository; an existing public one raises an error. revision: a branch, created if it
-        does not exist. commit_message: by default the number of adapters. create_pr: open a pull request to the main
-        branch instead of committing to it.
+        Args:
+            repo_id: Repository as `org/name`, which is created if it does not exist.
+            adapters: Names of the adapters to upload. Default: all.
+            private: True to create a private repository; an existing public one raises an error. Default: the default
+                of the account.
+            revision: Branch, which is created if it does not exist. Default: the main branch.
+            commit_message: Message of the commit. Default: a message with the number of adapters.
+            token: Access token, True for the stored one, False for none. Default: the stored one, if any.
+            create_pr: Open a pull request to the main branch, instead of committing to it.
+
+        Raises:
+            AdapterNameError: The pack has no adapter of a name in `adapters`.
         """
         names = self.names if adapters is None else sorted(set(name_list(adapters)))
         for name in names:

@@ -1,4 +1,4 @@
-"""One adapter as coefficients in a subspace, and back to an ordinary LoRA."""
+"""An adapter as coefficients in a subspace, and its conversion to an ordinary LoRA."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,9 +17,22 @@ from ..formats import peft
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Figures of one adapter in a pack: bytes and errors. docs/pack-format.md defines each field.
+    """Bytes and errors of one adapter in a pack. docs/pack-format.md defines each field.
 
-    bound: whether delta_error is an upper bound, because the pack was refitted without the original.
+    Attributes:
+        delta_error: Relative error ‖D − D̂‖ / ‖D‖ of the update over the modules of the subspace.
+        rounding_error: Part of the error that is from rounding.
+        in_fit: True if the subspace was fitted to the adapter.
+        untrained: True if the update is zero.
+        ranks: Ranks of the modules, without repetition.
+        modules: Number of modules.
+        lora_numbers: Number of elements of the LoRA factors.
+        coefficient_bytes: Tensor bytes of the coefficients.
+        carried_bytes: Tensor bytes of carried tensors.
+        head_bytes: Tensor bytes of trained heads.
+        source_sha256: Hash of the source's content.
+        source_file_bytes: Bytes of the source's weights file.
+        bound: True if delta_error is an upper bound, because the pack was refitted without the original.
     """
 
     delta_error: float
@@ -41,15 +54,21 @@ class Record:
 class PackedAdapter:
     """One adapter as coefficients in a subspace.
 
-    coefficients: by the adapter's own module names. subspace_names: the names of these modules in the subspace.
-    heads, carried: tensors that are stored as they came: task heads, and other tensors outside the subspace.
-    source_config: the adapter's `adapter_config.json`. origin: the file it came in, for formats other than PEFT's.
-    subspace: fingerprint of the subspace when the coefficients were computed, which has as many components as they
-        have numbers; None for the current one.
-    payload: tensors in the file by key, for storages that do not store coefficients as floats. A copy with other
-        coefficients must not keep it.
-    source_dtype: widest dtype of the LoRA factors that the coefficients stand for; None if the pack does not say it.
-    parent: adapter of the pack whose file holds the codes of this one, which are equal; None for the adapter's own.
+    Attributes:
+        name: Name of the adapter.
+        coefficients: Coefficients, by the adapter's own module names.
+        subspace_names: Names of these modules in the subspace, by the adapter's own names.
+        heads: Trained heads, stored unchanged.
+        carried: Other tensors outside the subspace, stored unchanged.
+        source_config: The source's `adapter_config.json`.
+        record: Bytes and errors.
+        subspace: Fingerprint of the subspace in which the coefficients were computed; None for the current one. An
+            earlier subspace has fewer components.
+        origin: File of the source, for formats other than PEFT's.
+        payload: Tensors of the file by key, for storages that do not store coefficients as floats. A copy with other
+            coefficients must not keep it.
+        source_dtype: Widest dtype of the source's LoRA factors; None if the pack does not record it.
+        parent: Adapter of the pack whose file contains the codes of this adapter; None if its own file contains them.
     """
 
     name: str
@@ -79,7 +98,7 @@ def coefficient_bytes(coefficients: Mapping[str, Coefficients], payload: Payload
 
 
 def unpack(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> Adapter:
-    """Return the ordinary LoRA that an adapter's coefficients stand for, with factors in `dtype`.
+    """Convert an adapter to an ordinary LoRA with factors in `dtype`.
 
     Factors are computed when they are read. Heads and carried tensors are unchanged.
     """
@@ -91,7 +110,7 @@ def unpack(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> Ada
     def factors(module: str) -> LoRAFactors:
         if module not in bases:
             return carried.modules[module]
-        # only float16 has a narrower range than float32, which holds the update of any adapter that was trained
+        # only float16 has a narrower range than float32, which can represent the update of any trained adapter
         if dtype != torch.float16:
             return projection.reconstruct(packed.coefficients[module], bases[module], dtype)
         return narrowing.narrow(projection.reconstruct(packed.coefficients[module], bases[module]), dtype)

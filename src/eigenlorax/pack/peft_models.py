@@ -1,4 +1,4 @@
-"""Adapters of a pack loaded into a `PeftModel` that a program has made. PEFT itself is not imported."""
+"""Loading of a pack's adapters into an existing `PeftModel`. PEFT itself is not imported."""
 
 import tempfile
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ def load_into(pack: PackContents, model: Any, names: Iterable[str]) -> None:
     Args:
         pack: The pack. Adapters are loaded as coefficients only if it is on disk.
         model: A `PeftModel`.
-        names: Names of adapters of the pack, under which the model has them afterwards.
+        names: Names of the adapters, which the model uses too.
 
     Raises:
         OptionError: The object is not a `PeftModel`, or has adapters of other types.
@@ -46,14 +46,14 @@ def load_into(pack: PackContents, model: Any, names: Iterable[str]) -> None:
 
 
 def _peft_type(model: Any) -> str:
-    """Return the PEFT type of the model's adapters, `LORA` or our own."""
+    """Return the PEFT type of the model's adapters: `LORA`, or our own type."""
     configs = getattr(model, "peft_config", None)
     if not configs or not hasattr(model, "load_adapter"):
         raise OptionError(
             f"{type(model).__name__} is not a PeftModel. Export the adapter and pass its folder to "
             "PeftModel.from_pretrained; for a pipeline of diffusers, call eigenlorax.load_into(pipe, pack)."
         )
-    # peft_type is an enum of texts
+    # peft_type is an enum with string values
     types = {str(getattr(config.peft_type, "value", config.peft_type)) for config in configs.values()}
     if types not in ({_LORA}, {keys.PEFT_TYPE}):
         raise OptionError(

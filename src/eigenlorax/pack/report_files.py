@@ -1,4 +1,4 @@
-"""Reports in the folder of a pack, which describe it as it was: recognised as ours, and removed when it changes."""
+"""Reports in the folder of a pack: recognise them, and remove them when the pack changes."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from ..core.limits import MAX_REPORT_BYTES
 from .manifest import Manifest
 
 REPORT_MARK = re.compile(rb"Made by eigenlorax \S+ from the subspace of fingerprint ")
-"""A sentence of every HTML and Markdown report."""
+"""Sentence that every HTML and Markdown report contains."""
 
 
 def is_report(path: Path) -> bool:
@@ -30,9 +30,14 @@ def is_report(path: Path) -> bool:
 
 @contextmanager
 def outdated_reports_removed(folder: Path, previous: Manifest | None, new: Manifest) -> Iterator[None]:
-    """Remove our reports if the pack's content changes in the block; an error brings them back.
+    """Remove the reports of a pack whose content changes in the block. An error in the block restores them.
 
-    They are moved before the block, so that a process killed in it leaves no report about another pack.
+    They are moved before the block, so that a process that is killed in it leaves no report about another pack.
+
+    Args:
+        folder: Folder of the pack.
+        previous: Manifest before the block; None if there is none that can be read.
+        new: Manifest after the block.
     """
     is_same = previous is not None and _content(previous) == _content(new)
     reports = [path for path in (folder / name for name in keys.REPORTS) if not is_same and is_report(path)]
@@ -46,7 +51,7 @@ def outdated_reports_removed(folder: Path, previous: Manifest | None, new: Manif
             if staged.exists():
                 staged.replace(path)
         raise
-    # the next writer removes what is left
+    # the next writer removes files that cannot be removed now
     with suppress(OSError):
         for staged in moved.values():
             staged.unlink()

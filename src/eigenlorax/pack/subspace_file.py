@@ -1,4 +1,4 @@
-"""The file of a pack's subspace: bases of every module, without the random components that a seed makes again."""
+"""The file of a pack's subspace: bases of every module, without random components, which are rebuilt from seeds."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,12 +19,12 @@ from ..core.subspace import ModuleBases, Subspace
 from ..errors import PackDamagedError
 from .manifest import CODED_FORMAT, SOLVERS, Manifest
 
-# random components differ in their last bits between machines, and the check sums over all entries of a row
+# random components differ in their last bits between machines; check sums add all entries of a row
 _CHECK_TOLERANCE = 1e-3
 
 
 def to_bytes(subspace: Subspace, storage: Storage) -> bytes:
-    """Return the subspace's file: components and singular values, and check sums of random components."""
+    """Return the file of a subspace: components, singular values, and check sums of random components."""
     tensors = storage.subspace_tensors(subspace)
     for name, pair in subspace.modules.items():
         for side in keys.SIDES:
@@ -94,7 +94,7 @@ def _basis(tensors: Mapping[str, Tensor], name: str, side: str, manifest: Manife
 
 
 def _spectrum(tensors: Mapping[str, Tensor], key: str) -> Tensor:
-    """Return a side's singular values; `ValueError` for a tensor that cannot hold them."""
+    """Return the singular values of a side; `ValueError` if the tensor has a wrong shape, dtype or value."""
     values = tensors[key]
     if values.dtype != torch.float32 or values.dim() != 1 or not bool((values.isfinite() & (values >= 0)).all()):
         raise ValueError(f"{key} is {tuple(values.shape)}, {values.dtype}, and should be finite numbers of at least 0")
@@ -102,14 +102,14 @@ def _spectrum(tensors: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def _check_extra(tensors: Mapping[str, Tensor], key: str, n_extra: int) -> None:
-    """Raise `ValueError` unless there is one check sum per random component; called before they are rebuilt."""
+    """Raise `ValueError` unless there is one check sum per random component, before the components are rebuilt."""
     sums = tensors[key]
     if sums.dtype != torch.float32 or tuple(sums.shape) != (n_extra,):
         raise ValueError(f"{key} is {tuple(sums.shape)}, {sums.dtype}, and should be {(n_extra,)}, torch.float32")
 
 
 def _check_augmentation(subspace: Subspace, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise `PackDamagedError` unless the random components are those of the machine that wrote the pack."""
+    """Raise `PackDamagedError` unless the rebuilt random components have the stored check sums."""
     for name, pair in subspace.modules.items():
         for side in keys.SIDES:
             rebuilt, expected = bases.augmentation_checksums(pair.side(side)), tensors[keys.extra_check_key(name, side)]
@@ -122,7 +122,7 @@ def _check_augmentation(subspace: Subspace, tensors: Mapping[str, Tensor], path:
 
 
 def _check_lineage(subspace: Subspace, manifest: Manifest, path: Path) -> None:
-    """Raise `PackDamagedError` unless the rows have all the fingerprints that adapters may refer to."""
+    """Raise `PackDamagedError` unless the bases have all fingerprints of the manifest's lineage."""
     for expected, actual in zip(manifest.subspace.lineage, subspace.lineage, strict=True):
         if expected not in (None, actual):
             raise PackDamagedError(

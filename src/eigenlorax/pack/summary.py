@@ -1,4 +1,4 @@
-"""Figures of a whole pack (contents, bytes, errors), for tables, JSON and the model card."""
+"""Figures of a whole pack: contents, bytes and errors, for tables, JSON and the model card."""
 
 import statistics
 from collections.abc import Mapping
@@ -15,9 +15,13 @@ from .packed_adapter import Record
 class Components:
     """Numbers of components on one side over all modules.
 
-    capped: modules with fewer components than `n_components`, because their stack has no higher rank.
-    energy: fraction of the squared norm of the fitted collection that the fitted components keep, over all modules.
-    shortfall: largest estimated fraction that subspace iteration missed in a module; 0 if all bases are exact.
+    Attributes:
+        min: Smallest number.
+        median: Median.
+        max: Largest number.
+        capped: Modules with fewer components than `n_components`, because the rank of their stack is smaller.
+        energy: Fraction of the squared norm of the fitted collection that the fitted components keep, over all modules.
+        shortfall: Largest estimated fraction that subspace iteration missed in a module; 0 if all bases are exact.
     """
 
     min: int
@@ -30,7 +34,17 @@ class Components:
 
 @dataclass(frozen=True, slots=True)
 class Errors:
-    """Delta errors over a group of adapters. rounding_mean, rounding_worst: the part that rounding causes."""
+    """Delta errors of a group of adapters.
+
+    Attributes:
+        adapters: Number of adapters.
+        mean: Mean error.
+        rms: Root mean square error.
+        worst: Largest error.
+        worst_adapter: Name of the adapter with the largest error.
+        rounding_mean: Mean error from rounding alone.
+        rounding_worst: Largest error from rounding alone.
+    """
 
     adapters: int
     mean: float
@@ -43,13 +57,21 @@ class Errors:
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Tensor bytes, without heads unless they are named.
+    """Tensor bytes of a pack.
 
-    lora: of the LoRAs' factors in `lora_bits` bits, and of carried tensors. lora_bits: of the pack's narrower dtype, or
-    16 for integers.
-    lora_files: of the adapters' files. Both exclude untrained adapters, whose factors could be left out for nothing.
-    basis, coefficients, carried: of the pack. ratio: lora ÷ the sum of these three; ratio_without_basis: lora ÷ the
-    sum of the last two; ratio_with_heads: with the heads on both sides.
+    Untrained adapters do not count in the bytes of the LoRAs, because removing them costs nothing.
+
+    Attributes:
+        lora: Bytes of the LoRA factors in `lora_bits` bits, and of carried tensors.
+        lora_bits: Bits of the pack's narrower dtype, or 16 for integers.
+        lora_files: Bytes of the adapters' weights files.
+        basis: Bytes of the bases.
+        coefficients: Bytes of the coefficients.
+        carried: Bytes of tensors that are stored unchanged.
+        heads: Bytes of trained heads.
+        ratio: lora ÷ (basis + coefficients + carried).
+        ratio_without_basis: lora ÷ (coefficients + carried).
+        ratio_with_heads: The same as `ratio`, with the heads added on both sides.
     """
 
     lora: int
@@ -71,12 +93,15 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class FileBytes:
-    """Bytes of files, with everything that is in them.
+    """Bytes of files, with all their contents. Ratios are None if `sources` is None.
 
-    sources: of the adapters' weights files as they came; None if an adapter was made in memory. pack: of all files of
-    the pack, without reports. reports: of `report.html` and `report.json` in its folder. ratio: sources ÷ pack, with
-    the heads on both sides; ratio_without_heads: with the heads on neither side; ratio_with_reports: sources ÷ (pack +
-    reports). Ratios are None without sources.
+    Attributes:
+        sources: Bytes of the adapters' weights files; None if an adapter was made in memory.
+        pack: Bytes of all files of the pack, without reports.
+        reports: Bytes of `report.html` and `report.json` in its folder.
+        ratio: sources ÷ pack, with the heads on both sides.
+        ratio_without_heads: sources ÷ pack, with the heads on neither side.
+        ratio_with_reports: sources ÷ (pack + reports).
     """
 
     sources: int | None
@@ -91,10 +116,26 @@ class FileBytes:
 class Summary:
     """Figures of a pack.
 
-    family: of an image model, by the names and widths of its modules; None for other models. n_extra: random components
-    per side. n_extended: components that extensions appended, over all sides. in_fit, projected: errors of trained
-    adapters that were fitted, or added later; None if there are none. bounds: number of adapters whose delta error is
-    an upper bound. files: None for a pack that is not on disk, or not as it is there.
+    Attributes:
+        base_model: Base model of the adapters; None if unknown.
+        family: Family of an image model, recognised by names and widths of modules; None for other models.
+        revision: Revision of the base model; None if unknown.
+        fit: Options of the fit.
+        dtype: Name of the components' storage.
+        coefficient_dtype: Name of the coefficients' storage.
+        fingerprint: Fingerprint of the subspace.
+        n_extra: Number of random components per side.
+        n_extended: Number of components that extensions appended, over all sides.
+        adapters: Number of adapters.
+        ranks: Ranks of the adapters.
+        untrained: Names of adapters whose update is zero.
+        modules: Number of modules.
+        down, up: Numbers of components on each side.
+        in_fit: Errors of trained adapters in the fit; None if there are none.
+        projected: Errors of trained adapters that were added later; None if there are none.
+        bounds: Number of adapters whose delta error is an upper bound.
+        bytes: Tensor bytes.
+        files: Bytes of files; None if the pack is not on disk, or has changed since it was read.
     """
 
     base_model: str | None
@@ -129,9 +170,16 @@ def summarize(
     revision: str | None,
     pack_files: tuple[int, int] | None = None,
 ) -> Summary:
-    """Return the figures of a pack with these adapters in this subspace.
+    """Return the figures of a pack.
 
-    pack_files: bytes of the pack's files and of its reports, if it is on disk.
+    Args:
+        records: Figures of the adapters, by name.
+        info: The subspace.
+        fit: Options of the fit.
+        coefficient_dtype: Name of the coefficients' storage.
+        base_model: Base model of the adapters; None if unknown.
+        revision: Revision of the base model; None if unknown.
+        pack_files: Bytes of the pack's files and of its reports; None if the pack is not on disk.
     """
     trained = {name: record for name, record in records.items() if not record.untrained}
     return Summary(
@@ -221,10 +269,10 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
 
 
 def _file_bytes(records: Mapping[str, Record], pack: int, reports: int) -> FileBytes:
-    """Return the figures of files. pack, reports: bytes on disk."""
+    """Return the figures of files, from the bytes of the pack and of its reports on disk."""
     sizes = [record.source_file_bytes for record in records.values()]
     heads = sum(record.head_bytes for record in records.values())
-    # a manifest may claim more than there is
+    # a manifest may state more bytes than the files have
     if not sizes or not all(sizes) or heads >= pack:
         return FileBytes(None, pack, reports, None, None, None)
     sources = sum(sizes)
@@ -250,14 +298,14 @@ def uncompressed_note(sizes: Bytes) -> str | None:
     }
     listed = " and ".join(f"{size:,} {kind}" for kind, size in kinds.items() if size)
     return (
-        f"{exact / total:.1%} of the pack's {total:,} bytes are kept as they came, whatever the fit does: {listed}. "
+        f"{exact / total:.1%} of the pack's {total:,} bytes are stored unchanged by every fit: {listed}. "
         "Tensors in 32 bits take half as much if they are converted to 16 bits before the fit; tensors that were saved "
         "with the adapters and not trained can be removed."
     )
 
 
 def lora_numbers(records: Mapping[str, Record]) -> int:
-    """Return how many numbers the LoRAs' factors have; those of untrained adapters do not count in ratios."""
+    """Return the number of elements of all LoRA factors. Untrained adapters do not count."""
     return sum(record.lora_numbers for record in records.values() if not record.untrained)
 
 

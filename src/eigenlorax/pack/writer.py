@@ -1,7 +1,7 @@
-"""Replacing a pack on disk in one step, so that at any moment it is the old pack or the new one.
+"""Atomic replacement of a pack on disk: at any moment, the folder contains the old pack or the new one.
 
-Files are written beside the old ones, in a spare folder where an adapter's own folder is needed by the old pack. The
-manifest is replaced after everything but the card, and files that it does not list are not in the pack.
+Files are written beside the old ones. An adapter is written to a spare folder if the old pack needs its own folder. The
+manifest is replaced after all files except the card, and files that it does not list are not in the pack.
 docs/pack-format.md gives the reasons.
 """
 
@@ -19,7 +19,7 @@ from .manifest import Manifest
 
 
 def check_no_cache(target: Path) -> None:
-    """Raise `OptionError` for a folder in the Hub's cache: later downloads would take a changed file for the Hub's."""
+    """Raise `OptionError` for a folder in the Hub's cache: later downloads would use changed files as the Hub's."""
     repo_id = hub_client.cached_repo(target)
     if repo_id is not None:
         raise OptionError(
@@ -29,9 +29,13 @@ def check_no_cache(target: Path) -> None:
 
 
 def check_free(folder: Path, overwrite: bool = False) -> None:
-    """Raise `PackExistsError` unless `folder` can take a pack: it is free, or holds a pack that may be replaced.
+    """Raise `PackExistsError` if a pack cannot be written to a folder.
 
-    Files that a killed writer left do not count.
+    The folder must not exist, be empty except for files of a killed writer, or contain a pack that may be replaced.
+
+    Args:
+        folder: The folder.
+        overwrite: True if a pack in it may be replaced.
     """
     check_outside(folder)
     atomic_files.check_is_folder(folder)
@@ -45,23 +49,23 @@ def check_free(folder: Path, overwrite: bool = False) -> None:
         foreign = sorted(path.name for path in folder.iterdir() if not _is_left_over(path))
         if foreign:
             raise PackExistsError(
-                f"{folder} exists, is not a pack, and holds {foreign[0]!r}"
+                f"{folder} exists, is not a pack, and contains {foreign[0]!r}"
                 + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
                 + ". Choose another folder; nothing was changed."
             )
 
 
 def check_outside(folder: Path) -> None:
-    """Raise `PackExistsError` if `folder` lies in a pack, even through a link: writing there would damage that pack."""
+    """Raise `PackExistsError` if `folder` is in a pack, even through a link: writing there would damage that pack."""
     for parent in (*folder.absolute().parents, *folder.resolve().parents):
         if (parent / keys.MANIFEST).is_file():
-            raise PackExistsError(f"{folder} lies in the pack {parent}. Choose a folder outside it.")
+            raise PackExistsError(f"{folder} is in the pack {parent}. Choose a folder outside it.")
 
 
 def _is_left_over(path: Path) -> bool:
-    """Return whether a killed writer of a first pack may have left this path in the pack's folder.
+    """Return whether a killed writer may have left this path in the folder of a new pack.
 
-    A folder named `adapters` with anything but packed adapters may be the user's only copy of the sources.
+    A folder `adapters` with other contents than packed adapters may be the user's only copy of the sources.
     """
     if path.name == keys.ADAPTERS:
         return path.is_dir() and all(_is_staged(child) or _is_packed(child) for child in path.iterdir())
@@ -75,13 +79,13 @@ def _is_staged(path: Path) -> bool:
 
 
 def _is_packed(path: Path) -> bool:
-    """Return whether a folder is an adapter of a pack; only those contain their source's config."""
+    """Return whether a folder is an adapter of a pack: only such folders contain their source's config."""
     return (path / keys.SOURCE_CONFIG).is_file() and not path.is_symlink()
 
 
 @contextmanager
 def created(folder: Path) -> Iterator[None]:
-    """Create `folder` if needed and hold its lock. After an error without a pack written, remove what was created."""
+    """Create `folder` if needed and hold its lock. If the block fails before a pack is written, undo the creation."""
     with atomic_files.ensure_folder(folder):
         existing = set(folder.iterdir())
         with locked(folder):
@@ -96,7 +100,7 @@ def created(folder: Path) -> Iterator[None]:
 def _remove_new(folder: Path, existing: set[Path]) -> None:
     """Remove `adapters` and the lock if this writer created them.
 
-    The lock is still held: a process that waits for it creates another one once it is gone.
+    The lock is still held. A process that waits for it creates a new one when it is removed.
     """
     lock, adapters = folder / keys.LOCK, folder / keys.ADAPTERS
     for path, remove in ((adapters, Path.rmdir), (lock, Path.unlink)):
@@ -106,10 +110,16 @@ def _remove_new(folder: Path, existing: set[Path]) -> None:
 
 
 def replaced_manifest(target: Path, opened: PackFolder | None, overwrite: bool) -> Manifest | None:
-    """Return the manifest in `target` that will be replaced; None where there is none that can be read.
+    """Return the manifest that will be replaced; None if there is none that can be read.
 
-    opened: the pack in `target`, if that is an earlier state of the one that is saved; `PackBusyError` if another
-    process changed it since. overwrite: replace another pack.
+    Args:
+        target: Folder of the pack.
+        opened: The pack in this folder if it is an earlier state of the pack to save; else None.
+        overwrite: True if another pack may be replaced.
+
+    Raises:
+        PackBusyError: Another process changed the pack since it was opened.
+        PackExistsError: The folder cannot be replaced.
     """
     if not (target / keys.MANIFEST).exists():
         return None
@@ -131,13 +141,19 @@ def replaced_manifest(target: Path, opened: PackFolder | None, overwrite: bool) 
 def write(
     folder: Path, previous: Manifest | None, new: Manifest, subspace: bytes | None, adapters: Mapping[str, Files]
 ) -> PackFolder:
-    """Replace the pack in `folder`, locked by the caller, by the one of `new`, and return it.
+    """Replace the pack in a folder, and return the new one.
 
-    previous: the manifest that is there now, if it can be read. subspace, adapters: bytes of files that may not be
-    on disk yet. Until the manifest is replaced, a failure leaves the pack unchanged.
+    The caller holds the lock. Until the manifest is replaced, a failure leaves the old pack unchanged.
+
+    Args:
+        folder: Folder of the pack.
+        previous: Current manifest; None if there is none that can be read.
+        new: New manifest.
+        subspace: File of the subspace; None if it is on disk.
+        adapters: Files of adapters that may not be on disk yet, by adapter and name.
     """
     data = manifest_json.to_bytes(new)
-    # a manifest that could not be read again must not replace one that can
+    # check that the new manifest can be read, before it replaces one that can
     manifest_json.parse(data, folder / keys.MANIFEST)
     atomic_files.remove_abandoned(folder)
     written: list[Path] = []
@@ -171,7 +187,7 @@ def write(
             for path in written:
                 atomic_files.remove(path)
         raise
-    # leftovers are not in the pack; the next writer tries again
+    # files that cannot be removed are not in the pack; the next writer tries again
     with suppress(OSError):
         _tidy(folder, new)
     checkpoint.discard_default(folder)
@@ -183,22 +199,27 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _free_folder(adapter: AdapterFolder, is_replaced: bool) -> Path:
-    """Return where a new adapter can be written: its own folder, or a spare one while the old pack needs that.
+    """Return the folder for a new adapter: its own, or a spare one while the old pack needs its own.
 
-    is_replaced: whether the pack that is there has an adapter of this name.
+    Args:
+        adapter: The adapter.
+        is_replaced: True if the old pack has an adapter of this name.
+
+    Raises:
+        PackExistsError: The adapter's own folder exists and is not part of the pack.
     """
     path = adapter.own
     if not path.exists():
         return path
     if not (is_replaced or _is_packed(path)):
         raise PackExistsError(
-            f"{path} is in the way of a new adapter, and is not one of the pack: move it elsewhere first."
+            f"{path} is in the way of a new adapter, and is not part of the pack: move it elsewhere first."
         )
     return adapter.spare
 
 
 def _tidy(folder: Path, manifest: Manifest) -> None:
-    """Move adapters from spare folders to their own, and remove our files that the manifest does not list."""
+    """Move adapters from spare folders to their own, and remove files of packs that the manifest does not list."""
     for name, entry in manifest.adapters.items():
         adapter = AdapterFolder(folder, name, entry)
         if adapter.spare.is_dir():
