@@ -168,7 +168,7 @@ def alone(bits: Sequence[int], *, cut: bool) -> Callable[[Collection, float, int
 
 def _steps(tables: per_adapter.Tables, index: int, bits: int) -> _Steps:
     gains: list[tuple[float, int, float, int]] = []
-    for module, (table, cost) in enumerate(zip(tables.lost[bits], tables.costs[bits], strict=True)):
+    for module, (table, cost) in enumerate(zip(tables.squared_errors[bits], tables.costs[bits], strict=True)):
         own = (table[index, :-1] - table[index, 1:]).tolist()[: int(tables.ranks[module][index])]
         first = math.inf
         for at, gain in enumerate(own):

@@ -377,7 +377,7 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
 
 
 def _add_left_out(measured: Measured, kept: Kept, rows: Sequence[int], module: _Module) -> None:
-    """Add squared norms that are kept of adapters left out. rows: their indices in `measured.chosen`."""
+    """Add squared norms kept of adapters left out, whose indices in `measured.chosen` are `rows`."""
     squares = module.squares[[measured.fitted[measured.chosen[row]] for row in rows]]
     dimensions = module.bases.down.dimension, module.bases.up.dimension
     measured.left_out_kept[rows] += kept.fitted

@@ -103,7 +103,9 @@ class TestAlone:
             present = [m for m in MODULES if m in one]
             for ranks in itertools.product(range(4), repeat=len(present)):
                 ranks_of = dict(zip(present, ranks, strict=True))
-                table = sum(float(found.lost[bits][place][i, ranks_of.get(m, 0)]) for place, m in enumerate(MODULES))
+                table = sum(
+                    float(found.squared_errors[bits][place][i, ranks_of.get(m, 0)]) for place, m in enumerate(MODULES)
+                )
                 expected = lost_by(one, [min(r, one[m].down.shape[0]) for m, r in ranks_of.items()], bits)
                 total = sum(float(np.square(dense(f)).sum()) for f in one.values())
                 assert table == pytest.approx(expected, rel=1e-5, abs=1e-7 * total + 1e-12)

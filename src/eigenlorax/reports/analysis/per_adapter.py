@@ -62,13 +62,13 @@ class Tables:
     """Squared errors and sizes of n adapters for every rank and number of bits, computed once for all targets.
 
     Attributes:
-        lost: By bits, for each module: squared error ‖D − D'‖² of each adapter with 0, 1, …, r components, (n, r + 1).
+        squared_errors: By bits, for each module: ‖D − D'‖² of each adapter with 0, 1, …, r components, (n, r + 1).
         costs: By bits, for each module: bytes of one component.
         ranks: For each module: rank of each adapter, (n,).
         total: ‖D‖² over all modules.
     """
 
-    lost: Mapping[int, list[Float[Tensor, "n _"]]]
+    squared_errors: Mapping[int, list[Float[Tensor, "n _"]]]
     costs: Mapping[int, list[int]]
     ranks: list[Tensor]
     total: Float[Tensor, " n"]
@@ -83,7 +83,7 @@ def tables(modules: Mapping[str, ModuleBatch], bits: Sequence[int] = BITS) -> Ta
         modules: Factors of all adapters, by module.
         bits: Numbers of bits to measure.
     """
-    lost: dict[int, list[Tensor]] = {width: [] for width in bits}
+    squared_errors: dict[int, list[Tensor]] = {width: [] for width in bits}
     costs: dict[int, list[int]] = {width: [] for width in bits}
     ranks, totals = [], []
     for name in modules:
@@ -98,9 +98,9 @@ def tables(modules: Mapping[str, ModuleBatch], bits: Sequence[int] = BITS) -> Ta
         totals.append(torch.cat([total for total, _, _ in chunks]))
         ranks.append(torch.cat([rank for _, rank, _ in chunks]))
         for width in bits:
-            lost[width].append(torch.cat([table[width] for _, _, table in chunks]))
+            squared_errors[width].append(torch.cat([table[width] for _, _, table in chunks]))
             costs[width].append(pair_bytes(n_out, n_in, width))
-    return Tables(lost, costs, ranks, torch.stack(totals).sum(0))
+    return Tables(squared_errors, costs, ranks, torch.stack(totals).sum(0))
 
 
 def singular_rows(
@@ -156,9 +156,9 @@ def at_error(measured: Tables, error: float) -> dict[str, Point | None]:
     Returns:
         The fewest bytes, by method; None for a method that cannot reach the error.
     """
-    by_bits = {bits: _ranks_by_gain(measured, bits, error).choice for bits in measured.lost}
+    by_bits = {bits: _ranks_by_gain(measured, bits, error).choice for bits in measured.squared_errors}
     return {
-        ROUNDED: _cheapest([_full_rank(measured, bits, error) for bits in measured.lost], measured.total),
+        ROUNDED: _cheapest([_full_rank(measured, bits, error) for bits in measured.squared_errors], measured.total),
         CUT: _cheapest([_one_rank(measured, 16, error)], measured.total),
         CUT_BY_ENERGY: _cheapest([by_bits[16]], measured.total),
         BOTH: _cheapest(list(by_bits.values()), measured.total),
@@ -176,7 +176,7 @@ def _square_bound(measured: Tables, error: float) -> Tensor:
 
 def _bytes_by_rank(measured: Tables, bits: int) -> Tensor:
     """Return the bytes of each adapter with 0, 1, …, r components per module, at most its rank in each, (n, r + 1)."""
-    counts = torch.arange(max(table.shape[1] for table in measured.lost[bits]))
+    counts = torch.arange(max(table.shape[1] for table in measured.squared_errors[bits]))
     by_module = [
         torch.minimum(counts, rank[:, None]) * cost
         for rank, cost in zip(measured.ranks, measured.costs[bits], strict=True)
@@ -186,16 +186,17 @@ def _bytes_by_rank(measured: Tables, bits: int) -> Tensor:
 
 def _full_rank(measured: Tables, bits: int, error: float) -> Choice:
     """Round adapters without truncating them."""
-    squared_errors = torch.stack([table[:, -1] for table in measured.lost[bits]]).sum(0)
+    squared_errors = torch.stack([table[:, -1] for table in measured.squared_errors[bits]]).sum(0)
     cost = _bytes_by_rank(measured, bits)[:, -1]
     return cost.masked_fill(squared_errors > _square_bound(measured, error), math.inf), squared_errors
 
 
 def _one_rank(measured: Tables, bits: int, error: float) -> Choice:
     """Truncate all modules of an adapter to the same rank."""
-    width = max(table.shape[1] for table in measured.lost[bits])
+    width = max(table.shape[1] for table in measured.squared_errors[bits])
     extended = [
-        torch.cat([table, table[:, -1:].expand(-1, width - table.shape[1])], dim=1) for table in measured.lost[bits]
+        torch.cat([table, table[:, -1:].expand(-1, width - table.shape[1])], dim=1)
+        for table in measured.squared_errors[bits]
     ]
     squared_errors = torch.stack(extended).sum(0)
     exceeds = squared_errors > _square_bound(measured, error)[:, None]
@@ -224,7 +225,7 @@ def _ranks_by_gain(measured: Tables, bits: int, error: float) -> _Selection:
     replaced by the cheapest component with which the error is within the bound.
     """
     gains, costs, priorities, firsts = [], [], [], []
-    for table, component_cost in zip(measured.lost[bits], measured.costs[bits], strict=True):
+    for table, component_cost in zip(measured.squared_errors[bits], measured.costs[bits], strict=True):
         module_gain = table[:, :-1] - table[:, 1:]
         gains.append(module_gain)
         costs.append(torch.full((module_gain.shape[1],), float(component_cost), dtype=torch.float64))
@@ -287,15 +288,15 @@ def at_size(measured: Tables, limit: Number) -> Cut:
 
 def _cut(measured: Tables, error: float) -> Cut | None:
     """Truncate and round every adapter to an error bound; return None if one of them cannot reach it."""
-    selections = [_ranks_by_gain(measured, bits, error) for bits in measured.lost]
+    selections = [_ranks_by_gain(measured, bits, error) for bits in measured.squared_errors]
     point = _cheapest([selection.choice for selection in selections], measured.total)
     if point is None:
         return None
     chosen = torch.stack([selection.choice[0] for selection in selections]).argmin(0)
     kept = torch.stack([selection.kept for selection in selections])[chosen, torch.arange(len(chosen))]
-    widths = [table.shape[1] - 1 for table in next(iter(measured.lost.values()))]
+    widths = [table.shape[1] - 1 for table in next(iter(measured.squared_errors.values()))]
     ranks = torch.stack([module_kept.sum(1) for module_kept in torch.split(kept, widths, dim=1)])
-    return Cut(point, torch.tensor(list(measured.lost))[chosen], ranks)
+    return Cut(point, torch.tensor(list(measured.squared_errors))[chosen], ranks)
 
 
 def cut(factors: LoRAFactors, rank: int, bits: int) -> LoRAFactors:
