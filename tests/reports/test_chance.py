@@ -247,7 +247,8 @@ class TestTheVerdictKnowsHowChanceScatters:
         assert verdict.conclude(self.report(kept=kept, kept_spread=spread)).findings[0].kind == kind
 
     @pytest.mark.parametrize(
-        ("spread", "said"), [(0.01, "0.100 of its squared norm: they share a little"), (0.04, "no more than chance")]
+        ("spread", "said"),
+        [(0.01, "0.100 of its squared norm beyond chance: too little"), (0.04, "keep no more of it than random")],
     )
     def test_a_little_is_shared_where_it_is_more_than_that(self, spread, said):
         assert said in verdict.conclude(self.report(kept=0.1, kept_spread=spread)).findings[0].text
