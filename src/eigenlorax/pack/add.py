@@ -84,7 +84,7 @@ def check_extend(extend: int, pack: PackContents) -> int:
     if not 1 <= extend <= largest:
         raise OptionError(
             f"extend={extend}: the number of components to add per side must be from 1 to {largest}, the largest "
-            "dimension of a module. Remove extend to project on the subspace as it is."
+            "dimension of a module. Remove extend to project on the unchanged subspace."
         )
     return extend
 
@@ -127,14 +127,14 @@ def _match_modules(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) ->
     if missing and not carry_missing:
         raise ModuleNameError(
             f"Adapter {adapter.name!r} has {len(missing)} of {len(matches)} modules that the subspace lacks, "
-            f"such as {missing[0]!r}. Pass carry_missing=True (--carry-missing) to store them as they are, or fit the "
+            f"such as {missing[0]!r}. Pass carry_missing=True (--carry-missing) to store them unchanged, or fit the "
             "pack again with this adapter among the sources."
         )
     subspace_names = {module: name for module, name in matches.items() if name is not None}
     if missing and not subspace_names:
         warnings.warn(
             f"Adapter {adapter.name!r} has no module in common with the pack, such as {min(info.modules)!r}. All of it "
-            "is stored as it is. If it belongs to another base model, fit it in a pack of its own.",
+            "is stored unchanged. If it belongs to another base model, fit it in a pack of its own.",
             NothingSharedWarning,
             stacklevel=7,
         )

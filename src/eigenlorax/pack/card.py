@@ -36,7 +36,7 @@ def _front_matter(listed: Manifest, family: str | None) -> list[str]:
     lines = ["---", "library_name: eigenlorax", "tags:", *(f"- {tag}" for tag in ("eigenlorax", "lora", *kinds))]
     # the Hub rejects a card whose base_model is a path
     if listed.base_model and hub_client.may_be_model(listed.base_model):
-        # every JSON string is a YAML string, whatever characters it has
+        # every JSON string is a valid YAML string
         lines.append(f"base_model: {json.dumps(listed.base_model)}")
     return [*lines, "---", ""]
 

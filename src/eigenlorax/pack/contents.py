@@ -163,7 +163,7 @@ class PackContents(Mapping[str, Adapter]):
         )
 
     def _file_sizes(self) -> tuple[int, int] | None:
-        """Return the bytes of the pack's files and of its reports; None unless the pack is on disk as it is here."""
+        """Return the bytes of the pack's files and of its reports; None unless the pack is saved."""
         folder = self._folder
         if folder is None or folder.is_partial:
             return None

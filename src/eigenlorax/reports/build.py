@@ -14,7 +14,7 @@ from ..formats.sources import Sources
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from ..version import __version__
-from . import alternatives, frontier, measure, originals, relations, rows, spreads, verdict
+from . import alternatives, frontier, measure, originals, reconstructed_pairs, relations, rows, spreads, verdict
 from .analysis import groups
 from .analysis.pairs import cosines
 from .data import AdapterFigures, Collection, Similarity, Verdict
@@ -160,9 +160,9 @@ def _related(sources: _Sources) -> _Related:
     members = [sources.packed[name] for name in trained]
     if measured is not None:
         names, pairs = measured.names, measured.pairs
-        reconstructed = measure.products_as_packed(pack, members, sources.progress)
+        reconstructed = reconstructed_pairs.inner_products(pack, members, sources.progress)
     else:
-        names, pairs = trained, measure.as_packed(pack, members, sources.progress)
+        names, pairs = trained, reconstructed_pairs.compare_pairs(pack, members, sources.progress)
         reconstructed = pairs.delta
     positions, map_share = groups.on_a_map(cosines(reconstructed))
     copies = groups.duplicates(pairs)

@@ -1,16 +1,15 @@
 """Measurements with the original adapters, module by module. One module of all adapters is in memory at a time."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 from ..codec.storage.table import storage_by_name
-from ..core import projection
 from ..core.adapter import LoRAFactors
-from ..core.batch import ModuleBatch, coefficients_as_batch, delta_squares, pad_factors
+from ..core.batch import ModuleBatch, delta_squares, pad_factors
 from ..core.coefficients import Coefficients
 from ..core.fit_options import FitOptions
 from ..core.progress import Progress
@@ -21,7 +20,7 @@ from ..pack.packed_adapter import PackedAdapter
 from . import refits
 from .analysis import crowded, losses, null, per_adapter
 from .analysis.left_out import Kept
-from .analysis.pairs import Pairs, products
+from .analysis.pairs import Pairs
 from .chance import NullSums
 from .originals import Originals
 from .refits import Members, RefitOptions, Side
@@ -404,38 +403,3 @@ def coefficients_at(packed: PackedAdapter, module: str, bases: ModuleBases) -> C
     """Return an adapter's coefficients in a module of the subspace, padded to the current size of its bases."""
     own = own_name(packed, module)
     return widen_coefficients(packed.coefficients[own], bases) if own is not None else None
-
-
-def as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Pairs:
-    """Compare all pairs of reconstructed adapters, by their coefficients alone if there is no residual."""
-    pairs = Pairs.of(len(packed))
-    for batch, dimensions in _reconstructed(pack, packed, progress):
-        pairs.add(batch, dimensions)
-    return pairs
-
-
-def products_as_packed(pack: Pack, packed: Sequence[PackedAdapter], progress: Progress) -> Tensor:
-    """Return the inner products of the reconstructed updates, (n, n)."""
-    sums = torch.zeros(len(packed), len(packed), dtype=torch.float64)
-    for batch, _ in _reconstructed(pack, packed, progress):
-        sums += products(batch)
-    return sums
-
-
-def _reconstructed(
-    pack: Pack, packed: Sequence[PackedAdapter], progress: Progress
-) -> Iterator[tuple[ModuleBatch, tuple[int, int]]]:
-    """Yield each module of the reconstructed adapters, and the dimensions (down, up) of the spanned spaces."""
-    for done, (module, bases) in enumerate(pack.subspace.modules.items()):
-        progress("comparing coefficients", done, len(pack.info.modules))
-        coefficients = [coefficients_at(adapter, module, bases) for adapter in packed]
-        has_residual = any(c is not None and c.has_residual for c in coefficients)
-        # coefficients suffice only for orthonormal bases without residuals: not for paired or integer components
-        if has_residual or pack.cores == "diagonal" or bases.down.payload is not None:
-            n_out, n_in = bases.shape
-            factors = [None if c is None else projection.reconstruct(c, bases) for c in coefficients]
-            dimensions = (n_in, n_out) if has_residual else (bases.down.k, bases.up.k)
-            yield pad_factors(factors, n_in, n_out), dimensions
-        else:
-            yield coefficients_as_batch(coefficients, bases.down.k, bases.up.k), (bases.down.k, bases.up.k)
-    progress("comparing coefficients", len(pack.info.modules), len(pack.info.modules))
