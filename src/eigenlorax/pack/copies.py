@@ -10,7 +10,7 @@ from .contents import PackContents
 from .packed_adapter import PackedAdapter
 
 NAMED = 5
-"""Copies of one adapter that a warning names."""
+"""Maximum number of copies of one adapter that a warning names."""
 
 
 def share_codes(adapters: Mapping[str, PackedAdapter]) -> dict[str, PackedAdapter]:
