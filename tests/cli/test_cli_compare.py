@@ -101,7 +101,7 @@ BAD = {
     "rates below 0": (f"{ROWS} --learning-rates lora=-1", 3, "must be numbers above 0, got -1.0 for lora"),
     "rates twice": (f"{QUICK} --learning-rates 0.2", 3, "learning rates of all are given twice"),
     "another task": (f"{QUICK} --task causal-lm", 3, "compared by accuracy, which causal-lm does not have"),
-    "no such model": (f"{QUICK} --model no/such", 3, "the model no/such is no folder here"),
+    "no such model": (f"{QUICK} --model no/such", 3, "the model no/such is not a local folder"),
     "a file in the way": (
         f"{QUICK} -o odd.jsonl",
         4,
@@ -116,8 +116,8 @@ BAD = {
         3,
         "odd.jsonl is not a file of `eige",
     ),
-    "another contest": (f"{QUICK} --resume -o begun.json --epochs 2", 3, "another epochs: 1.0 there, 2.0 now"),
-    "other rows": (f"{QUICK} --resume -o begun.json --train train.jsonl", 3, "begun with other training rows"),
+    "another contest": (f"{QUICK} --resume -o begun.json --epochs 2", 3, "started with epochs=1.0, and now it is 2.0"),
+    "other rows": (f"{QUICK} --resume -o begun.json --train train.jsonl", 3, "started with other training rows"),
 }
 
 

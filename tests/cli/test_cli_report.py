@@ -95,7 +95,7 @@ class TestReport:
             ("report pack -a in --evaluate README.csv --task chess", ["no task 'chess'"]),
             ("report pack -a in --evaluate README.csv --max-length 0", ["max_length must be at least 2, got 0"]),
             ("report pack -a in --evaluate README.csv --batch-size 0", ["batch_size must be at least 1"]),
-            ("report pack -a in --evaluate README.csv --labels a,b,a", ["'a' is there twice"]),
+            ("report pack -a in --evaluate README.csv --labels a,b,a", ["'a' appears twice"]),
             ("report pack -a in --evaluate empty.csv", ["empty.csv: the first line has to name", "it is empty"]),
             ("report pack -a in --evaluate cut.jsonl", ["cut.jsonl, line 2 is not JSON", "column 11. Each line"]),
             ("report pack -a in --evaluate rows.csv --labels a,b --labels c,d", ["pass A,B,… once"]),

@@ -324,7 +324,7 @@ class TestWhatIsRefused:
     def test_a_model_that_is_not_there(self, cli, fitting):
         for model in ("no/such", "./nowhere"):
             done = cli("serve-check", fitting, "--model", model)
-            assert_refused(done, 3, f"the model {model} is no folder here", "--model")
+            assert_refused(done, 3, f"the model {model} is not a local folder", "--model")
 
     def test_a_folder_without_a_config(self, cli, fitting, tmp_path):
         done = cli("serve-check", fitting, "--model", tmp_path)

@@ -86,7 +86,9 @@ class TestATrainingAndItsEvaluation:
         assert (place / "out" / "adapter_model.safetensors").read_bytes() == before
         assert "out" in ex.Pack.open("pack").names
         assert_refused(
-            cli(*CLASSIFY, "--epochs", "2", "--resume", "--name", "new"), 3, "another epochs: 1.0 there, 2.0 now"
+            cli(*CLASSIFY, "--epochs", "2", "--resume", "--name", "new"),
+            3,
+            "started with epochs=1.0, and now it is 2.0",
         )
 
     @needs_fork
@@ -168,7 +170,7 @@ BAD = {
     "rows of another kind": (f"{TRAIN} --train odd.txt", 3, "rows are read from JSON lines"),
     "no such column": (f"{TRAIN} --label-column gold", 3, "no column 'gold'. It has: text, label"),
     "classes that were not trained": (f"{TRAIN} --eval odd.jsonl", 3, "'odd' is not one of the 2 classes"),
-    "no such model": (f"{TRAIN} --model no/such", 3, "the model no/such is no folder here"),
+    "no such model": (f"{TRAIN} --model no/such", 3, "the model no/such is not a local folder"),
     "a folder without a model": (f"{TRAIN} --model empty", 3, "empty is not a model"),
     "no such start": (f"{TRAIN} --start nope", 3, "start='nope' is neither"),
     "no room for extra directions": (f"{TRAIN} --n-extra 2", 3, "eigenlorax augment pack --n-extra 2 --seed 0"),

@@ -91,7 +91,7 @@ class TestClassification:
         assert got.confusion == numbers.confusion
         for labels, match in (
             (["good", "bad"], "2 labels are named, and the adapter's head has 3"),
-            (["good", "bad", "bad"], "good, bad, bad are not names of classes: 'bad' is there twice"),
+            (["good", "bad", "bad"], "good, bad, bad are not names of classes: 'bad' appears twice"),
             (["good", "", "bad"], "are not names of classes: one of them is empty"),
         ):
             with pytest.raises(OptionError, match=match):
@@ -142,7 +142,7 @@ class TestClassification:
             lora = edited.adapter("a1")
             heads = {"base_model.model.classifier.weight": torch.randn(3, tiny.IN + 1)}
             edited.add(ex.from_factors("odd", dict(lora.modules.items()), heads=heads, base_model=edited.base_model))
-        with pytest.raises(FormatError, match=r"classifier.weight of shape \(3, 25\), is not one of a bert model"):
+        with pytest.raises(FormatError, match=r"classifier.weight of shape \(3, 25\), does not fit a bert model"):
             evaluate(place / "pack", "odd", place / "rows.jsonl", task="text-classification")
 
 

@@ -162,10 +162,10 @@ class TestAComparison:
     def test_that_began_with_something_else_is_not_resumed(self, place, asked):
         quick = replace(asked, methods=["head"], rates={"head": [0.1]}, seeds=1)
         run(place, quick)
-        with pytest.raises(OptionError, match=r"was begun with another epochs: 1.0 there, 2.0 now"):
+        with pytest.raises(OptionError, match=r"was started with epochs=1.0, and now it is 2.0"):
             run(place, replace(quick, epochs=2.0), resume=True)
         trainable.write_jsonl(place / "test.jsonl", trainable.keyword_rows(23, seed=2))
-        with pytest.raises(OptionError, match="was begun with other test rows. resume=True .--resume"):
+        with pytest.raises(OptionError, match="was started with other test rows. resume=True .--resume"):
             run(place, quick, resume=True)
         with pytest.raises(
             PackExistsError, match="out.json exists. Choose another file, or continue it with resume=True .--resume"
@@ -230,7 +230,10 @@ class TestRows:
         assert all(row in found.test for row in found.validation)
 
     def test_one_row_a_class_is_too_few_to_choose_by(self, place, asked):
-        with pytest.warns(RowsWarning), pytest.raises(FormatError, match="has hardly more than one row per class"):
+        with (
+            pytest.warns(RowsWarning),
+            pytest.raises(FormatError, match="has fewer than two classes with two rows or more"),
+        ):
             self.divide(place, asked, {"a": 1, "b": 1})
         with (
             pytest.warns(RowsWarning),
@@ -306,7 +309,7 @@ class TestWhatIsAskedFor:
             ({"methods": []}, "no method is named"),
             ({"methods": ["lora", "magic"]}, "no method 'magic'. There are: lora, lora-small, core"),
             ({"methods": ["lora", "lora"]}, "the method 'lora' is named twice"),
-            ({"rates": {"vera": [0.1]}}, "given for 'vera', which is not one of the methods: lora, core."),
+            ({"rates": {"vera": [0.1]}}, "passed for 'vera', which is not one of the methods: lora, core."),
             ({"rates": {"lora": [0.0]}}, "must be numbers above 0, got 0.0 for lora"),
             ({"rates": {"lora": []}}, "must be numbers above 0"),
             ({"epochs": float("nan")}, "epochs must be a number above 0"),

@@ -344,12 +344,12 @@ class TestWhatCannotBeCompared:
                 OptionError,
                 "'a' has the task type 'SEQ_CLS': it is not for causal",
             ),
-            ([("a", "rows")], {"labels": ["x", "y", "x"]}, OptionError, "x, y, x are not .*: 'x' is there twice"),
+            ([("a", "rows")], {"labels": ["x", "y", "x"]}, OptionError, "x, y, x are not .*: 'x' appears twice"),
             (
                 [("a", "rows")],
                 {"labels": {"a": ["x", "y", "x"]}},
                 OptionError,
-                "x, y, x are not .*: 'x' is there twice",
+                "x, y, x are not .*: 'x' appears twice",
             ),
             ([("a", "rows")], {"max_length": 90}, OptionError, "more than the 32 tokens"),
         ],
@@ -381,7 +381,7 @@ class TestWhatCannotBeCompared:
             base_model=str(base),
         )
         pack = ex.fit([bare], n_components=2)
-        with pytest.raises(FormatError, match="query.bias of shape .*, is not one of a bert model for classification"):
+        with pytest.raises(FormatError, match="query.bias of shape .*, does not fit a bert model for classification"):
             compare(pack, {"bare": bare}, [(None, tmp_path / "rows.jsonl")])
 
     def test_a_model_that_is_not_the_base(self, tmp_path, pack, originals, rows, base):

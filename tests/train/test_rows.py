@@ -95,7 +95,7 @@ class TestReading:
     def test_columns(self, tmp_path):
         table = jsonl(tmp_path, {"text": "x", "other": 1}, {"text": "y"}, {"text": None})
         with pytest.raises(
-            OptionError, match=r"no column 'body'. It has: text, other. Name another one with --text-column"
+            OptionError, match=r"no column 'body'. It has: text, other. Pass another name with --text-column"
         ):
             data.column_texts(table, "body", "--text-column")
         with pytest.raises(FormatError, match="line 2 has no 'other', which other rows have"):

@@ -289,10 +289,10 @@ class TestResuming:
     @pytest.mark.parametrize(
         ("fields", "match"),
         [
-            ({"learning_rate": 0.2}, "begun with another learning_rate: 0.1 there, 0.2 now"),
-            ({"core": True}, "another core"),
-            ({"train": "eval.jsonl"}, "another train"),
-            ({"trainer_options": {"weight_decay": 0.1}}, "another trainer_options"),
+            ({"learning_rate": 0.2}, "was started with learning_rate=0.1, and now it is 0.2"),
+            ({"core": True}, "was started with core=False"),
+            ({"train": "eval.jsonl"}, "was started with train="),
+            ({"trainer_options": {"weight_decay": 0.1}}, "was started with trainer_options="),
         ],
     )
     def test_another_training_does_not_go_on_from_it(self, place, fields, match):
@@ -311,7 +311,7 @@ class TestResuming:
             train(place / "pack", training, place / "out", resume=True)
 
     def test_nothing_to_resume(self, place):
-        with pytest.raises(OptionError, match=r"has no training.json, so that there is no training to resume"):
+        with pytest.raises(OptionError, match=r"has no training.json, so there is no training to resume"):
             train(place / "pack", classify(place), place / "out", resume=True)
         assert not (place / "out").exists()
 
@@ -473,7 +473,7 @@ class TestWhatCannotBe:
             ({"name": "a/b"}, AdapterNameError, "a/b"),
             ({"columns": Columns(text="body")}, OptionError, "no column 'body'"),
             ({"evaluation": place / "lm-eval.jsonl"}, OptionError, "lm-eval.jsonl has no column 'label'"),
-            ({"model": "no/such-model"}, HubError, "the model no/such-model is no folder here"),
+            ({"model": "no/such-model"}, HubError, "the model no/such-model is not a local folder"),
             ({"model": str(place / "full")}, FormatError, "full is not a model that transformers can load"),
             ({"pack": "nameless"}, OptionError, "the pack does not say which base model it belongs to"),
             ({"pack": "lm-pack", "model": base}, ModuleNameError, "the model has none of the modules"),

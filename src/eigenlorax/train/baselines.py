@@ -98,12 +98,17 @@ def compare_with_baseline(
 
 
 def sample(rows: Sequence[T], maximum: int) -> Sequence[T]:
-    """Return all rows, or a random sample of `maximum` rows with a fixed seed."""
+    """Return all rows, or a random sample with a fixed seed if there are more than `maximum` rows."""
     return random.Random(0).sample(rows, maximum) if len(rows) > maximum else rows  # noqa: S311
 
 
 def classification_baseline(figures: ClassificationFigures, *, trained_on: bool) -> Baseline:
-    """Compare a classifier's accuracy with that of the most frequent class."""
+    """Compare a classifier's accuracy with that of the most frequent class.
+
+    Args:
+        figures: Figures of the classifier.
+        trained_on: Whether the rows are training rows.
+    """
     return Baseline(
         metric="accuracy",
         rows=figures.rows,
@@ -119,6 +124,11 @@ def language_model_baseline(figures: LanguageModelFigures, base: LanguageModelFi
     """Compare a language model's loss with that of the base model.
 
     Both models predict the same tokens, so the difference has little variance and a small margin is enough.
+
+    Args:
+        figures: Figures of the model with the adapter.
+        base: Figures of the base model on the same rows.
+        trained_on: Whether the rows are training rows.
     """
     return Baseline(
         metric="perplexity",

@@ -61,7 +61,9 @@ def read(path: Path, label_column: str = "label") -> Table:
         )
     if path.stat().st_size > limits.machine_memory():
         # checked first, because a single line of a sparse file may fill the memory
-        raise FormatError(f"{path} has {path.stat().st_size:,} bytes, more than this machine has memory for its rows.")
+        raise FormatError(
+            f"{path} has {path.stat().st_size:,} bytes. Its rows do not fit into the memory of this machine."
+        )
     read_lines = _csv_rows if path.suffix.lower() == ".csv" else _json_rows
     try:
         # utf-8-sig, because spreadsheets write a byte order mark
@@ -116,7 +118,9 @@ def _read_datasets(path: Path, label_column: str) -> Table:
     try:
         import datasets
     except ImportError as error:
-        raise MissingExtraError(f"{path} is a folder; to read one saved by datasets: pip install datasets.") from error
+        raise MissingExtraError(
+            f"{path} is a folder. To read a folder saved by datasets: pip install datasets."
+        ) from error
     if not (path / "state.json").is_file():
         splits = ", ".join(sorted(str(child.parent) for child in path.glob("*/state.json")))
         hint = f" It contains {splits}: pass one of them." if splits else ""
@@ -161,7 +165,7 @@ def has_columns(table: Table, *columns: str) -> bool:
 def _column(table: Table, column: str, option: str | None) -> Iterator[tuple[Any, str]]:
     """Yield the cells of a column with their locations."""
     if column not in table.columns:
-        remedy = f" Name another one with {option}." if option else ""
+        remedy = f" Pass another name with {option}." if option else ""
         hint = suggestion(column, table.columns)
         raise OptionError(f"{table.path} has no column {column!r}.{hint} It has: {', '.join(table.columns)}.{remedy}")
     for row, location in zip(table.rows, table.locations, strict=True):
@@ -189,6 +193,10 @@ class Labels:
         """Return the labels of a file as class numbers.
 
         A text in the label column is the name of a class, an integer is its number.
+
+        Args:
+            table: Rows.
+            columns: Names of the columns.
 
         Raises:
             FormatError: A label is not one of the classes.
@@ -222,7 +230,12 @@ def infer_labels(table: Table, columns: Columns) -> Labels:
     They are the classes of its `ClassLabel`, the integers from 0 to the highest label, or the sorted texts. Warns with
     `RowsWarning` if a class has no rows.
 
+    Args:
+        table: Training rows.
+        columns: Names of the columns.
+
     Raises:
+        OptionError: The table has no label column.
         FormatError: There is only one class, or some labels are integers and some are texts.
     """
     cells = [cell for cell, _ in _label_column(table, columns)]
@@ -244,7 +257,7 @@ def infer_labels(table: Table, columns: Columns) -> Labels:
 
 
 def first_name(table: Table, columns: Columns) -> str | None:
-    """Return the first label that is a text and not a number, or None."""
+    """Return the first label that is a text and not a number; None if there is no such label."""
     names = (cell for cell, _ in _label_column(table, columns) if isinstance(cell, str) and not _is_number(cell))
     return next(names, None)
 

@@ -168,12 +168,16 @@ def check_label_names(names: Sequence[str]) -> None:
     """Raise `OptionError` unless all class names are different and not empty."""
     duplicates = [name for name, count in Counter(names).items() if count > 1]
     if duplicates or not all(names):
-        problem = f"{duplicates[0]!r} is there twice" if duplicates else "one of them is empty"
+        problem = f"{duplicates[0]!r} appears twice" if duplicates else "one of them is empty"
         raise OptionError(f"the labels {', '.join(names)} are not names of classes: {problem}. Name each class once.")
 
 
 def resolve_task(adapter: PackedAdapter, task: str | None) -> str:
-    """Return `task`; if it is None, the task of the adapter's config.
+    """Return the task of an adapter.
+
+    Args:
+        adapter: Adapter of a pack.
+        task: "text-classification" or "causal-lm". Default: the task type in the adapter's config.
 
     Raises:
         OptionError: The config has the task type of another task, or `task` is None and the config has no supported
@@ -213,7 +217,7 @@ def count_head_classes(adapter: PackedAdapter, config: Any) -> int:
         name: tuple(tensor.shape) for key, tensor in adapter.heads.items() if (name := _name_in_model(key)) is not None
     }
     if not shapes:
-        raise AdapterNameError(f"adapter {adapter.name!r} has no head, so that it cannot classify.")
+        raise AdapterNameError(f"adapter {adapter.name!r} has no head, so it cannot classify.")
     config = copy.deepcopy(config)
 
     def fits(n: int) -> bool:
@@ -229,13 +233,18 @@ def count_head_classes(adapter: PackedAdapter, config: Any) -> int:
             return n
     first = min(shapes)
     raise FormatError(
-        f"the head of adapter {adapter.name!r}, such as {first} of shape {shapes[first]}, is not one of a "
+        f"the head of adapter {adapter.name!r}, such as {first} of shape {shapes[first]}, does not fit a "
         f"{config.model_type} model for classification. It belongs to a different base model."
     )
 
 
 def check_language_model(adapter: PackedAdapter, config: Any) -> None:
-    """Raise `OptionError` if the adapter has a head that the language model lacks."""
+    """Raise `OptionError` if the adapter has a head that the base model, as a language model, does not have.
+
+    Args:
+        adapter: Adapter of a pack.
+        config: Config of the base model.
+    """
     if not adapter.heads:
         return
     from transformers import AutoModelForCausalLM
@@ -347,7 +356,14 @@ def measure(
 def batches(
     model: Any, rows: Sequence[Example], collate: Collate, batch_size: int
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Yield batches of rows: the model's inputs, and the labels, both on the model's device."""
+    """Yield batches of rows: the model's inputs, and the labels.
+
+    Args:
+        model: Model whose device gets the tensors.
+        rows: Encoded rows.
+        collate: Function that makes a padded batch of rows.
+        batch_size: Rows per batch.
+    """
     model_device = next(model.parameters()).device
     for start in range(0, len(rows), batch_size):
         inputs = dict(collate([dict(row) for row in rows[start : start + batch_size]]).to(model_device))

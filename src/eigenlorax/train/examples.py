@@ -76,7 +76,18 @@ def with_labels(rows: list[Example], numbers: Sequence[int]) -> list[Example]:
 
 
 def encode_texts(table: Table, columns: Columns, tokenizer: Any, max_length: int) -> list[Example]:
-    """Return one example per row, without labels. Warns with `RowsWarning` if rows are truncated."""
+    """Return one example per row, without labels. Warns with `RowsWarning` if rows are truncated.
+
+    Args:
+        table: Rows.
+        columns: Names of the columns.
+        tokenizer: Tokenizer of the model.
+        max_length: Maximum number of tokens per row.
+
+    Raises:
+        OptionError: The table has no such column.
+        FormatError: A row has no text.
+    """
     texts = data.column_texts(table, columns.text, "Columns.text (--text-column)")
     pairs = data.column_texts(table, columns.pair, "Columns.pair (--pair-column)") if columns.pair else None
     untruncated = tokenizer(texts, pairs)["input_ids"]

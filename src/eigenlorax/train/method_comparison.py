@@ -267,7 +267,8 @@ def _final_keys(options: ComparisonOptions, method: str, runs: Runs) -> list[Run
 def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
     """Return the learning rate with the highest accuracy on the rows held out. The lowest loss breaks ties.
 
-    Raises `NonFiniteError` if the method diverged at every rate.
+    Raises:
+        NonFiniteError: The method diverged at every rate.
     """
     rates = options.learning_rates(method)
     if not options.searches(method):

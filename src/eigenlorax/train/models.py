@@ -68,7 +68,16 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
 
 
 def load_config(model: str, revision: str | None) -> Any:
-    """Load the model's config. Raises `FormatError` or `HubError`, as `load_model` does."""
+    """Load the model's config.
+
+    Args:
+        model: Folder or Hub id of the model.
+        revision: Revision on the Hub. Default: the main branch.
+
+    Raises:
+        FormatError: The folder is not a model that transformers can load.
+        HubError: The config could not be loaded from the Hub.
+    """
     from transformers import AutoConfig
 
     with _loading(model) as network:
@@ -141,7 +150,7 @@ def _loading(model: str) -> Iterator[dict[str, bool]]:
         if unreachable is not None:
             cause = f"it is not in the cache, or not completely, and the Hub cannot be reached ({unreachable})."
         raise HubError(
-            f"the model {model} is no folder here, and could not be loaded from the Hub: {cause} Pass a folder or "
+            f"the model {model} is not a local folder, and could not be loaded from the Hub: {cause} Pass a folder or "
             "another repository with model= (--model)."
         ) from error
 

@@ -80,7 +80,13 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, slots=True)
 class _RowOptions:
-    """Options of `prepare` that control how rows are read and encoded."""
+    """Options that control how rows are read and encoded.
+
+    Attributes:
+        label_names: Class names in the order of the head, by adapter or for all adapters.
+        columns: Names of the columns.
+        max_length: Maximum number of tokens per row. Default: the task's.
+    """
 
     label_names: LabelNames | None
     columns: Columns
@@ -206,7 +212,7 @@ def _adapters_for(pack: Pack, originals: Mapping[str, Adapter], name: str | None
         return [adapter]
     adapters = [pack.packed(packed_name) for packed_name in pack.names if packed_name in originals]
     if not adapters:
-        raise OptionError("nothing to compare: no adapter's original is given. Pass the LoRA folders.")
+        raise OptionError("there is nothing to compare: no original adapter was passed. Pass the LoRA folders.")
     return adapters
 
 
@@ -246,7 +252,8 @@ def _class_numbers(adapter: str, classes: int, table: Table, options: _RowOption
 def _has_labels(table: Table, columns: Columns) -> bool:
     """Return whether the rows have labels. Warns with `RowsWarning` if another column may have the labels.
 
-    Raises `FormatError` if some rows have a label and others have none.
+    Raises:
+        FormatError: Some rows have a label, and others have none.
     """
     has_label = [columns.label in row for row in table.rows]
     if any(has_label) and not all(has_label):

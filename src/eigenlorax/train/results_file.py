@@ -58,7 +58,7 @@ def write(
         "trainings": "[\n" + ",\n".join(json.dumps(asdict(run), sort_keys=True) for run in runs) + "\n]",
         "result": json.dumps(summary, indent=2, sort_keys=True),
     }
-    text = "{\n" + ",\n".join(f'"{name}": {value}' for name, value in fields.items()) + "\n}\n"
+    text = "{\n" + ",\n".join(f'"{name}": {encoded}' for name, encoded in fields.items()) + "\n}\n"
     atomic_files.write_file(output, text.encode("utf-8", errors="surrogatepass"))
 
 
@@ -82,9 +82,9 @@ def read_runs(output: Path, settings: Mapping[str, Any]) -> list[MethodRun]:
     differing = sorted(name for name in settings if stored.get(name) != settings[name])
     if differing:
         name = differing[0]
-        difference = _HASHED_SETTINGS.get(name) or f"another {name}: {stored.get(name)!r} there, {settings[name]!r} now"
+        difference = _HASHED_SETTINGS.get(name) or f"{name}={stored.get(name)!r}, and now it is {settings[name]!r}"
         raise OptionError(
-            f"{output} was begun with {difference}. resume=True (--resume) continues the same comparison; methods, "
+            f"{output} was started with {difference}. resume=True (--resume) continues the same comparison; methods, "
             "rates and seeds may be added. Choose another file for another comparison."
         )
     return runs

@@ -67,8 +67,9 @@ def split_rows(
     if any(options.searches(method) for method in options.methods):
         if len({train_rows[index]["labels"] for index in held_out}) < 2:
             raise FormatError(
-                f"{train.path} has hardly more than one row per class. Learning rates are chosen on rows held out, "
-                "which need two classes. Add rows, or pass one rate per method (rates=, --learning-rates METHOD=A)."
+                f"{train.path} has fewer than two classes with two rows or more. Learning rates are chosen on rows "
+                "held out, which need two classes. Add rows, or pass one rate per method (rates=, --learning-rates "
+                "METHOD=A)."
             )
         if len(held_out) < _FEW_ROWS:
             warnings.warn(

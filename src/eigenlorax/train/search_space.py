@@ -104,7 +104,7 @@ class ComparisonOptions:
         for name, rates in self.rates.items():
             if name not in self.methods:
                 raise OptionError(
-                    f"learning rates are given for {name!r}, which is not one of the methods: "
+                    f"learning rates were passed for {name!r}, which is not one of the methods: "
                     f"{', '.join(self.methods)}.{suggestion(name, self.methods)}"
                 )
             if not rates or not all(math.isfinite(rate) and rate > 0 for rate in rates):

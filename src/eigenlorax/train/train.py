@@ -164,7 +164,7 @@ def _check_output(output: Path, resume: bool) -> None:
     atomic_files.check_is_folder(output)
     if resume and not (output / RECORD).is_file():
         raise OptionError(
-            f"{output} has no {RECORD}, so that there is no training to resume. Remove resume=True (--resume)."
+            f"{output} has no {RECORD}, so there is no training to resume. Remove resume=True (--resume)."
         )
     if not resume and output.exists() and any(output.iterdir()):
         raise PackExistsError(
@@ -349,12 +349,13 @@ def _mention_adapter_folder(pack: Path, name: str, output: Path) -> Iterator[Non
 def _finished_result(output: Path, run: _Run) -> TrainingResult | None:
     """Return the result of the training in `output`, or None if it has to be continued.
 
-    Raises `OptionError` if it has other settings, or checkpoints that cannot be resumed.
+    Raises:
+        OptionError: It has other settings, or checkpoints that cannot be resumed.
     """
     result = training_record.finished_result(output, run.settings)
     if result is None and run.arguments.save_only_model:
         raise OptionError(
-            "checkpoints written with save_only_model lack the optimizer's state, so that they cannot be resumed. "
+            "checkpoints written with save_only_model lack the optimizer's state, so they cannot be resumed. "
             "Remove resume=True (--resume), and choose another folder."
         )
     return result

@@ -91,7 +91,7 @@ def arguments(training: Training, checkpoints: Path, rows: int) -> Any:
     own_options = {field: getattr(training, option) for option, field in OWN_OPTIONS.items()}
     fields = {
         **defaults,
-        **{field: value for field, value in own_options.items() if value is not None},
+        **{field: setting for field, setting in own_options.items() if setting is not None},
         **_check_fields(training.trainer_options, TrainingArguments),
     }
     if fields["eval_strategy"] != "no" and training.evaluation is None:
@@ -109,7 +109,12 @@ def arguments(training: Training, checkpoints: Path, rows: int) -> Any:
 
 
 def steps_per_epoch(training_arguments: Any, rows: int) -> int:
-    """Return the number of optimizer steps per epoch, as the Trainer counts them."""
+    """Return the number of optimizer steps per epoch, as the Trainer counts them.
+
+    Args:
+        training_arguments: `TrainingArguments` of transformers.
+        rows: Number of training rows.
+    """
     batch: int = training_arguments.train_batch_size * training_arguments.world_size
     batches = rows // batch if training_arguments.dataloader_drop_last else math.ceil(rows / batch)
     return max(1, math.ceil(batches / int(training_arguments.gradient_accumulation_steps)))
@@ -123,18 +128,22 @@ def _default_schedule(per_epoch: int, fields: Mapping[str, Any]) -> dict[str, An
         fields: Fields of `TrainingArguments` so far.
     """
     epochs = math.ceil(max(fields["num_train_epochs"], MIN_STEPS / per_epoch))
-    every = math.ceil(epochs / MAX_POINTS)
+    interval = math.ceil(epochs / MAX_POINTS)
     kinds = ("eval", "save", "logging")
-    if every == 1 or any(fields[f"{kind}_strategy"] not in ("epoch", "no") for kind in kinds):
+    if interval == 1 or any(fields[f"{kind}_strategy"] not in ("epoch", "no") for kind in kinds):
         return {"num_train_epochs": float(epochs)}
     points = {f"{kind}_strategy": "steps" for kind in kinds if fields[f"{kind}_strategy"] == "epoch"}
-    points |= {f"{kind}_steps": every * per_epoch for kind in kinds}
+    points |= {f"{kind}_steps": interval * per_epoch for kind in kinds}
     # round epochs up, so that the last evaluation is after the last step
-    return {"num_train_epochs": float(every * math.ceil(epochs / every)), **points}
+    return {"num_train_epochs": float(interval * math.ceil(epochs / interval)), **points}
 
 
 def _check_fields(options: Mapping[str, Any], arguments_class: type) -> dict[str, Any]:
-    """Return the options, converted to their fields' types. Raises `OptionError` for unknown and reserved ones."""
+    """Return the options, converted to the types of their fields.
+
+    Raises:
+        OptionError: An option is unknown or reserved, or cannot be converted.
+    """
     fields = {field.name for field in dataclasses.fields(arguments_class) if field.init}
     types = typing.get_type_hints(arguments_class)
     for name in options:
@@ -143,23 +152,23 @@ def _check_fields(options: Mapping[str, Any], arguments_class: type) -> dict[str
         if name not in fields:
             hint = suggestion(name, fields - set(_RESERVED))
             raise OptionError(f"{name!r} is not a field of transformers' TrainingArguments.{hint}")
-    return {name: _convert(name, value, types[name]) for name, value in options.items()}
+    return {name: _convert(name, yaml_value, types[name]) for name, yaml_value in options.items()}
 
 
-def _convert(name: str, value: Any, field_type: Any) -> Any:
-    """Return a YAML value as the type of its field: YAML reads 1 as an integer, and 1e-3 as a text."""
+def _convert(name: str, yaml_value: Any, field_type: Any) -> Any:
+    """Convert a value from YAML to the type of its field. YAML reads 1 as an integer, and 1e-3 as a text."""
     types = set(typing.get_args(field_type)) or {field_type}
-    if type(value) in types:
-        return value
-    if float in types and not isinstance(value, bool):
+    if type(yaml_value) in types:
+        return yaml_value
+    if float in types and not isinstance(yaml_value, bool):
         try:
-            return float(value)
+            return float(yaml_value)
         except (TypeError, ValueError):
             pass
     if types <= {bool, int, float, str, NoneType}:
         names = " or ".join(sorted(type_.__name__ for type_ in types - {NoneType}))
-        raise OptionError(f"the Trainer's {name} must be {names}, got {value!r}.")
-    return value
+        raise OptionError(f"the Trainer's {name} must be {names}, got {yaml_value!r}.")
+    return yaml_value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

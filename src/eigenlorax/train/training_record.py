@@ -124,7 +124,7 @@ def finished_result(output: Path, settings: Mapping[str, Any]) -> TrainingResult
     if differing:
         first = differing[0]
         raise OptionError(
-            f"{output} was begun with another {first}: {stored.get(first)!r} there, {settings[first]!r} now. "
+            f"{output} was started with {first}={stored.get(first)!r}, and now it is {settings[first]!r}. "
             "resume=True (--resume) continues the same training. Choose another folder for another training."
         )
     if record.get("result") is not None and (output / keys.ADAPTER_WEIGHTS).is_file():
