@@ -95,7 +95,9 @@ class TestPush:
             hub.new("org/pack", "main", hub.repos["org/pack"]["main"], lambda folder: (folder / "x").write_text("x"))
 
         hub.before_commit = interfere
-        assert_refused(online("push", pack, "org/pack", **TOKEN), 5, "org/pack was changed on the Hub", "run it again")
+        assert_refused(
+            online("push", pack, "org/pack", **TOKEN), 5, "org/pack was changed on the Hub", "run the command again"
+        )
 
 
 class TestPull:
