@@ -125,7 +125,7 @@ def nan(folder):
 
 # what is wrong with an adapter named `bad`, and what the message must have
 BAD = {
-    "another base": ({"base": "org/other"}, None, ["'org/base'", "'bad' is 'org/other'", "--same-base"]),
+    "another base": ({"base": "org/other"}, None, ["the pack has 'org/base'", "'bad' has 'org/other'", "--same-base"]),
     "another shape": ({"modules": {QUERY: (17, 12)}}, None, [QUERY, "(17, 12)", "'bad'", "(17, 11)"]),
     "NaN": ({}, nan, ["'bad'", "2 of 33", "NaN"]),
     "cut": (
@@ -176,7 +176,7 @@ class TestWhatIsRefused:
         assert contents(pack.parent) == before
 
     @pytest.mark.parametrize(
-        ("given", "part"), [("nowhere", "does not exist"), ("", "empty"), ("x=", "no folder after")]
+        ("given", "part"), [("nowhere", "does not exist"), ("", "empty"), ("x=", "no path after")]
     )
     def test_what_is_not_there(self, cli, pack, given, part, monkeypatch):
         monkeypatch.chdir(pack.parent)
@@ -230,4 +230,4 @@ def test_losses_are_noted_together_above_the_share_that_was_asked_for(cli, pack)
     named = f"{worst} ({errors[worst]:.2f}), {other} ({errors[other]:.2f})."
     assert done.err.startswith(f"note: The delta error is above 0.1 for {named} Fit the pack again")
     done = succeeded(cli("add", pack, f"three={pack.parent / 'new'}", "--warn-above", 1))
-    assert done.err == ""
+    assert done.err == "note: three has the same update as two.\n"

@@ -156,6 +156,9 @@ def check_names(names: Iterable[str]) -> None:
         seen[name.lower()] = name
 
 
+THE_PACK = "the pack"
+
+
 def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tuple[str | None, str | None]:
     """Return the base model that all adapters were trained on, and its revision.
 
@@ -181,9 +184,12 @@ def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tupl
         for value, name in stated:
             if value != stated[0][0] and not same_base:
                 label = "base models" if field == "base_model" else "revisions of the base model"
+                first, first_name = stated[0]
+                # `Pack.add` passes the pack as if it were an adapter
+                owner = first_name if first_name == THE_PACK else f"adapter {first_name!r}"
                 raise BaseModelError(
-                    f"adapters {stated[0][1]!r} and {name!r} have different {label}: {stated[0][0]!r} and {value!r}. "
-                    "Fit them separately, or pass same_base=True (--same-base) if both names mean one model."
+                    f"different {label}: adapter {name!r} has {value!r}, and {owner} has {first!r}. Fit them "
+                    "separately, or pass same_base=True (--same-base) if both names mean one model."
                 )
     return _most_common(a.base_model for a in adapters), _most_common(a.revision for a in adapters)
 

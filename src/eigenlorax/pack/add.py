@@ -112,7 +112,7 @@ def _read(source: AdapterSource, pack: PackContents, options: AddOptions) -> Sca
             "(NAME=PATH, name=), or remove the old one first."
         )
     if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
-        present = Adapter("the pack", {}, {}, base_model=pack.base_model, revision=pack.revision)
+        present = Adapter(checks.THE_PACK, {}, {}, base_model=pack.base_model, revision=pack.revision)
         checks.check_one_base([present, adapter], options.same_base)
     widths = ((module, sides["down"].dimension) for module, sides in pack.info.modules.items())
     checks.check_family(adapter, widths)
