@@ -175,9 +175,7 @@ class TestWhatIsRefused:
             assert_refused(cli("add", pack, given), 3, "eigenlorax export")
         assert contents(pack.parent) == before
 
-    @pytest.mark.parametrize(
-        ("given", "part"), [("nowhere", "does not exist"), ("", "empty"), ("x=", "no path after")]
-    )
+    @pytest.mark.parametrize(("given", "part"), [("nowhere", "does not exist"), ("", "empty"), ("x=", "no path after")])
     def test_what_is_not_there(self, cli, pack, given, part, monkeypatch):
         monkeypatch.chdir(pack.parent)
         before = contents(pack.parent)
