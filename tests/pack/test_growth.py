@@ -135,6 +135,7 @@ class TestWhatIsGained:
         assert pack.add(tmp_path / "in" / "c", extend=5).delta_error < 1e-5
         assert (pack.info.fingerprint, pack.info.growth, pack.info.n_extended) == (fingerprint, (), 0)
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.DuplicateAdapterWarning")
     @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
     def test_nor_does_one_of_the_pack_but_for_rounding(self, dtype):
         pack = ex.fit(random_collection(3, dtype=getattr(torch, dtype)), n_components=50)
