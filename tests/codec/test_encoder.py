@@ -12,7 +12,10 @@ from eigenlorax.errors import NonFiniteError, OptionError
 from planted import random_collection, tree
 
 ERRORS = (1e-5, 0.001, 0.02, 0.1, 0.3, 0.5, 0.9)
-pytestmark = pytest.mark.filterwarnings("ignore::eigenlorax.errors.UntrainedAdapterWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::eigenlorax.errors.{name}")
+    for name in ("UntrainedAdapterWarning", "DuplicateAdapterWarning")
+]
 # every error on one collection, and one error on each of the others, so that each error has its turn
 SWEPT = "ranks that differ"
 CASES = [(SWEPT, error) for error in ERRORS] + [

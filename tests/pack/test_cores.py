@@ -180,6 +180,7 @@ COLLECTIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::eigenlorax.errors.DuplicateAdapterWarning")
 @pytest.mark.parametrize("name", COLLECTIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_kinds_of_adapters_are_kept_as_the_records_say(kind, name, tmp_path):

@@ -219,6 +219,7 @@ class TestWhoIsLikeWhom:
         report = report_on([*one, *two, gauged(two[0], 3)], k=12)
         assert [cluster.adapters for cluster in report.similarity.clusters] == [names(*range(5)), names(5, 6, 7, 8, 9)]
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.DuplicateAdapterWarning")
     def test_nothing_but_copies(self):
         one, two = random(2)
         report = report_on([one, gauged(one, 3), two, two])
