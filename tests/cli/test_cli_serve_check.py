@@ -190,7 +190,7 @@ class TestWhatIsNotServed:
     def test_adapters_refused_for_one_reason_are_told_together(self, cli, tmp_path, model):
         for n in range(5):
             name = tmp_path / "in" / (f"biased-{n}" + "-long" * 10)
-            make_adapter(name, seed=n, rank=RANK, modules=modules(), base=None, config={"bias": "all"})
+            make_adapter(name, seed=20 + n, rank=RANK, modules=modules(), base=None, config={"bias": "all"})
         make_adapters(tmp_path / "in", "a b", modules=modules(), rank=RANK, base=None)
         make_adapter(tmp_path / "in" / "of-codes", seed=9, rank=RANK, modules=modules(), base=None, config=QALORA)
         pack = make_pack_of(tmp_path)
