@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 EXAMPLES = """
 eigenlorax demo
 eigenlorax demo --data demo/
-eigenlorax demo --keep kept/ --n-components 16 --no-training
 """
 
 
