@@ -19,7 +19,7 @@ from torch import Tensor
 
 import eigenlorax as ex
 from children import run
-from eigenlorax.codec import bitstream
+from eigenlorax.codec import varint
 from signing import signed_again
 
 MEGABYTE = 1_000_000
@@ -83,7 +83,7 @@ def packed_levels(body: bytes) -> Callable[[bytes], bytes]:
     """Return what gives a coded adapter the step it has, and these levels, deflated."""
 
     def change(data: bytes) -> bytes:
-        return data[:3] + bitstream._encode_varint(2) + bitstream._encode_varint(len(body)) + body
+        return data[:3] + varint.encode(2) + varint.encode(len(body)) + body
 
     return change
 

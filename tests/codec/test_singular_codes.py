@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenlorax.codec import bitstream, dead_zone, singular_codes
+from eigenlorax.codec import basis_bytes, bitstream, dead_zone, singular_codes
 from eigenlorax.codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleCodes, ModuleLayout, dequantise_module
 from eigenlorax.codec.quantised_basis import QuantisedBasis, quantise_basis
 from eigenlorax.codec.step_sizes import as_written
@@ -169,9 +169,9 @@ def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
     updates = shared(5, 3, 0.2)
     pairs = [basis_of(updates, k, 200.0) for k in (3, 0, 5)[:clusters]]
     joined = tuple(QuantisedBasis.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
-    data = bitstream.encode_bases(joined)
+    data = basis_bytes.encode(joined)
     shapes = [(basis.k, width) for basis, width in zip(joined, (SHAPE[1], SHAPE[0]), strict=True)]
-    read = list(bitstream.decode_bases(list(zip(data, shapes, strict=True))))
+    read = list(basis_bytes.decode(list(zip(data, shapes, strict=True))))
     for basis, decoded in zip(joined, read, strict=True):
         assert torch.equal(basis.rows, decoded.rows)
         assert (basis.profile == decoded.profile).all()

@@ -102,6 +102,20 @@ class TestFit:
         assert tree(first) == tree(second)
         assert entries(first)["z"]["parent"] == "adapter-1"
 
+    def test_a_note_of_many_is_short(self):
+        """At most five adapters, and five copies of each, are named."""
+        adapters = random_collection(7)
+        copies = [
+            copied(one, f"{one.name}-{number}") for one in adapters for number in range(7 if one.name == "a0" else 1)
+        ]
+        with pytest.warns(DuplicateAdapterWarning) as caught:
+            ex.fit([*adapters, *copies], max_error=0.5)
+        text = str(caught[0].message)
+        assert text.startswith("a0-0, a0-1, a0-2, a0-3, a0-4 and 2 more have the same update as a0; they are stored as")
+        assert text.endswith("There are copies of 2 more adapters.")
+        assert "a4-0 has the same update as a4" in text
+        assert "a5" not in text
+
     def test_names_of_modules_may_differ(self, originals):
         modules = {f"bert.{name}": factors for name, factors in originals[0].modules.items()}
         other = from_factors("long", modules, base_model="org/base")

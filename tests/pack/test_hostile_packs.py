@@ -17,7 +17,7 @@ import hostile
 from adapters import make_adapters
 from children import needs_fork
 from coded import coded_pack
-from eigenlorax.codec import bitstream, entropy
+from eigenlorax.codec import basis_bytes, entropy
 from eigenlorax.core import keys, limits
 from eigenlorax.errors import FormatError, PackDamagedError
 from hostile import (
@@ -73,8 +73,8 @@ def bases(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 def rows_claimed(data: bytes) -> bytes:
     """Bases each of which says in its head that it has 255 clusters of 65,535 rows."""
     head = bytes([255]) + b"\xff\xff" * 255
-    parts = bitstream.split_bases(data, 2 * len(SHAPES))
-    return b"".join(bitstream.with_length(head + part) for part in parts)
+    parts = basis_bytes.split(data, 2 * len(SHAPES))
+    return b"".join(basis_bytes.with_length(head + part) for part in parts)
 
 
 ZEROS = zlib.compressobj(9, zlib.DEFLATED, -15)

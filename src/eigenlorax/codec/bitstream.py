@@ -1,157 +1,28 @@
-"""Quantised bases and adapters as bytes: docs/pack-format.md, "Coded".
+"""Adapters as bytes: docs/pack-format.md, "An adapter's bytes".
 
-A basis is one run of bytes, and an adapter is another, which is read with the layouts of its modules alone. Step sizes,
-counts and levels come first, as plain or deflated bytes. They determine the class of every integer of the
-entropy-coded stream that follows.
+The bytes of an adapter are read with the layouts of its modules alone. Step size, counts and levels come first, as
+plain or deflated bytes. They determine the class of every integer of the entropy-coded stream that follows.
 """
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ..core.limits import MAX_CORE, MAX_RANK
 from ..errors import FormatError
-from . import entropy, singular_codes
+from . import entropy, singular_codes, varint
 from .adapter_codes import NO_INTEGERS, AdapterCodes, ModuleCodes, ModuleLayout, SideCodes, narrow
 from .class_tables import CLASSES
-from .quantised_basis import QuantisedBasis, row_classes
 
-BASIS_PART = "coded"
-"""Suffix of the name of a coded basis in a subspace's file."""
 STEP_SIZES_PER_OCTAVE = 2**14
 """Resolution of an adapter's quantisation step size, far finer than the search for it (`step_sizes.CLOSE`)."""
-MAX_CLUSTERS = 255
-"""Largest number of clusters of a basis: it is one byte."""
-EMPTY_BASIS = bytes([3, 1, 0, 0])
-"""Bytes of a basis without a row."""
 _STEP_BYTES = 3
-_NUMBERS_AT_ONCE = 1 << 22
-"""Numbers of bases that are decoded together: one basis after the other takes longer, all of them take more memory."""
 _WIDE_COUNTS, _DEFLATED, _CLUSTER = 1, 2, 4
 """The first number of an adapter: a bit for counts of two bytes, a bit for deflated levels, and above these the
 cluster."""
-
-
-def encode_bases(bases: Sequence[QuantisedBasis]) -> list[bytes]:
-    """Return the bytes of each basis. They begin with their number, so that bases can be joined and split again."""
-    streams = entropy.encode([(b.codes.numpy().ravel(), _code_classes(b.fineness, b.dimension)) for b in bases])
-    return [
-        with_length(
-            bytes([max(len(basis.blocks), 1)])
-            + np.array(basis.blocks or [basis.k], "<u2").tobytes()
-            + basis.fineness.astype("u1").tobytes()
-            # profiles are 0 or less
-            + (-basis.profile).astype("u1").tobytes()
-            + stream
-        )
-        for basis, stream in zip(bases, streams, strict=True)
-    ]
-
-
-def with_length(data: bytes) -> bytes:
-    """Return the bytes of a basis after their number, which packs up to format 5 do not store."""
-    return _encode_varint(len(data)) + data
-
-
-def split_bases(data: bytes, n: int) -> list[bytes]:
-    """Return the bytes of each of `n` bases whose bytes were joined; `FormatError` for any other number of them."""
-    bases, start = [], 0
-    for _ in range(n):
-        size, at = _decode_varint(data, start)
-        if size > len(data) - at:
-            raise FormatError("the bytes of the bases end too early.")
-        bases.append(data[start : at + size])
-        start = at + size
-    if start != len(data):
-        raise FormatError(f"the bytes of {n} bases are followed by {len(data) - start} more.")
-    return bases
-
-
-def _code_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
-    """Return the class of every code of a basis, row by row, in one byte each."""
-    return np.repeat(row_classes(fineness, dimension).astype(np.uint8), dimension)
-
-
-@dataclass(frozen=True, slots=True)
-class _BasisHeader:
-    """Header of a basis, and the entropy-coded stream that follows it.
-
-    Attributes:
-        blocks: Number of rows of each cluster; empty if there is one cluster.
-        fineness: As in `QuantisedBasis`, (k,).
-        profile: As in `QuantisedBasis`, (k,).
-        stream: Entropy-coded codes of the rows.
-    """
-
-    blocks: tuple[int, ...]
-    fineness: np.ndarray
-    profile: np.ndarray
-    stream: bytes
-
-    @classmethod
-    def read(cls, data: bytes) -> "_BasisHeader":
-        """Read the header; `FormatError` where the bytes are shorter than it says."""
-        data = data[_decode_varint(data, 0)[1] :]
-        blocks = (
-            tuple(np.frombuffer(data[1 : 1 + 2 * min(data[0], (len(data) - 1) // 2)], "<u2").tolist())
-            if len(data) > 2
-            else ()
-        )
-        # a count of blocks that is too large yields fewer blocks than it says
-        k, at = sum(blocks), 1 + 2 * len(blocks)
-        if not blocks or len(blocks) != data[0] or len(data) < at + 2 * k:
-            raise FormatError("the bytes of a basis end too early.")
-        fineness, profile = (np.frombuffer(data, "u1", k, at + start).astype(np.int64) for start in (0, k))
-        return cls(blocks if len(blocks) > 1 else (), fineness, -profile, data[at + 2 * k :])
-
-
-def decode_bases(sides: Sequence[tuple[bytes, tuple[int, int]]]) -> Iterator[QuantisedBasis]:
-    """Yield the bases that `encode_bases` wrote, each from its bytes and the shape (k, d) of its rows.
-
-    `FormatError` for bytes of another number of rows, before any of them is decoded.
-    """
-    headers: list[tuple[_BasisHeader, int]] = []
-    for data, (k, dimension) in sides:
-        header = _BasisHeader.read(data)
-        if len(header.fineness) != k:
-            raise FormatError(f"the bytes of a basis have {len(header.fineness)} rows, and should have {k}.")
-        headers.append((header, dimension))
-    start = numbers = 0
-    for end, (header, dimension) in enumerate(headers, start=1):
-        numbers += len(header.fineness) * dimension
-        if numbers >= _NUMBERS_AT_ONCE or end == len(headers):
-            yield from _decode_batch(headers[start:end])
-            start, numbers = end, 0
-
-
-def _decode_batch(headers: Sequence[tuple[_BasisHeader, int]]) -> Iterator[QuantisedBasis]:
-    """Yield the bases of headers and widths of rows."""
-    streams = [(header.stream, _code_classes(header.fineness, dimension)) for header, dimension in headers]
-    for codes, (header, dimension) in zip(entropy.decode(streams), headers, strict=True):
-        rows = torch.from_numpy(codes).reshape(len(header.fineness), dimension)
-        yield QuantisedBasis(rows, header.fineness, header.profile, header.blocks)
-
-
-def read_layout(sides: Sequence[tuple[bytes, int]], cluster: int) -> ModuleLayout:
-    """Return the layout of a cluster from the bytes and widths of a module's bases, (down, up).
-
-    No row is decoded for it. `FormatError` where a basis has no such cluster.
-    """
-    bases, no_codes = [], torch.zeros(1, 1, dtype=torch.int64)
-    for data, dimension in sides:
-        header = _BasisHeader.read(data)
-        # a side without a row has none in any cluster
-        if (header.blocks or len(header.fineness)) and cluster >= max(len(header.blocks), 1):
-            n_clusters = max(len(header.blocks), 1)
-            raise FormatError(f"an adapter is in cluster {cluster}, and a basis has {n_clusters} of them.")
-        # an expanded zero has the shape of the codes, and takes no memory
-        codes = no_codes.expand(len(header.fineness), dimension)
-        bases.append(QuantisedBasis(codes, header.fineness, header.profile, header.blocks))
-    return ModuleLayout.of((bases[0], bases[1]), cluster)
 
 
 def encode_adapters(adapters: Sequence[tuple[AdapterCodes, Mapping[str, ModuleLayout]]]) -> list[bytes]:
@@ -190,34 +61,13 @@ def _encode_header(codes: AdapterCodes, modules: Sequence[ModuleCodes]) -> bytes
     # raw deflate, without zlib's header and checksum: the manifest has a SHA-256 of every file
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
     deflated = compressor.compress(body) + compressor.flush()
-    deflated = _encode_varint(len(deflated)) + deflated
+    deflated = varint.encode(len(deflated)) + deflated
     flags = _WIDE_COUNTS * wide + _DEFLATED * (len(deflated) < len(body)) + _CLUSTER * codes.cluster
     # adapters of few modules are shorter without
     body = min(body, deflated, key=len)
     # a step size beyond float32, which a caller refuses with the adapter's name, may be beyond these three bytes too
     logarithm = min(max(round(STEP_SIZES_PER_OCTAVE * math.log2(codes.step_size)), -(2**23)), 2**23 - 1)
-    return logarithm.to_bytes(_STEP_BYTES, "little", signed=True) + _encode_varint(flags) + body
-
-
-def _encode_varint(number: int) -> bytes:
-    """Return a number in seven bits a byte, the lowest first; the eighth bit says that there are more bytes."""
-    data = bytearray()
-    while number > 127:
-        data.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*data, number])
-
-
-def _decode_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Return the number that begins at an index, and the index after it."""
-    number = shift = 0
-    while True:
-        if at >= len(data) or shift > 56:
-            raise FormatError("a number of several bytes does not end.")
-        number |= (data[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 128:
-            return number, at
+    return logarithm.to_bytes(_STEP_BYTES, "little", signed=True) + varint.encode(flags) + body
 
 
 def _levels(module: ModuleCodes) -> tuple[np.ndarray, ...]:
@@ -301,7 +151,7 @@ def _check_levels(levels: ModuleCodes, layout: ModuleLayout, rank: int) -> None:
 
 def read_cluster(data: bytes) -> int:
     """Return the cluster of an adapter from its bytes."""
-    return _decode_varint(data, _STEP_BYTES)[0] // _CLUSTER
+    return varint.decode(data, _STEP_BYTES)[0] // _CLUSTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,13 +180,13 @@ def read_header(data: bytes, names: Sequence[str], max_components: int) -> Adapt
         max_components: Number of singular components of all modules together, at most. It bounds the memory that
             deflated levels may take.
     """
-    flags, at = _decode_varint(data, _STEP_BYTES)
+    flags, at = varint.decode(data, _STEP_BYTES)
     wide = bool(flags & _WIDE_COUNTS)
     # a count of one or two bytes and a core of one for each module; a scale, flags and four levels for each component
     most = (2 + wide) * len(names) + 6 * max_components
     try:
         if flags & _DEFLATED:
-            size, at = _decode_varint(data, at)
+            size, at = varint.decode(data, at)
             # one byte more than allowed, so that a body that is too long is noticed
             body, at = zlib.decompressobj(-15).decompress(data[at : at + size], most + 1), at + size
         else:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..codec import bitstream, encoder
+from ..codec import basis_bytes, bitstream, encoder
 from ..codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleCodes, ModuleLayout
 from ..codec.byte_limit import encode_within
 from ..codec.encoder import CollectionEncoder, EncodedCollection, RatePoint
@@ -240,7 +240,7 @@ def _to_bytes(encoded: EncodedCollection, collection: Collection) -> EncodedByte
         batch = bitstream.encode_adapters([(complete[name], layouts[name]) for name in names])
         payloads |= dict(zip(names, batch, strict=True))
     sides = [(name, side) for name, pair in encoded.bases.items() for side in (0, 1) if pair[side].k]
-    bases = bitstream.encode_bases([encoded.bases[name][side] for name, side in sides])
+    bases = basis_bytes.encode([encoded.bases[name][side] for name, side in sides])
     return EncodedBytes(complete, layouts, payloads, dict(zip(sides, bases, strict=True)))
 
 
@@ -253,7 +253,7 @@ def _bases(name: str, encoded: EncodedCollection, spec: ModuleSpec, written: Enc
 
     def basis(side: int) -> Basis:
         quantised = encoded.bases[name][side]
-        payload = {bitstream.BASIS_PART: coded.blob(written.bases[name, side])} if quantised.k else {}
+        payload = {basis_bytes.PART: coded.blob(written.bases[name, side])} if quantised.k else {}
         energy = min(captured[side] / square, 1.0)
         return Basis(quantised.rows, torch.zeros(0), energy, tail=square, payload=payload)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..codec import bitstream
+from ..codec import basis_bytes, bitstream
 from ..codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleLayout
 from ..codec.adapter_encoder import encode_adapter
 from ..codec.quantised_basis import QuantisedBasis
@@ -255,7 +255,7 @@ def project_adapter(scanned: ScannedAdapter, subspace: Subspace, storage: Storag
 def quantised_bases(subspace: Subspace) -> QuantisedBases:
     """Return the bases of an entropy-coded subspace as integers."""
     sides = [basis for pair in subspace.modules.values() for basis in (pair.down, pair.up)]
-    decoded = bitstream.decode_bases([(coded.basis_bytes(side), (side.n_fitted, side.dimension)) for side in sides])
+    decoded = basis_bytes.decode([(coded.stored_basis(side), (side.n_fitted, side.dimension)) for side in sides])
     return {name: (next(decoded), next(decoded)) for name in subspace.modules}
 
 

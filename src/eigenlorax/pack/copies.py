@@ -56,7 +56,7 @@ def warn_of_copies(copies: Mapping[str, str], *, as_references: bool) -> None:
     for name, original in sorted(copies.items()):
         by_original.setdefault(original, []).append(name)
     sentences = [_sentence(names, original, as_references) for original, names in sorted(by_original.items())]
-    more = f" So have copies of {len(sentences) - NAMED} more adapters." if len(sentences) > NAMED else ""
+    more = f" There are copies of {len(sentences) - NAMED} more adapters." if len(sentences) > NAMED else ""
     if sentences:
         warnings.warn(" ".join(sentences[:NAMED]) + more, DuplicateAdapterWarning, stacklevel=4)
 

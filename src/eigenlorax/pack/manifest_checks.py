@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import get_type_hints
 
-from ..codec.bitstream import MAX_CLUSTERS
+from ..codec.basis_bytes import MAX_CLUSTERS
 from ..codec.storage.table import CODED, FLOAT_STORAGES, STORAGES
 from ..core import keys
 from ..core.fit_options import SIZE_OPTIONS, WEIGHTINGS

@@ -16,7 +16,7 @@ from ...core.limits import check_coded_count, damaged_on_error
 from ...core.projection import DualComponents
 from ...core.subspace import ModuleBases, Subspace
 from ...errors import OptionError
-from .. import bitstream
+from .. import basis_bytes, bitstream
 from ..adapter_codes import AdapterCodes, ModuleLayout, dequantise_module
 from ..group_integers import Payload
 from .base import CHANGED_IN_MEMORY, ModuleSlot, Storage, StoredRows, check_finite, check_rows
@@ -69,24 +69,24 @@ class CodedStorage(Storage):
     def subspace_tensors(self, subspace: Subspace) -> dict[str, Tensor]:
         sides = [pair.side(side) for _, pair in sorted(subspace.modules.items()) for side in keys.SIDES]
         # one tensor for all: names and offsets of one per basis would take as many bytes as a small basis
-        return {keys.CODED_COMPONENTS: blob(b"".join(basis_bytes(basis) for basis in sides if basis.n_fitted))}
+        return {keys.CODED_COMPONENTS: blob(b"".join(stored_basis(basis) for basis in sides if basis.n_fitted))}
 
     def decode_bases(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
         # shapes come in the order in which the bases are written
         filled = {key: shape for key, shape in shapes.items() if shape[0]}
         if keys.CODED_COMPONENTS in tensors:
-            parts = bitstream.split_bases(_to_bytes(tensors, keys.CODED_COMPONENTS), len(filled))
+            parts = basis_bytes.split(_to_bytes(tensors, keys.CODED_COMPONENTS), len(filled))
         else:
             # up to format 5, each basis had a tensor of its own
-            parts = [bitstream.with_length(_to_bytes(tensors, f"{key}.{bitstream.BASIS_PART}")) for key in filled]
+            parts = [basis_bytes.with_length(_to_bytes(tensors, f"{key}.{basis_bytes.PART}")) for key in filled]
         # a small file may claim rows that take all memory: refused before anything is decoded
         numbers = sum(k * dimension for k, dimension in filled.values())
         check_coded_count(numbers, sum(map(len, parts)), "the rows of the bases")
         # the entropy decoder runs all streams side by side: one basis at a time takes many times as long
-        bases = bitstream.decode_bases(list(zip(parts, filled.values(), strict=True)))
+        bases = basis_bytes.decode(list(zip(parts, filled.values(), strict=True)))
         decoded = dict(tensors)
         for key, data, basis in zip(filled, parts, bases, strict=True):
-            decoded |= {key: basis.rows, f"{key}.{bitstream.BASIS_PART}": blob(data)}
+            decoded |= {key: basis.rows, f"{key}.{basis_bytes.PART}": blob(data)}
         return decoded
 
     def read_components(
@@ -99,7 +99,7 @@ class CodedStorage(Storage):
         if not n_fitted:
             return [(torch.zeros(0, dimension), {}), *(empty for _ in grown)]
         check_rows(key, tensors[key], (n_fitted, dimension), self.dtype)
-        payload = {bitstream.BASIS_PART: tensors[f"{key}.{bitstream.BASIS_PART}"]}
+        payload = {basis_bytes.PART: tensors[f"{key}.{basis_bytes.PART}"]}
         return [(tensors[key], payload), *(empty for _ in grown)]
 
     def prepare(self, batch: ModuleBatch, products: torch.dtype = torch.float64) -> ModuleBatch:
@@ -127,8 +127,8 @@ def _adapter_layouts(data: bytes, modules: Mapping[str, ModuleBases]) -> dict[st
     cluster = bitstream.read_cluster(data)
     layouts = {}
     for name, bases in modules.items():
-        sides = [(basis_bytes(basis), basis.dimension) for basis in (bases.down, bases.up)]
-        layouts[name] = with_grown_widths(bitstream.read_layout(sides, cluster), bases)
+        sides = [(stored_basis(basis), basis.dimension) for basis in (bases.down, bases.up)]
+        layouts[name] = with_grown_widths(basis_bytes.read_layout(sides, cluster), bases)
     return layouts
 
 
@@ -140,10 +140,10 @@ def with_grown_widths(layout: ModuleLayout, bases: ModuleBases) -> ModuleLayout:
     return replace(layout, widths=(bases.down.k, bases.up.k))
 
 
-def basis_bytes(basis: Basis) -> bytes:
+def stored_basis(basis: Basis) -> bytes:
     """Return the bytes of a coded basis."""
-    stored = (basis.payload or {}).get(bitstream.BASIS_PART)
-    return bitstream.EMPTY_BASIS if stored is None else stored.numpy().tobytes()
+    stored = (basis.payload or {}).get(basis_bytes.PART)
+    return basis_bytes.EMPTY if stored is None else stored.numpy().tobytes()
 
 
 @dataclass(frozen=True, slots=True)
