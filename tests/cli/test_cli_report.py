@@ -65,7 +65,7 @@ class TestReport:
         ("line", "parts"),
         [
             ("report pack -a in -o report.txt", ["the suffix of a report must be .html", "report.html"]),
-            ("report pack -a in -o in", ["a report is written as"]),
+            ("report pack -a in -o in", ["the suffix of a report must be"]),
             (
                 "report pack -a in --left-out none",
                 ["--left-out must be an integer of at least 1, or `all`"],
@@ -82,9 +82,9 @@ class TestReport:
             ("report pack -a in --max-length 5", ["--max-length needs --evaluate"]),
             ("report pack -a in --text-column body", ["--text-column needs --evaluate"]),
             ("report pack -a in --seed 99999999999999999999999", ["seed must be a whole number from 0 to 2**63 - 1"]),
-            ("report pack -a in -o pack/subspace_config.json", ["is a file of packs or adapters", "pack/report.json"]),
-            ("report pack -a in -o in/alpha/adapter_config.json", ["is a file of packs or adapters"]),
-            ("report pack -a in -o pack/README.md", ["is the card of the pack", "pack/report.md"]),
+            ("report pack -a in -o pack/subspace_config.json", ["packs and adapters use the name", "pack/report.json"]),
+            ("report pack -a in -o in/alpha/adapter_config.json", ["packs and adapters use the name"]),
+            ("report pack -a in -o pack/README.md", ["is the model card of the pack", "pack/report.md"]),
             ("report pack -a in --evaluate rows.csv --labels x=a,b", ["the pack has no x"]),
             ("report pack -a in --evaluate rows.csv --labels in", ["in has no training.json"]),
             ("report pack -a in --evaluate rows.csv --labels alpha=in", ["in has no training.json"]),
@@ -228,7 +228,7 @@ class TestFit:
         (inside / "fresh" / keys.REPORT_FIGURES).write_bytes(figures)
         done = succeeded(cli_with_reports("report", "fresh"))
         assert done.out.startswith("The pack alone does not tell")
-        assert "it was made when the pack held something else" in done.err
+        assert "the pack has changed since it was made" in done.err
 
     def test_does_not_replace_somebody_elses(self, cli_with_reports, inside):
         succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4", "--no-report"))

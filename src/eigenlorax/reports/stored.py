@@ -66,8 +66,9 @@ def load(pack: Pack) -> Report | None:
     }
     if report.collection.fingerprint == pack.info.fingerprint and reported == current:
         return report
-    changed = [name for name in reported.keys() | current.keys() if reported.get(name) != current.get(name)]
-    difference = f"{len(changed)} adapters were added, removed or replaced" if changed else "the subspace has changed"
+    changed = sorted(name for name in reported | current if reported.get(name) != current.get(name))
+    listing = ", ".join(changed[:3]) + (" …" if len(changed) > 3 else "")
+    difference = f"added, removed or replaced: {listing}" if changed else "the subspace has changed"
     warnings.warn(
         f"{path} is not used, because the pack has changed since it was made ({difference}). Pass the original "
         "adapters with adapters= (--adapters) for a new report.",
