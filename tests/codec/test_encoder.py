@@ -80,7 +80,7 @@ def test_it_is_the_same_bytes_in_any_order(tmp_path):
     originals = COLLECTIONS["three groups"]()
     orders = originals, originals[5::-1] + originals[6:]
     packs = [ex.fit(adapters, max_error=0.3) for adapters in orders]
-    assert packs[0].notes == ["The adapters fall into 3 groups, each with bases of its own."]
+    assert packs[0].notes == ["The adapters form 3 groups, each with its own bases."]
     first, second = (tree(pack.save(tmp_path / str(number))) for number, pack in enumerate(packs))
     assert first == second
 
