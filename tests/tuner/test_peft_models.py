@@ -6,7 +6,7 @@ from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dic
 
 import eigenlorax as ex
 from eigenlorax import EigenLoraxConfig
-from eigenlorax.errors import AdapterNameError, FormatError, ModuleNameError, OptionError
+from eigenlorax.errors import AdapterNameError, DuplicateAdapterWarning, FormatError, ModuleNameError, OptionError
 from tiny import make_bert, make_gpt2, shake
 
 TARGETS = ["query", "value"]
@@ -73,7 +73,8 @@ class TestModelsAsSources:
 
     def test_a_model_is_added(self, exact_pack):
         assert exact_pack.add(lora_model(seed=3), name="third").delta_error > 0
-        exact_pack.add_all([lora_model("fourth", 1)])
+        with pytest.warns(DuplicateAdapterWarning, match="fourth has the same update as first"):
+            exact_pack.add_all([lora_model("fourth", 1)])
         assert exact_pack.names == ["first", "fourth", "second", "third"]
         assert exact_pack.records["fourth"].delta_error < 1e-6
 

@@ -43,6 +43,8 @@ MEMORY_ALLOWANCE = 200_000_000
 MAX_EXPANSION = 64
 # Bytes per entry of an adapter's factors while they are built: in float64, in the final dtype, and in a file
 FACTOR_BYTES = 16
+# Bytes per entry of augmented rows while they are rebuilt: drawn, and made orthogonal to the others, in float64
+REBUILDING_BYTES = 40
 
 # Exceptions that Python, NumPy, torch and safetensors raise for values that they cannot use.
 #

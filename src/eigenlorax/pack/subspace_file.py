@@ -14,7 +14,7 @@ from ..codec.storage.table import storage_by_name
 from ..core import basis as bases
 from ..core import keys
 from ..core.basis import Basis
-from ..core.limits import check_expansion
+from ..core.limits import REBUILDING_BYTES, check_expansion
 from ..core.subspace import ModuleBases, Subspace
 from ..errors import PackDamagedError
 from .manifest import CODED_FORMAT, SOLVERS, Manifest
@@ -42,8 +42,10 @@ def from_bytes(data: bytes, manifest: Manifest, path: Path) -> Subspace:
     tensors: Mapping[str, Tensor] = from_safetensors(data)
     info, storage = manifest.subspace, storage_by_name(manifest.subspace.dtype)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    n_rebuilt = sum(side.dimension for pair in info.modules.values() for side in pair.values()) * info.n_extra
-    check_expansion(n_rebuilt * storage.dtype.itemsize, size, "the augmented rows of the bases")
+    rebuilt = [side.dimension * info.n_extra for pair in info.modules.values() for side in pair.values()]
+    # the rows of all sides stay in memory, and one side after the other is rebuilt
+    needed = sum(rebuilt) * storage.dtype.itemsize + max(rebuilt, default=0) * REBUILDING_BYTES
+    check_expansion(needed, size, "the augmented rows of the bases")
     if (keys.CODED_COMPONENTS in tensors) != (manifest.format_version >= CODED_FORMAT):
         raise ValueError(f"the bases are not in the form of format {manifest.format_version}")
     tensors = storage.decode_bases(
