@@ -194,6 +194,7 @@ class TestNumbers:
         adapters = collection(6, MODULES, factors)
         assert numbers(ex.fit(adapters, max_error=0.01, dtype="float32")) == planted
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.DuplicateAdapterWarning")
     def test_a_hardly_trained_module_is_dropped_and_comes_back_as_zero(self, tmp_path):
         def factors(i, j, out, width):
             size = 1e-3 if j == 1 else 1.0
