@@ -1,6 +1,6 @@
 """Quantised bases as bytes: docs/pack-format.md, "A side's bytes".
 
-The bytes of each basis begin with their number, so that those of all bases are one run of bytes in a file.
+The bytes of each basis begin with their length, so that the bytes of all bases can be joined in one tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ _NUMBERS_AT_ONCE = 1 << 22
 
 
 def encode(bases: Sequence[QuantisedBasis]) -> list[bytes]:
-    """Return the bytes of each basis. They begin with their number, so that bases can be joined and split again."""
+    """Return the bytes of each basis. They begin with their length, so that they can be joined and split again."""
     streams = entropy.encode([(b.codes.numpy().ravel(), _code_classes(b.fineness, b.dimension)) for b in bases])
     return [
         with_length(
@@ -41,12 +41,12 @@ def encode(bases: Sequence[QuantisedBasis]) -> list[bytes]:
 
 
 def with_length(data: bytes) -> bytes:
-    """Return the bytes of a basis after their number, which packs up to format 5 do not store."""
+    """Prepend the length of the bytes of a basis, which packs up to format 5 do not store."""
     return varint.encode(len(data)) + data
 
 
 def split(data: bytes, n: int) -> list[bytes]:
-    """Return the bytes of each of `n` bases whose bytes were joined; `FormatError` for any other number of them."""
+    """Return the bytes of each of `n` bases whose bytes were joined; `FormatError` if there are fewer or more."""
     bases, start = [], 0
     for _ in range(n):
         size, at = varint.decode(data, start)
