@@ -154,7 +154,7 @@ class TestUntrained:
 class TestBaseModels:
     def test_two_are_an_error_that_names_both(self):
         adapters = [random_adapter("a", 1, base="org/one"), random_adapter("b", 2, base="org/two")]
-        with pytest.raises(BaseModelError, match=r"'a' is 'org/one', that of 'b' is 'org/two'.*--same-base"):
+        with pytest.raises(BaseModelError, match=r"'b' has 'org/two', and adapter 'a' has 'org/one'.*--same-base"):
             ex.fit(adapters)
 
     def test_aliases_may_be_one(self):
@@ -168,7 +168,9 @@ class TestBaseModels:
 
     def test_two_revisions_are_an_error(self):
         adapters = [random_adapter("a", 1, revision="v1"), random_adapter("b", 2, revision="v2")]
-        with pytest.raises(BaseModelError, match="revision of the base model of 'a' is 'v1', that of 'b' is 'v2'"):
+        with pytest.raises(
+            BaseModelError, match="revisions of the base model: adapter 'b' has 'v2', and adapter 'a' has 'v1'"
+        ):
             ex.fit(adapters)
 
     def test_a_base_that_is_not_stated_is_warned_of(self):
@@ -190,7 +192,7 @@ class TestModules:
     def test_groups_with_none_in_common_are_warned_of(self):
         query, dense = {"encoder.0.query": (17, 11)}, {"encoder.0.dense": (13, 23)}
         both, other = query | dense, {"h.0.attn": (29, 19)}
-        adapters = [random_adapter(name, 1, modules=query) for name in "ab"]
+        adapters = [random_adapter(name, seed, modules=query) for seed, name in enumerate("ab")]
         with pytest.warns(
             NothingSharedWarning,
             match="2 groups .* 'a', 'b', with modules like 'encoder.0.query'; 'c', with .* 'encoder.0.dense'. If they",

@@ -299,7 +299,7 @@ class TestWarnings:
         assert max(errors) <= 0.5 < max(before)
 
     def test_say_so_where_loras_would_be_smaller(self):
-        with pytest.warns(LossWarning, match="more bytes than the LoRAs themselves have: keep such adapters as ordin"):
+        with pytest.warns(LossWarning, match="more bytes than the LoRAs take: keep such adapters as ordin"):
             ex.fit(random(3, MODULES, seed=3), n_components=1, warn_above=0.1)
 
     @pytest.mark.parametrize("warn_above", [0.95, 1.0])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
 import lora_files
-from eigenlorax.errors import SourceWarning
+from eigenlorax.errors import DuplicateAdapterWarning, SourceWarning
 from eigenlorax.formats import FORMATS, read_adapter, write_adapter
 from lora_files import deltas, planted
 
@@ -77,7 +77,9 @@ def folder(truth, tmp_path_factory):
     folder = tmp_path_factory.mktemp("folder")
     for dialect in lora_files.DIALECTS:
         lora_files.write(folder / f"{dialect}.safetensors", truth, dialect, metadata={"ss_note": dialect})
-    ex.fit(folder, energy=1.0, dtype="float32").save(folder / "pack")
+    with pytest.warns(DuplicateAdapterWarning):
+        pack = ex.fit(folder, energy=1.0, dtype="float32")
+    pack.save(folder / "pack")
     return folder
 
 
@@ -184,7 +186,8 @@ class TestThroughAPack:
         some = {name: truth.modules[name] for name in list(truth.modules)[::13]}
         for dialect in lora_files.DIALECTS:
             lora_files.write(tmp_path / f"{dialect}.safetensors", ex.from_factors("some", some), dialect)
-        pack = ex.fit(tmp_path, n_components=4)
+        with pytest.warns(DuplicateAdapterWarning):
+            pack = ex.fit(tmp_path, n_components=4)
         assert list(pack.info.modules) == sorted(some)
         # all four are one adapter, so that what one needs is enough
         assert pack.summary.in_fit.worst < 1e-5

@@ -416,7 +416,9 @@ def test_an_error_in_floats_is_said_to_be_one(options, note):
 class TestRatios:
     def test_the_largest_is_told_and_can_be_had(self):
         adapters = random_collection(2)
-        with pytest.raises(OptionError, match=r"there are [\d,]+ bytes; the largest is about [\d.]+\.$") as refused:
+        with pytest.raises(
+            OptionError, match=r"it takes [\d,]+ bytes; the largest ratio is about [\d.]+\.$"
+        ) as refused:
             ex.fit(adapters, ratio=1e5)
         largest = float(str(refused.value).rstrip(".").rsplit(" ", 1)[1])
         assert largest <= ex.fit(adapters, ratio=largest, warn_above=1.0).summary.bytes.ratio < 1.02 * largest

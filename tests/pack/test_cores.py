@@ -419,7 +419,7 @@ def test_a_report_is_of_the_pack_and_says_which_figures_are_not():
     pack = fit_with_cores(adapters, "diagonal", n_components=3)
     made = report(pack, adapters)
     (finding,) = [one for one in made.verdict.findings if one.kind == "cores"]
-    assert "keeps diagonal cores" in finding.text
+    assert "stores diagonal cores" in finding.text
     dense = {
         one.name: np.concatenate([reference.dense(f).ravel() for f in pack.adapter(one.name).modules.values()])
         for one in adapters

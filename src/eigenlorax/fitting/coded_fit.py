@@ -92,7 +92,7 @@ class ByteLimit:
     def message(self, min_bytes: int) -> str:
         """Return the error message for a collection whose bases and coefficients take at least `min_bytes`."""
         total = min_bytes + self.carried
-        largest = f"; the largest is about {_round_down(self.lora / total)}" if self.lora is not None else ""
+        largest = f"; the largest ratio is about {_round_down(self.lora / total)}" if self.lora is not None else ""
         return f"{self.name} cannot be reached: with the largest possible errors, it takes {total:,} bytes{largest}."
 
 
