@@ -67,14 +67,10 @@ class NonFiniteError(EigenloraxError, ValueError):
     """NaN or infinity in an adapter, or numbers that are too large or too small for a dtype."""
 
 
-class AdapterNameError(EigenloraxError, ValueError):
+class AdapterNameError(EigenloraxError, ValueError, KeyError):
     """An adapter name that is invalid, unknown, or used twice."""
 
-
-class UnknownAdapterError(AdapterNameError, KeyError):
-    """An adapter name that a pack or another mapping does not have."""
-
-    # KeyError prints the repr of its message
+    # KeyError, which mappings raise for unknown names, prints the repr of its message
     __str__ = EigenloraxError.__str__
 
 

@@ -126,7 +126,7 @@ class TestAdd:
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [
-            ({"base": "org/other"}, BaseModelError, "the pack' is 'org/base', that of 'new' is 'org/other'"),
+            ({"base": "org/other"}, BaseModelError, "'new' has 'org/other', and the pack has 'org/base'"),
             (
                 {"modules": {"encoder.0.query": (41, 30)}},
                 ShapeError,
@@ -313,7 +313,7 @@ class TestExport:
 def test_a_pack_is_not_an_adapter(saved):
     with pytest.raises(ValueError, match="is a pack, not an adapter.*eigenlorax export"):
         ex.read_adapter(saved)
-    with pytest.raises(ValueError, match="has the coefficients of an adapter in a pack"):
+    with pytest.raises(ValueError, match="has coefficients of an adapter in a pack"):
         ex.read_adapter(saved / "adapters" / "a0")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from ..errors import AdapterNameError, FormatError, UnknownAdapterError
+from ..errors import AdapterNameError, FormatError
 from .options import suggestion
 
 # Newest pack format that can be read and written (docs/pack-format.md)
@@ -243,11 +243,11 @@ def check_name(name: str) -> str:
 
 
 def check_known(name: str, adapters: Iterable[str], where: str = "the pack") -> None:
-    """Raise `UnknownAdapterError`, with the closest name, unless `name` is one of the known adapters."""
+    """Raise `AdapterNameError`, with the closest name, unless `name` is one of the known adapters."""
     names = sorted(adapters)
     if name not in names:
         listing = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
-        raise UnknownAdapterError(
+        raise AdapterNameError(
             f"no adapter named {name!r} in {where}.{suggestion(name, names)} It has: {listing or 'none'}."
         )
 
