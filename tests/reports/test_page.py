@@ -165,7 +165,7 @@ def test_tables_of_baselines_bytes_sizes_starts_and_tasks():
         ["LoRAs, files", "9.0 MB", "–"],
         ["basis", "1.0 MB", "–"],
         ["coefficients", "300.0 kB", "–"],
-        ["this pack, together", "1.3 MB", "4.62×"],
+        ["this pack, total", "1.3 MB", "4.62×"],
     ]
     assert tables["The same adapters with other numbers of components"] == [
         ["k", "mean error", "worst error", "random", "null model", "bytes", "ratio"],
@@ -361,14 +361,14 @@ def test_two_adapters_are_no_picture(trained, pictured):
     section = page.section("similarity", report(trained + 1))
     drawn = {found["id"].split("-")[0] for _, found in Document(f"<div>{section}</div>").elements if "id" in found}
     assert sorted(drawn) == pictured
-    assert f"of {trained} trained adapters, as they were." in section
+    assert f"of {trained} trained adapters are compared." in section
 
 
 def test_what_is_not_there_is_not_in_the_captions():
     full = report(6)
     near = changed(full.similarity, clusters=[], map_share=None, of="pack")
     section = page.section("similarity", changed(full, similarity=near, outliers=[]))
-    assert "as they come back from the pack" in section
+    assert "as the pack reconstructs them" in section
     assert not re.search("coloured by cluster|ringed|squared distance|<h3>Clusters", section)
     assert "Each point is an adapter; near points have similar updates" in section
 

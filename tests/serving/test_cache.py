@@ -243,7 +243,7 @@ def test_one_below_a_folder_that_others_can_write_to_is_refused(tmp_path, mode, 
     for _ in range(2):
         with pytest.raises(
             OptionError,
-            match=rf"other users can files in its parent {tmp_path}/open .*its mode is {mode:o}.*EIGENLORAX_CACHE",
+            match=rf"users can rename files in its parent {tmp_path}/open .*its mode is {mode:o}.*EIGENLORAX_CACHE",
         ):
             prepare(tmp_path / "open" / below)
 

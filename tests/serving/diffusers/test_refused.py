@@ -76,7 +76,7 @@ def test_a_module_that_is_no_layer(pipe):
 def test_tensors_that_coefficients_cannot_express(pipe):
     toy = style(pipe, "toy", 1)
     carried = {"base_model.model.unet.conv_in.lora_magnitude_vector": torch.ones(8)}
-    dora = ex.from_factors("dora", toy.modules, carried=carried)
+    dora = ex.from_factors("dora", style(pipe, "dora", 2).modules, carried=carried)
     pack = ex.fit([toy, dora], energy=1.0)
     with pytest.raises(
         OptionError,
