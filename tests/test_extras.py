@@ -72,7 +72,7 @@ CALLS = {
     "method_comparison.prepare(place, ComparisonOptions(rows, rows), Path('out.json'))",
     "report --evaluate": "from eigenlorax.train import recycled_evaluation\n"
     "recycled_evaluation.prepare(pack, {one.name: one for one in adapters}, [(None, rows)], task='causal-lm')",
-    "serve-check": "from eigenlorax.train.shapes import load_shapes\nshapes_of('nowhere')",
+    "serve-check": "from eigenlorax.train.shapes import load_shapes\nload_shapes('nowhere')",
     "demo": "from eigenlorax.train import demo\ndemo.run(Path('demo'))",
     "options": "from eigenlorax.train import trainer\ntrainer.read_options(Path('options.yaml'))",
     "saved rows": "from eigenlorax.train import data\ndata.read(Path('saved'))",

@@ -37,6 +37,12 @@ class TestReport:
         assert "r/a.html was written" in done.err
         assert report == ex.report(ex.Pack.open("pack"), "in")
 
+    @pytest.mark.parametrize("originals", [[], ["--adapters", "in"]])
+    def test_not_of_a_pack_without_adapters(self, cli, inside, originals):
+        with ex.Pack.edit("pack") as pack:
+            pack.remove(*pack.names)
+        assert_refused(cli("report", "pack", *originals), 3, "The pack has no adapter", "eigenlorax add")
+
     def test_json_is_that_of_the_file(self, cli, inside):
         done = cli("report", "pack", "-a", "in/alpha", "-a", "in/beta", "-a", "in/gamma", "--json", "-o", "a.json")
         assert json_of(done) == json.loads((inside / "a.json").read_text("utf-8"))

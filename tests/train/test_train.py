@@ -385,6 +385,7 @@ class TestTheTrainersOptions:
         losses = [entry["eval_loss"] for entry in found.history if "eval_loss" in entry]
         assert found.figures.loss == pytest.approx(min(losses), abs=1e-4)
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.DuplicateAdapterWarning")
     def test_gradient_checkpointing_gives_the_same(self, place):
         train(place / "pack", classify(place), place / "plain")
         train(place / "pack", classify(place, trainer_options={"gradient_checkpointing": True}), place / "thrifty")

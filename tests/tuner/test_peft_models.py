@@ -3,10 +3,18 @@
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import BertConfig, BertForSequenceClassification
 
 import eigenlorax as ex
 from eigenlorax import EigenLoraxConfig
-from eigenlorax.errors import AdapterNameError, DuplicateAdapterWarning, FormatError, ModuleNameError, OptionError
+from eigenlorax.errors import (
+    AdapterNameError,
+    DuplicateAdapterWarning,
+    FormatError,
+    ModuleNameError,
+    OptionError,
+    ShapeError,
+)
 from tiny import make_bert, make_gpt2, shake
 
 TARGETS = ["query", "value"]
@@ -95,6 +103,7 @@ class TestModelsAsSources:
             (lambda: [(lora_model().state_dict(), {})], OptionError, "has no name"),
             (lambda: {"first": (get_peft_model_state_dict(lora_model()), None)}, FormatError, "NoneType"),
             (lambda: {"first": ({}, LoraConfig())}, FormatError, "no LoRA tensor"),
+            (lambda: lora_model().get_base_model(), OptionError, "BertForSequenceClassification is not an adapter"),
             (
                 lambda: get_peft_model(make_bert(), IA3Config(target_modules=TARGETS, feedforward_modules=[])),
                 FormatError,
@@ -161,6 +170,18 @@ class TestLoadInto:
             exact_pack.load_into(make_bert(), "first")
         with pytest.raises(OptionError, match="are of type IA3"):
             exact_pack.load_into(ia3_model(), "first")
+
+    def test_a_model_of_another_width_is_unchanged(self, exact_pack):
+        torch.manual_seed(1)
+        config = BertConfig(
+            vocab_size=53, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40
+        )
+        model = get_peft_model(
+            BertForSequenceClassification(config), LoraConfig(r=4, target_modules=TARGETS), adapter_name="own"
+        )
+        with pytest.raises(ShapeError, match="'first' does not fit the model: size mismatch for .*another base model"):
+            exact_pack.load_into(model)
+        assert set(model.peft_config) == {"own"}
 
     def test_another_base_model(self, exact_pack):
         model = get_peft_model(make_gpt2(), LoraConfig(target_modules=["c_attn"]), adapter_name="own")

@@ -228,7 +228,7 @@ def test_coefficients_for_which_there_is_no_layer_are_not_dropped(pack_path, nam
     model.save_pretrained(tmp_path / "mine")
     lacking = NAMES[naming]["up"].format(1)
     rewrite(tmp_path / "mine", naming, target_modules=sorted(every_module(naming) - {lacking}))
-    with pytest.raises(ModuleNameError, match=f"coefficients of '{lacking}', which is not among the 9 modules"):
+    with pytest.raises(ModuleNameError, match=f"coefficients of '{lacking}', which is not among its 9 modules"):
         PeftModel.from_pretrained(make_vit(), tmp_path / "mine")
 
 

@@ -199,6 +199,7 @@ class TestAddToThePack:
         mine = PeftModel.from_pretrained(base(saved_base), tmp_path / "pack" / "adapters" / "mine").eval()
         torch.testing.assert_close(mine(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
+    @pytest.mark.filterwarnings("ignore::eigenlorax.errors.DuplicateAdapterWarning")
     def test_extra_directions_are_lost_or_kept_and_that_is_said(self, saved_base, bert_pack, tmp_path, ids):
         model = trained(saved_base, bert_pack, n_extra=3, extra_seed=5)
         model.save_pretrained(tmp_path / "mine")

@@ -135,7 +135,7 @@ def parse_json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
         text = data.decode("utf-8")
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where} is not valid JSON: {reason(error)}") from error
+        raise FormatError(f"{where} is not valid JSON: {reason(error).rstrip('.')}.") from error
     if not isinstance(document, dict):
         raise FormatError(f"{where} contains a JSON {type(document).__name__}; an object was expected.")
     check_depth(document, where)

@@ -103,6 +103,8 @@ def write_adapter(
         >>> eigenlorax.write_adapter(adapter, "loras/a", dtype="float16").name
         'a'
     """
+    if not isinstance(adapter, Adapter):
+        raise OptionError(f"the first argument of write_adapter is an Adapter, got {type(adapter).__name__}.")
     target = format if format is not None else format_of(adapter.origin)
     write = writable(target).write
     assert write is not None

@@ -151,7 +151,7 @@ def check_names(names: Iterable[str]) -> None:
             raise AdapterNameError(
                 f"two adapters have the same name, {name!r}"
                 + (f" (and {earlier!r}: case is ignored)" if earlier != name else "")
-                + ". Set another name for one of them with NAME=PATH."
+                + ". Set another name for one of them: NAME=PATH, or a mapping {'name': source} in Python."
             )
         seen[name.lower()] = name
 

@@ -29,7 +29,8 @@ class PeftModel(Protocol):
 
 def is_peft_model(source: object) -> TypeGuard[PeftModel]:
     """Return whether the object is a `PeftModel`."""
-    return isinstance(getattr(source, "peft_config", None), Mapping) and hasattr(source, "save_pretrained")
+    # a transformers model whose layers PEFT has wrapped has a `peft_config` too
+    return isinstance(getattr(source, "peft_config", None), Mapping) and hasattr(source, "get_base_model")
 
 
 def is_state_dict(source: object) -> TypeGuard[StateDict]:

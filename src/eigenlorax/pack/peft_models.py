@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import formats
 from ..core import keys
-from ..errors import AdapterNameError, ModuleNameError, OptionError
+from ..errors import AdapterNameError, EigenloraxError, ModuleNameError, OptionError, ShapeError
 from .contents import PackContents
 from .packed_adapter import unpack
 
@@ -26,6 +26,7 @@ def load_into(pack: PackContents, model: Any, names: Iterable[str]) -> None:
         OptionError: The object is not a `PeftModel`, or has adapters of other types.
         AdapterNameError: The model already has an adapter of this name.
         ModuleNameError: The model lacks a module of the adapter.
+        ShapeError: The model's modules have other shapes. It is unchanged after an error.
     """
     peft_type = _peft_type(model)
     names = list(names)
@@ -35,14 +36,18 @@ def load_into(pack: PackContents, model: Any, names: Iterable[str]) -> None:
             f"the model already has an adapter named {taken[0]!r}. Remove it first: model.delete_adapter({taken[0]!r})."
         )
     with tempfile.TemporaryDirectory() as temporary:
-        for name in names:
-            if peft_type == keys.PEFT_TYPE:
-                folder = pack.adapter_folder(name)
-            else:
-                adapter = unpack(pack.packed(name), pack.subspace, pack.lossless_dtype)
-                folder = formats.write_adapter(adapter, Path(temporary) / name, format=formats.PEFT)
-            loaded = model.load_adapter(str(folder), adapter_name=name)
-            _check_complete(model, name, loaded)
+        try:
+            for name in names:
+                if peft_type == keys.PEFT_TYPE:
+                    folder = pack.adapter_folder(name)
+                else:
+                    adapter = unpack(pack.packed(name), pack.subspace, pack.lossless_dtype)
+                    folder = formats.write_adapter(adapter, Path(temporary) / name, format=formats.PEFT)
+                _load(model, name, folder)
+        except EigenloraxError:
+            for name in set(names) & set(model.peft_config):
+                model.delete_adapter(name)
+            raise
 
 
 def _peft_type(model: Any) -> str:
@@ -63,11 +68,21 @@ def _peft_type(model: Any) -> str:
     return types.pop()
 
 
-def _check_complete(model: Any, name: str, loaded: Any) -> None:
-    """Remove the adapter again and raise `ModuleNameError` if PEFT ignored one of its tensors."""
+def _load(model: Any, name: str, folder: Path) -> None:
+    """Load one adapter with PEFT; raise an error if it has other shapes than the model, or PEFT ignored a tensor."""
+    try:
+        loaded = model.load_adapter(str(folder), adapter_name=name)
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, EigenloraxError):
+            raise
+        # torch lists the tensors after a first line that names the model's class
+        first, *details = str(error).strip().splitlines()
+        raise ShapeError(
+            f"adapter {name!r} does not fit the model: {(details[0] if details else first).strip().rstrip('.')}. It "
+            "belongs to another base model."
+        ) from error
     ignored = sorted(getattr(loaded, "unexpected_keys", None) or ())
     if ignored:
-        model.delete_adapter(name)
         raise ModuleNameError(
             f"the model has no place for {len(ignored)} tensors of adapter {name!r}, such as {ignored[0]!r}: the "
             "adapter belongs to another base model."

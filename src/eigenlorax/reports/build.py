@@ -61,6 +61,8 @@ def report(
     if adapters is None and left_out is not None:
         raise OptionError("left_out needs the original adapters. Pass them as `adapters`.")
     pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
+    if not pack.names:
+        raise OptionError("The pack has no adapter to report on. Add some with `eigenlorax add`.")
     progress = progress or (lambda stage, done, total: None)
     matched = None
     if adapters is not None:
