@@ -22,7 +22,7 @@ GOALS = (
     Goal(
         "Make a collection small",
         ("eigenlorax fit adapters/ -o pack/ --max-error 0.1",),
-        "In the pack, every adapter is within the error, related or not. Not for training, nor for vLLM's shared basis.",
+        "In the pack, adapters are within the error, related or not. Not for training, nor for vLLM's shared basis.",
     ),
     Goal(
         "Train new tasks on coefficients",
