@@ -125,6 +125,17 @@ class TestFromThePack:
             assert change.bound is not change.from_original
             assert change.error_after >= real[one.name] - 1e-6
 
+    def test_a_target_without_originals_is_said_to_hold_against_the_old_pack(self):
+        originals = random_collection(4)
+        pack = ex.fit(originals, n_components=2, warn_above=1.0)
+        (note,) = ex.refit(pack, max_error=0.1, warn_above=1.0).pack.notes
+        refitted = ex.refit(pack, max_error=0.1, warn_above=1.0).pack
+        worst = max(record.delta_error for record in refitted.records.values())
+        assert worst > 0.1
+        assert "max_error=0.1 holds against the adapters as the old pack reconstructs them" in note
+        assert f"up to {worst:.4f}" in note
+        assert ex.refit(pack, originals, max_error=0.1).pack.notes == []
+
     def test_a_bound_stays_one_when_it_is_fitted_again_and_goes_with_the_original(self, tmp_path):
         originals = random_collection(4)
         pack = ex.fit(originals, n_components=6)

@@ -152,6 +152,8 @@ def refit(
             **reading,
         )
         refitted.pack.save(output, overwrite=overwrite)
+    for note in refitted.pack.notes:
+        console.note(note)
     seconds = time.perf_counter() - started
     if json:
         _print_json(opened, refitted, output, seconds)

@@ -170,9 +170,23 @@ def refit(
         coefficient_dtype=fitted.coefficient_storage,
     )
     refitted.notes.extend(fitted.notes)
+    if (note := _bound_note(refitted)) is not None:
+        refitted.notes.append(note)
     refitted.frontier.extend(fitted.frontier)
     warn_of_losses(refitted.records, warn_above, "Refit from the originals, or with more components.")
     return Refit(refitted, changes)
+
+
+def _bound_note(refitted: Pack) -> str | None:
+    """Return what an error bound is not a bound of, for adapters that were refitted without their originals."""
+    bound = refitted.fit_info.max_error
+    worst = max((record.delta_error for record in refitted.records.values() if record.bound), default=0.0)
+    if bound is None or worst <= bound:
+        return None
+    return (
+        f"max_error={bound:g} holds against the adapters as the old pack reconstructs them. Against their originals, "
+        f"errors may be up to {worst:.4f}: pass the originals (--adapters) to keep the bound against these."
+    )
 
 
 def _storages(
