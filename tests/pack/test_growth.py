@@ -296,7 +296,7 @@ class TestSteps:
         rows = {row.name: row.delta_error for row in report.adapters}
         assert rows == pytest.approx({name: one.delta_error for name, one in pack.records.items()}, rel=1e-5)
         assert {module.down.k for module in report.modules} == {4}
-        assert any("has grown by 12 components" in note for note in report.notes)
+        assert any("12 components were added for later adapters" in note for note in report.notes)
         # without their originals, another basis leaves bounds
         again = ex.refit(pack, n_components=3).pack
         assert again.summary.bounds == 3
