@@ -245,9 +245,11 @@ def locked(folder: Path) -> Iterator[None]:
 def check_no_link(folder: Path) -> None:
     """Raise `PackExistsError` if `adapters` is a link, because a writer would delete files in its target.
 
-    Readers follow such a link.
+    Readers follow such a link. `PackDamagedError` if that of a pack is not a folder at all.
     """
     adapters = folder / keys.ADAPTERS
+    if (folder / keys.MANIFEST).is_file() and adapters.exists() and not adapters.is_dir():
+        raise PackDamagedError(f"{adapters} is not a folder. Restore the pack from a copy, or fit it again.")
     if adapters.is_symlink():
         raise PackExistsError(
             f"{adapters} is a link to {adapters.readlink()}: changes of the pack would be made there, where another "
