@@ -29,13 +29,13 @@ def find_equal_updates(collection: Collection) -> dict[str, str]:
     return copies
 
 
-def _has_equal_factors(scanned: ScannedAdapter, other: ScannedAdapter) -> bool:
+def _has_equal_factors(scanned: ScannedAdapter, original: ScannedAdapter) -> bool:
     """Return whether two adapters, in the same modules of the subspace, have equal factors and scalings in all."""
-    modules = {name: module for module, name in other.subspace_names.items()}
+    modules = {name: module for module, name in original.subspace_names.items()}
     # one module after the other: most adapters with equal norms differ nowhere, and the others in the first one
     return all(
-        scanned.adapter.specs[module] == other.adapter.specs[modules[name]]
-        and all(map(torch.equal, _weights(scanned, module), _weights(other, modules[name])))
+        scanned.adapter.specs[module] == original.adapter.specs[modules[name]]
+        and all(map(torch.equal, _weights(scanned, module), _weights(original, modules[name])))
         for module, name in scanned.subspace_names.items()
     )
 

@@ -81,9 +81,14 @@ def read(
     # PEFT itself writes "format" only; the origin preserves other metadata
     if set(weights.metadata) - {"format"}:
         adapter = replace(adapter, origin=Origin("peft", (), dict(sorted(weights.metadata.items()))))
-    if not adapter.specs and not adapter.carried:
-        raise FormatError(f"{weights.path} has no LoRA tensor at all.")
+    check_not_empty(adapter, weights.path)
     return adapter
+
+
+def check_not_empty(adapter: Adapter, where: str) -> None:
+    """Raise `FormatError` if an adapter has neither factors nor carried tensors. where: its source, for the message."""
+    if not adapter.specs and not adapter.carried:
+        raise FormatError(f"{where} has no LoRA tensor at all.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,8 +49,8 @@ class Parent:
         """
         if pack is None or self.name not in pack:
             raise FormatError(
-                f"the adapter has no codes of its own: they are those of {self.name!r} in its pack, which is not at "
-                "hand. Load it from its folder in the pack, or pass subspace= its pack."
+                f"the adapter has no codes of its own: they are those of {self.name!r} in its pack, which is not "
+                "loaded. Load it from its folder in the pack, or pass subspace= its pack."
             )
         try:
             return coded.with_parent_codes(tensors, pack.codes(self.name), self.sha256, self.name)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
-from hashlib import sha256
 
 import torch
 from torch import Tensor
 
-from ...core import keys
+from ...core import atomic_files, keys
 from ...core.adapter import LazyMapping
 from ...core.basis import Basis
 from ...core.batch import ModuleBatch
@@ -75,17 +74,17 @@ class CodedStorage(Storage):
         # shapes come in the order in which the bases are written
         filled = {key: shape for key, shape in shapes.items() if shape[0]}
         if keys.CODED_COMPONENTS in tensors:
-            parts = basis_bytes.split(_to_bytes(tensors, keys.CODED_COMPONENTS), len(filled))
+            encoded_bases = basis_bytes.split(_to_bytes(tensors, keys.CODED_COMPONENTS), len(filled))
         else:
             # up to format 5, each basis had a tensor of its own
-            parts = [basis_bytes.with_length(_to_bytes(tensors, f"{key}.{basis_bytes.PART}")) for key in filled]
+            encoded_bases = [basis_bytes.with_length(_to_bytes(tensors, f"{key}.{basis_bytes.PART}")) for key in filled]
         # a small file may claim rows that take all memory: refused before anything is decoded
         numbers = sum(k * dimension for k, dimension in filled.values())
-        check_coded_count(numbers, sum(map(len, parts)), "the rows of the bases")
+        check_coded_count(numbers, sum(map(len, encoded_bases)), "the rows of the bases")
         # the entropy decoder runs all streams side by side: one basis at a time takes many times as long
-        bases = basis_bytes.decode(list(zip(parts, filled.values(), strict=True)))
+        bases = basis_bytes.decode(list(zip(encoded_bases, filled.values(), strict=True)))
         decoded = dict(tensors)
-        for key, data, basis in zip(filled, parts, bases, strict=True):
+        for key, data, basis in zip(filled, encoded_bases, bases, strict=True):
             decoded |= {key: basis.rows, f"{key}.{basis_bytes.PART}": blob(data)}
         return decoded
 
@@ -226,7 +225,7 @@ def coefficient_metadata(coefficients: Mapping[str, Coefficients]) -> dict[str, 
 
 def codes_digest(codes: Tensor) -> str:
     """Return the sha256 of an adapter's codes, by which the config of an adapter with equal ones names them."""
-    return sha256(codes.numpy().tobytes()).hexdigest()
+    return atomic_files.digest(codes.numpy().tobytes())
 
 
 def with_parent_codes(
