@@ -91,7 +91,8 @@ def test_without_its_pack(path, saved_base, tmp_path, unknown):
     with pytest.raises(FormatError, match="cannot be read from .*: the parent 'a1' has other codes than"):
         PeftModel.from_pretrained(base(saved_base), moved)
     pack.remove("a1")
-    with pytest.raises(FormatError, match="no codes of its own: they are those of 'a1' in its pack, which is not at"):
+    message = "no codes of its own: they are those of 'a1' in its pack, which is not loaded. Load it from its folder"
+    with pytest.raises(FormatError, match=message):
         PeftModel.from_pretrained(base(saved_base), moved)
 
 
