@@ -3,19 +3,27 @@
 import json
 from hashlib import sha256
 
-FIELDS = {2: ("max_error", "auto"), 3: ("solver",), 5: ("max_bytes", "ratio")}
+FIELDS = {2: ("max_error", "auto"), 3: ("solver",), 5: ("max_bytes", "ratio"), 7: ("purpose", "head_error")}
 """Of `fit`, by the version that they are new in."""
+OF_ADAPTERS = {3: ("bound",), 7: ("head_error", "source_head_bytes", "source_carried_bytes")}
+"""Of each adapter, by the version that they are new in."""
 
 
 def older(body, version):
-    """The content of a manifest as a release that knew this version, 1 to 4, and none later has written it.
+    """The content of a manifest as a release that knew this version, 1 to 5, and none later has written it.
 
     A subspace that was extended has no version before 3.
     """
     gone = [name for since, names in FIELDS.items() if version < since for name in names]
+    fit = {key: value for key, value in body["fit"].items() if key not in gone}
+    of_adapter = ["parent", *(name for since, names in OF_ADAPTERS.items() if version < since for name in names)]
+    adapters = {
+        name: {key: value for key, value in entry.items() if key not in of_adapter}
+        for name, entry in body["adapters"].items()
+    }
+    body = {**body, "adapters": adapters, "format_version": version, "fit": fit}
     if version >= 3:
-        fit = {key: value for key, value in body["fit"].items() if key not in gone}
-        return {**body, "format_version": version, "fit": fit}
+        return body
     subspace = dict(body["subspace"])
     first = next(iter(subspace["modules"].values()))["down"]["grown"]
     steps = zip(first, subspace.pop("growth"), strict=True)
@@ -24,11 +32,7 @@ def older(body, version):
         name: {side: {k: v for k, v in one.items() if k not in ("grown", "shortfall")} for side, one in pair.items()}
         for name, pair in subspace["modules"].items()
     }
-    fit = {key: value for key, value in body["fit"].items() if key not in gone}
-    adapters = {
-        name: {key: value for key, value in entry.items() if key != "bound"} for name, entry in body["adapters"].items()
-    }
-    return {**body, "adapters": adapters, "format_version": version, "fit": fit, "subspace": subspace}
+    return {**body, "subspace": subspace}
 
 
 def write_older(folder, version):

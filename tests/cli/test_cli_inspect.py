@@ -134,7 +134,7 @@ class TestAPack:
 
     def test_of_a_newer_format(self, cli, pack):
         path = pack / "subspace_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 7}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 8}))
         before = contents(pack.parent)
         for verb in (
             ["inspect"],

@@ -140,7 +140,7 @@ def test_earlier_versions(tmp_path, version):
         pack.verify()
         pack.remove("b")
     manifest = json.loads((folder / "subspace_config.json").read_text())
-    assert manifest["format_version"] == 5
+    assert manifest["format_version"] == 7
     assert manifest["subspace"] == newest["subspace"]
     assert manifest["adapters"] == {name: entry for name, entry in newest["adapters"].items() if name != "b"}
     assert {name: entry["files"] for name, entry in manifest["adapters"].items()} == {
@@ -160,7 +160,7 @@ def test_an_augmented_pack_of_version_2(tmp_path):
     assert assert_reads_what_the_library_reads(folder) == len(MODULES)
     with ex.Pack.edit(folder) as edited:
         edited.add(make_adapter(tmp_path / "later", seed=10))
-    assert json.loads((folder / "subspace_config.json").read_text())["format_version"] == 5
+    assert json.loads((folder / "subspace_config.json").read_text())["format_version"] == 7
     assert assert_reads_what_the_library_reads(folder) == 2 * len(MODULES)
 
 

@@ -14,6 +14,8 @@ BYTE_TARGETS = ("max_error", "max_bytes", "ratio")
 """Options under which the codec distributes bytes, unless a float dtype is asked for."""
 SIZE_OPTIONS = ("n_components", "energy", "max_error", "max_bytes", "ratio")
 """Options that determine the size of a pack; exactly one of them is given."""
+PURPOSES = ("storage", "training", "serving")
+"""Purposes of a pack, which determine the options of a fit that are not given."""
 
 
 @dataclass(frozen=True, slots=True)

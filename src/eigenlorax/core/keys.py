@@ -9,7 +9,7 @@ from ..errors import AdapterNameError, FormatError
 from .options import suggestion
 
 # Newest pack format that can be read and written (docs/pack-format.md)
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 PEFT_TYPE = "EIGENLORAX"
 # `peft_type` in the adapters of the authors' own code
 OFFICIAL_PEFT_TYPE = "EIGENLORA"

@@ -6,7 +6,7 @@ from ..core import keys
 from ..core.printable import markdown_code
 from ..formats import hub_client
 from . import summary
-from .manifest import Manifest, written_format
+from .manifest import Manifest
 from .summary import Errors, Summary
 
 
@@ -26,7 +26,7 @@ def render(listed: Manifest, repo_id: str | None = None) -> str:
         revision=listed.revision,
     )
     how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id)
-    form = f"Format: `{keys.MANIFEST}`, version {written_format(listed.coefficient_dtype)}."
+    form = f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}."
     lines = [*_front_matter(listed, figures.family), *_figures(figures), *_adapters(listed), *how_to_use, "", form]
     return "\n".join(lines) + "\n"
 

@@ -192,6 +192,8 @@ def pack_adapter(scanned: ScannedAdapter, encoded: EncodedAdapter, *, in_fit: bo
         head_bytes=sum(tensor.nbytes for tensor in heads.values()),
         source_sha256=scanned.scan.content_hash,
         source_file_bytes=adapter.file_bytes,
+        source_head_bytes=sum(tensor.nbytes for tensor in heads.values()),
+        source_carried_bytes=sum(tensor.nbytes for tensor in carried.values()),
     )
     return PackedAdapter(
         name=adapter.name,

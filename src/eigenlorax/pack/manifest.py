@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from ..codec.storage.base import ModuleSizes, Storage
-from ..codec.storage.table import storage_by_name
 from ..core import atomic_files, dtypes, keys
 from ..core.atomic_files import Files
 from ..core.basis import Basis
@@ -12,8 +11,6 @@ from ..core.json_dataclasses import JsonTypeError
 from ..core.subspace import Subspace
 from .packed_adapter import PackedAdapter, Record
 
-CODED_FORMAT, PLAIN_FORMAT = 6, 5
-"""Format versions of the packs that are written: entropy-coded ones, and all others."""
 SOLVERS = ("exact", "iterative")
 """Methods that compute bases: full decompositions, and subspace iteration (docs/method.md)."""
 
@@ -36,6 +33,9 @@ class FitInfo:
         excluded_modules: Modules outside the subspace.
         skipped: Adapters that could not be read, with the reason.
         solver: One of `SOLVERS`.
+        purpose: Purpose that the caller passed or that is the default; None in packs of formats before 7.
+        head_error: Relative error bound of task heads and other tensors outside the subspace; None if they are stored
+            exactly.
     """
 
     n_components: int | None
@@ -49,6 +49,8 @@ class FitInfo:
     excluded_modules: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     solver: str = SOLVERS[0]
+    purpose: str | None = None
+    head_error: float | None = None
 
     @property
     def size(self) -> str:
@@ -247,8 +249,3 @@ class Manifest:
         if entry is None:
             return []
         return [entry.files, *(self.files(entry.parent) if entry.parent is not None else [])]
-
-
-def written_format(coefficient_dtype: str) -> int:
-    """Return the format version in which a pack of this storage is written."""
-    return CODED_FORMAT if storage_by_name(coefficient_dtype).is_coded else PLAIN_FORMAT

@@ -7,10 +7,10 @@ from typing import get_type_hints
 from ..codec.basis_bytes import MAX_CLUSTERS
 from ..codec.storage.table import CODED, FLOAT_STORAGES, STORAGES
 from ..core import keys
-from ..core.fit_options import SIZE_OPTIONS, WEIGHTINGS
+from ..core.fit_options import PURPOSES, SIZE_OPTIONS, WEIGHTINGS
 from ..core.json_dataclasses import JsonTypeError
 from ..core.limits import MAX_DIMENSION
-from .manifest import CODED_FORMAT, SOLVERS, FitInfo, Manifest, SubspaceInfo
+from .manifest import SOLVERS, FitInfo, Manifest, SubspaceInfo
 from .packed_adapter import Record
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,7 +58,7 @@ def _check_storages(manifest: Manifest) -> None:
             (not has_cores or subspace.dtype in FLOAT_STORAGES, "cores are between rows of no float dtype"),
             (not is_paired or equal_sides, "cores are diagonal, and the two sides of a module differ"),
             (len(is_coded) == 1, "one dtype is coded, and the other is not"),
-            (version < CODED_FORMAT or is_coded == {True}, f"format {version} is one of coded packs, and no dtype is"),
+            (version != 6 or is_coded == {True}, f"format {version} is one of coded packs, and no dtype is"),
         ]
     )
 
@@ -74,6 +74,8 @@ def _check_fit(fit: FitInfo) -> None:
             (fit.weighting in WEIGHTINGS, f"fit.weighting is {fit.weighting!r}"),
             (0 <= fit.sweeps < _MAX_FIGURE, "fit.sweeps is out of range"),
             (all(value is None or 0 < value < _MAX_FIGURE for value in sizes), "the size in fit is out of range"),
+            (fit.purpose is None or fit.purpose in PURPOSES, f"fit.purpose is {fit.purpose!r}"),
+            (fit.head_error is None or 0 < fit.head_error < 1, f"fit.head_error is {fit.head_error!r}"),
         ]
     )
 

@@ -14,7 +14,7 @@ from ..core.subspace import Augmentation
 from ..errors import AdapterNameError, PackDamagedError, PackVersionError
 from ..version import __version__
 from . import manifest_checks
-from .manifest import CODED_FORMAT, Entry, FitInfo, Manifest, SubspaceInfo, written_format
+from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .packed_adapter import Record
 
 _FORMAT = "eigenlorax-pack"
@@ -22,6 +22,7 @@ _SINCE: dict[int, dict[str, Any]] = {
     2: {"max_error": None, "auto": False},
     3: {"solver": "exact"},
     5: {"max_bytes": None, "ratio": None},
+    7: {"purpose": None, "head_error": None},
 }
 """Fields of `fit` by the format version that introduced them, with their values in older packs."""
 _REMEDY = "Restore the pack from a copy, or fit it again."
@@ -30,12 +31,11 @@ _REMEDY = "Restore the pack from a copy, or fit it again."
 def to_bytes(manifest: Manifest) -> bytes:
     """Return the manifest as JSON with sorted keys, and a digest of all other fields.
 
-    The format version is the newest one for the pack's storage, also if the manifest was read from an older version.
+    The format version is the newest one, also if the manifest was read from an older version.
     """
-    version = written_format(manifest.coefficient_dtype)
     body: dict[str, Any] = {
         "format": _FORMAT,
-        "format_version": version,
+        "format_version": keys.FORMAT_VERSION,
         "eigenlorax_version": __version__,
         "base_model_name_or_path": manifest.base_model,
         "revision": manifest.revision,
@@ -46,14 +46,14 @@ def to_bytes(manifest: Manifest) -> bytes:
             "file": manifest.subspace_file,
             "sha256": manifest.subspace_sha256,
         },
-        "adapters": {name: _entry_fields(entry, version) for name, entry in manifest.adapters.items()},
+        "adapters": {
+            name: {**asdict(entry.record), "files": entry.files, "parent": entry.parent}
+            for name, entry in manifest.adapters.items()
+        },
     }
-    return _dump({**body, "digest": atomic_files.digest(_dump(body))})
-
-
-def _entry_fields(entry: Entry, version: int) -> dict[str, Any]:
-    parent = {"parent": entry.parent} if version >= CODED_FORMAT else {}
-    return {**asdict(entry.record), "files": entry.files, **parent}
+    body["digest"] = atomic_files.digest(_canonical(body))
+    # without the blanks of the canonical form, which would be a third of the file
+    return (json.dumps(body, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n").encode("utf-8")
 
 
 def parse(data: bytes, path: Path) -> Manifest:
@@ -72,7 +72,7 @@ def parse(data: bytes, path: Path) -> Manifest:
         )
     digest = body.pop("digest", None)
     try:
-        intact = digest == atomic_files.digest(_dump(body))
+        intact = digest == atomic_files.digest(_canonical(body))
     except (ValueError, RecursionError) as error:
         raise PackDamagedError(f"{path} has values that no manifest can have: {error}. {_REMEDY}") from error
     if not intact:
@@ -153,14 +153,22 @@ class _EarlySide:
 
 def _entry(value: Any, where: str, version: int) -> Entry:
     fields = dict(from_json(dict, value, where))
-    if version < 3:
-        if "bound" in fields:
-            raise JsonTypeError(f"{where} has the field bound, which version {version} lacks.")
-        fields["bound"] = False
+    lacking: dict[str, Any] = {"bound": False} if version < 3 else {}
+    if version < 7:
+        lacking |= {
+            "head_error": 0.0,
+            "source_head_bytes": fields.get("head_bytes"),
+            "source_carried_bytes": fields.get("carried_bytes"),
+        }
+    early = sorted(lacking.keys() & fields.keys())
+    if early:
+        raise JsonTypeError(f"{where} has the fields {early}, which version {version} lacks.")
+    fields |= lacking
     files = from_json(dict[str, str], fields.pop("files", None), f"{where}.files")
-    parent = from_json(str | None, fields.pop("parent", ...), f"{where}.parent") if version >= CODED_FORMAT else None
+    parent = from_json(str | None, fields.pop("parent", ...), f"{where}.parent") if version >= 6 else None
     return Entry(from_json(Record, fields, where), files, parent)
 
 
-def _dump(value: Any) -> bytes:
+def _canonical(value: Any) -> bytes:
+    """Return the form of a manifest of which its digest is."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("utf-8")

@@ -432,8 +432,8 @@ class Pack(PackContents):
         )
         entries = {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Entry)}
         entries |= {name: Entry.of(loaded[name], content) for name, content in files.items()}
-        version = manifest.written_format(self.coefficient_storage)
-        if in_place and previous is not None and (previous.subspace, previous.format_version) == (self.info, version):
+        written = self.info, keys.FORMAT_VERSION
+        if in_place and previous is not None and (previous.subspace, previous.format_version) == written:
             subspace, file, sha256 = None, previous.subspace_file, previous.subspace_sha256
         else:
             # bases that were read from another format have other tensors there
@@ -442,7 +442,7 @@ class Pack(PackContents):
             sha256 = atomic_files.digest(subspace)
             file = keys.subspace_file(sha256)
         new = Manifest(
-            format_version=version,
+            format_version=keys.FORMAT_VERSION,
             base_model=self.base_model,
             revision=self.revision,
             fit=self.fit_info,

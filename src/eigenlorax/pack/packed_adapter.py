@@ -28,11 +28,14 @@ class Record:
         modules: Number of modules.
         lora_numbers: Number of elements of the LoRA factors.
         coefficient_bytes: Tensor bytes of the coefficients.
-        carried_bytes: Tensor bytes of carried tensors.
-        head_bytes: Tensor bytes of trained heads.
+        carried_bytes: Tensor bytes of carried tensors, as they are stored.
+        head_bytes: Tensor bytes of trained heads, as they are stored.
         source_sha256: Hash of the source's content.
         source_file_bytes: Bytes of the source's weights file.
         bound: True if delta_error is an upper bound, because the pack was refitted without the original.
+        head_error: Largest relative error of a head or carried tensor; 0 if all of them are stored exactly.
+        source_head_bytes: Tensor bytes of trained heads in the source.
+        source_carried_bytes: Tensor bytes of carried tensors in the source.
     """
 
     delta_error: float
@@ -48,6 +51,9 @@ class Record:
     source_sha256: str
     source_file_bytes: int
     bound: bool = False
+    head_error: float = 0.0
+    source_head_bytes: int = 0
+    source_carried_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ..core.basis import Basis
 from ..core.limits import REBUILDING_BYTES, check_expansion
 from ..core.subspace import ModuleBases, Subspace
 from ..errors import PackDamagedError
-from .manifest import CODED_FORMAT, SOLVERS, Manifest
+from .manifest import SOLVERS, Manifest
 
 # random components differ in their last bits between machines; check sums add all entries of a row
 _CHECK_TOLERANCE = 1e-3
@@ -46,7 +46,7 @@ def from_bytes(data: bytes, manifest: Manifest, path: Path) -> Subspace:
     # the rows of all sides stay in memory, and one side after the other is rebuilt
     needed = sum(rebuilt) * storage.dtype.itemsize + max(rebuilt, default=0) * REBUILDING_BYTES
     check_expansion(needed, size, "the augmented rows of the bases")
-    if (keys.CODED_COMPONENTS in tensors) != (manifest.format_version >= CODED_FORMAT):
+    if (keys.CODED_COMPONENTS in tensors) != (storage.is_coded and manifest.format_version >= 6):
         raise ValueError(f"the bases are not in the form of format {manifest.format_version}")
     tensors = storage.decode_bases(
         tensors,
@@ -73,7 +73,7 @@ def _basis(tensors: Mapping[str, Tensor], name: str, side: str, manifest: Manife
     steps = list(zip(info.grown, manifest.subspace.growth, strict=True))
     stored = {index: n for index, (n, step) in enumerate(steps) if step.seed is None}
     fitted = info.k - sum(info.grown)
-    if manifest.format_version >= CODED_FORMAT:
+    if storage.is_coded:
         values = torch.zeros(0)
     else:
         values = _spectrum(tensors, keys.singular_values_key(name, side))
