@@ -73,10 +73,7 @@ def _basis(tensors: Mapping[str, Tensor], name: str, side: str, manifest: Manife
     steps = list(zip(info.grown, manifest.subspace.growth, strict=True))
     stored = {index: n for index, (n, step) in enumerate(steps) if step.seed is None}
     fitted = info.k - sum(info.grown)
-    if storage.is_coded:
-        values = torch.zeros(0)
-    else:
-        values = _spectrum(tensors, keys.singular_values_key(name, side))
+    values = torch.zeros(0) if storage.is_coded else _spectrum(tensors, keys.singular_values_key(name, side))
     (rows, payload), *more = storage.read_components(
         tensors, keys.components_key(name, side), fitted, stored, info.dimension
     )
