@@ -10,13 +10,13 @@ OF_ADAPTERS = {3: ("bound",), 7: ("head_error", "source_head_bytes", "source_car
 
 
 def older(body, version):
-    """The content of a manifest as a release that knew this version, 1 to 5, and none later has written it.
+    """The content of a manifest as a release that knew this version, 1 to 6, and none later has written it.
 
     A subspace that was extended has no version before 3.
     """
     gone = [name for since, names in FIELDS.items() if version < since for name in names]
     fit = {key: value for key, value in body["fit"].items() if key not in gone}
-    of_adapter = ["parent", *(name for since, names in OF_ADAPTERS.items() if version < since for name in names)]
+    of_adapter = [*(["parent"] if version < 6 else []), *(name for since, names in OF_ADAPTERS.items() if version < since for name in names)]
     adapters = {
         name: {key: value for key, value in entry.items() if key not in of_adapter}
         for name, entry in body["adapters"].items()

@@ -143,7 +143,7 @@ class TestAPack:
             ["add", pack.parent / "new"],
         ):
             done = cli(verb[0], pack, *verb[1:])
-            assert_refused(done, 4, path, "pack format 7", "up to format 6", "pip install --upgrade eigenlorax")
+            assert_refused(done, 4, path, "pack format 8", "up to format 7", "pip install --upgrade eigenlorax")
         assert contents(pack.parent) == before
 
     def test_that_a_mistaken_tool_signed(self, cli, pack):

@@ -21,6 +21,7 @@ from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
 from outcomes import contents
 from planted import normal, random_adapter, random_collection, shared_collection
+from versions import older
 
 pytestmark = pytest.mark.slow
 
@@ -439,9 +440,7 @@ class TestRefused:
         path = saved / keys.MANIFEST
         body = json.loads(path.read_text())
         del body["digest"]
-        body["format_version"] = 4
-        for since_5 in ("max_bytes", "ratio"):
-            del body["fit"][since_5]
+        body = older(body, 4)
         path.write_text(json.dumps({**body, "digest": atomic_files.digest(_canonical(body))}))
         with pytest.raises(PackDamagedError, match="a dtype is not known"):
             ex.Pack.open(saved)

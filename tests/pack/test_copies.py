@@ -18,6 +18,7 @@ from hostile import change_json, changed
 from make_reference_packs import PACKS, shared_adapters
 from planted import MODULES, random_adapter, random_collection, tree
 from signing import signed_again
+from versions import older
 
 MANIFEST, WEIGHTS = "subspace_config.json", "adapter_model.safetensors"
 QUERY = "encoder.0.query"
@@ -397,15 +398,20 @@ class TestDamage:
             ex.Pack.open(folder).packed("a-more")
 
     def test_formats_do_not_mix(self, folder, originals, tmp_path):
-        older = changed(folder, tmp_path / "older", change_json(MANIFEST, lambda body: body.update(format_version=5)))
+        def with_parent_in_format_5(body):
+            body.update(older(body, 6), format_version=5)
+
+        with_parent = changed(folder, tmp_path / "older", change_json(MANIFEST, with_parent_in_format_5))
         with pytest.raises(PackDamagedError, match="parent"):
-            ex.Pack.open(older)
+            ex.Pack.open(with_parent)
         floats = ex.fit(originals, n_components=3).save(tmp_path / "floats")
 
         def newer(body):
-            body["format_version"] = 6
+            body["fit"].pop("purpose", None)
+            body["fit"].pop("head_error", None)
             for entry in body["adapters"].values():
                 entry["parent"] = None
+            body.update(older(body, 6))
 
         with pytest.raises(PackDamagedError, match="format 6 is one of coded packs"):
             ex.Pack.open(changed(floats, tmp_path / "newer", change_json(MANIFEST, newer)))

@@ -51,7 +51,7 @@ def changed(data, path, change):
 def changed_canonically(data, path, value):
     """The manifest's bytes with another value in one place, as a writer of ours has them."""
     body = json.loads(changed(data, path, put(value)))
-    return (json.dumps(body, indent=1, sort_keys=True) + "\n").encode()
+    return (json.dumps(body, separators=(",", ":"), sort_keys=True) + "\n").encode()
 
 
 def put(value):
@@ -72,7 +72,9 @@ def test_earlier_versions_are_read_and_written_as_the_newest(data, version):
     [
         (1, ("fit", "auto"), True, r"fit has the fields \['auto'\], which version 1 lacks"),
         (2, ("fit", "solver"), "exact", r"fit has the fields \['solver'\], which version 2 lacks"),
-        (2, ("adapters", "a0", "bound"), False, "adapters.a0 has the field bound, which version 2 lacks"),
+        (2, ("adapters", "a0", "bound"), False, r"adapters.a0 has the fields \['bound'\], which version 2 lacks"),
+        (5, ("adapters", "a0", "head_error"), 0.0, r"adapters.a0 has the fields \['head_error'\], which version 5"),
+        (5, ("fit", "purpose"), None, r"fit has the fields \['purpose'\], which version 5 lacks"),
         (2, ("subspace", "growth"), [], "the field growth, which version 2 lacks"),
         (2, ("subspace", "augmentations"), ..., "subspace.augmentations is missing"),
         (2, ("subspace", "augmentations", 0, "n_extra"), 0, "a step of growth appends nothing"),
@@ -147,9 +149,9 @@ def test_what_is_no_manifest(text, message):
 
 def test_a_newer_format_is_refused_before_anything_else(data):
     newer = signed({"format_version": 8, "eigenlorax_version": "9.1", "anything": []})
-    with pytest.raises(PackVersionError, match="pack format 7 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
+    with pytest.raises(PackVersionError, match="pack format 8 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
         manifest_json.parse(newer, PATH)
-    with pytest.raises(PackVersionError, match="pack format 7"):
+    with pytest.raises(PackVersionError, match="pack format 8"):
         manifest_json.parse(json.dumps({**json.loads(data), "format_version": 8}).encode(), PATH)
 
 
@@ -162,6 +164,12 @@ OPTIONAL = {
     ("fit", "n_components"),
     ("fit", "energy"),
     ("fit", "max_error"),
+    ("fit", "max_bytes"),
+    ("fit", "ratio"),
+    ("fit", "head_error"),
+    ("fit", "purpose"),
+    ("adapters", "a0", "parent"),
+    ("adapters", "a1", "parent"),
     ("subspace", "growth", 0, "fingerprint"),
     ("subspace", "growth", 0, "seed"),
 }
@@ -219,9 +227,11 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
         (
             ("format_version",),
             1,
-            r"fit has the fields \['auto', 'max_bytes', 'max_error', 'ratio', 'solver'\], which version 1 lacks",
+            r"fit has the fields \['auto', 'head_error', 'max_bytes', 'max_error', 'purpose', 'ratio', 'solver'\], which version 1",
         ),
         (("fit", "solver"), "lucky", "fit.solver is 'lucky'"),
+        (("fit", "purpose"), "fun", "fit.purpose is 'fun'"),
+        (("fit", "head_error"), 1.0, "fit.head_error is 1.0"),
         (("fit", "energy"), 0.5, "one of n_components, energy, max_error, max_bytes and ratio"),
         (("fit", "max_error"), 0.5, "one of n_components, energy, max_error, max_bytes and ratio"),
         (("fit", "n_components"), None, "one of n_components, energy, max_error, max_bytes and ratio"),

@@ -347,7 +347,7 @@ class TestDamage:
         folder = fitted(tmp_path)
         path = folder / "subspace_config.json"
         text = path.read_text()
-        changed, times = re.subn(rf'("{field}": )("?)[0-9a-z]', r"\1\g<2>7", text, count=1)
+        changed, times = re.subn(rf'("{field}":)("?)[0-9a-z]', r"\1\g<2>8", text, count=1)
         assert times == 1
         assert changed != text
         path.write_text(changed)
@@ -381,8 +381,8 @@ class TestSpecification:
 
     def test_of_the_manifests_bytes(self, everything):
         data = (everything / "subspace_config.json").read_bytes()
-        canonical = json.dumps(json.loads(data), indent=1, sort_keys=True, allow_nan=False) + "\n"
-        assert data == canonical.encode()
+        written = json.dumps(json.loads(data), separators=(",", ":"), sort_keys=True, allow_nan=False) + "\n"
+        assert data == written.encode()
 
     def test_of_the_fingerprint(self, everything):
         subspace = json.loads((everything / "subspace_config.json").read_text())["subspace"]
