@@ -16,7 +16,10 @@ def older(body, version):
     """
     gone = [name for since, names in FIELDS.items() if version < since for name in names]
     fit = {key: value for key, value in body["fit"].items() if key not in gone}
-    of_adapter = [*(["parent"] if version < 6 else []), *(name for since, names in OF_ADAPTERS.items() if version < since for name in names)]
+    of_adapter = [
+        *(["parent"] if version < 6 else []),
+        *(name for since, names in OF_ADAPTERS.items() if version < since for name in names),
+    ]
     adapters = {
         name: {key: value for key, value in entry.items() if key not in of_adapter}
         for name, entry in body["adapters"].items()
