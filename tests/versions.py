@@ -5,7 +5,7 @@ from hashlib import sha256
 
 FIELDS = {2: ("max_error", "auto"), 3: ("solver",), 5: ("max_bytes", "ratio"), 7: ("purpose", "head_error")}
 """Of `fit`, by the version that they are new in."""
-OF_ADAPTERS = {3: ("bound",), 7: ("head_error", "source_head_bytes", "source_carried_bytes")}
+OF_ADAPTERS = {3: ("bound",), 6: ("parent",), 7: ("head_error", "source_head_bytes", "source_carried_bytes")}
 """Of each adapter, by the version that they are new in."""
 
 
@@ -16,10 +16,7 @@ def older(body, version):
     """
     gone = [name for since, names in FIELDS.items() if version < since for name in names]
     fit = {key: value for key, value in body["fit"].items() if key not in gone}
-    of_adapter = [
-        *(["parent"] if version < 6 else []),
-        *(name for since, names in OF_ADAPTERS.items() if version < since for name in names),
-    ]
+    of_adapter = [name for since, names in OF_ADAPTERS.items() if version < since for name in names]
     adapters = {
         name: {key: value for key, value in entry.items() if key not in of_adapter}
         for name, entry in body["adapters"].items()
