@@ -46,7 +46,7 @@ class TestReport:
     def test_json_is_that_of_the_file(self, cli, inside):
         done = cli("report", "pack", "-a", "in/alpha", "-a", "in/beta", "-a", "in/gamma", "--json", "-o", "a.json")
         assert json_of(done) == json.loads((inside / "a.json").read_text("utf-8"))
-        assert len(json_of(done)["adapters"]) == 3
+        assert len(json_of(done)["adapters"]["name"]) == 3
 
     def test_changes_nothing_in_the_pack(self, cli, inside):
         before = contents(inside)
@@ -197,15 +197,19 @@ class TestFit:
     def test_where_it_would_take_long(self, cli_with_reports, inside, monkeypatch):
         monkeypatch.setattr(stored, "PATIENCE", 0.0)
         done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
-        assert "no report was written, because it would take about" in done.err
-        assert "eigenlorax report fresh --adapters" in done.err
+        assert "no report was written, because it takes about 6 seconds. To make one: " in done.err
+        assert "`eigenlorax report fresh -a in -o report.html`" in done.err
         assert not (inside / "fresh" / keys.REPORT_PAGE).exists()
+        succeeded(cli_with_reports("fit", "in", "-o", "asked", "-k", "4", "--report"))
+        assert (inside / "asked" / keys.REPORT_PAGE).is_file()
 
     def test_without_the_extra(self, cli_with_reports, inside, monkeypatch):
         monkeypatch.setattr(extra, "is_installed", lambda: False)
         done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
         assert "no report was written. A report needs matplotlib and scikit-learn: pip install" in done.err
         assert "--no-report" in done.err
+        asked = cli_with_reports("fit", "in", "-o", "other", "-k", "4", "--report")
+        assert_refused(asked, 3, "A report needs matplotlib and scikit-learn: pip install")
         assert not (inside / "fresh" / keys.REPORT_PAGE).exists()
 
     def test_a_disk_that_is_full_costs_the_report_alone(self, cli_with_reports, inside, monkeypatch):

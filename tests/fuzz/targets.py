@@ -21,7 +21,7 @@ from eigenlorax.core.subspace import Subspace
 from eigenlorax.errors import MAX_MESSAGE, EigenloraxError, PackError
 from eigenlorax.formats import checks
 from eigenlorax.pack import manifest_json, subspace_file
-from eigenlorax.reports import files as report_files
+from eigenlorax.reports import json_document
 from eigenlorax.train import data as rows
 from eigenlorax.train.options import Columns
 
@@ -265,7 +265,7 @@ def read_report(folder: Path) -> int:
     report.save(folder / "again.md")
     report.save(folder / "again.json")
     again = ex.Report.load(folder / "again.json")
-    if report_files.to_json(again) != report_files.to_json(report):
+    if json_document.to_json(again) != json_document.to_json(report):
         raise WrongError("a report that was written is another one when it is read")
     with _output(io.BytesIO(), io.BytesIO()):
         print_verdict(report)

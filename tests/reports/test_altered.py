@@ -10,7 +10,7 @@ from synthetic import report as synthetic
 
 import eigenlorax as ex
 from eigenlorax.errors import FormatError
-from eigenlorax.reports import files
+from eigenlorax.reports import json_document
 from eigenlorax.reports.render import markdown, page
 from planted import shared_collection
 
@@ -24,7 +24,7 @@ CASES, PAGES, ALTERATIONS = 300, 1, 40
 def documents():
     adapters = shared_collection(4, noise=0.05)[0]
     real = ex.report(ex.fit(adapters, n_components=3), adapters)
-    return [json.loads(files.to_json(one)) for one in (real, synthetic(5, layers=2), bare())]
+    return [json.loads(json_document.to_json(one)) for one in (real, synthetic(5, layers=2), bare())]
 
 
 def read(document, path):
@@ -46,7 +46,7 @@ def test_what_is_read_is_shown_as_markdown_and_json(documents, tmp_path, which):
         if found is not None:
             shown += 1
             assert markdown.render(found)
-            assert json.loads(files.to_json(found))["notes"] == found.notes
+            assert json.loads(json_document.to_json(found))["notes"] == found.notes
     assert CASES / 10 < shown < CASES / 2
 
 
@@ -99,9 +99,9 @@ def changed(document, path, value):
         (["outliers"], ["nobody"], "report.outliers names 'nobody', which is not among the adapters"),
         (["modules", 0, "worst"], "nobody", "report.modules names 'nobody'"),
         (["in_fit", "worst_adapter"], "nobody", "report.in_fit names 'nobody'"),
-        (["adapters", 0, "cluster"], 99, r"report.adapters\[0\].cluster is 99, but there are \d clusters"),
-        (["adapters", 0], lambda _: None, r"report.adapters\[0\] is null; dict was expected"),
-        (["adapters"], lambda rows: [*rows[1:], rows[1]], "report.adapters contains .* 2 times"),
+        (["adapters", "cluster", 0], 99, r"report.adapters\[0\].cluster is 99, but there are \d clusters"),
+        (["adapters", "name", 0], lambda _: None, r"report.adapters\[0\].name is null; str was expected"),
+        (["adapters", "name"], lambda names: [*names[1:], names[1]], "report.adapters contains .* 2 times"),
         (["collection", "adapters"], 6, "report.collection.adapters is 6, but report.adapters has 5 items"),
         (["modules", 0, "down", "dimension"], 0, r"report.modules\[0\].down.dimension must be positive, got 0"),
         (["modules", 0, "up", "k"], 9999, r"report.modules\[0\].up has 9999 components, but only"),

@@ -13,7 +13,7 @@ from reported import adapters, report_on, the
 
 import eigenlorax as ex
 from eigenlorax.core.adapter import LoRAFactors
-from eigenlorax.reports import alternatives, files, measure, originals, verdict
+from eigenlorax.reports import alternatives, json_document, measure, originals, verdict
 from eigenlorax.reports.chance import SIGMAS
 from eigenlorax.reports.energies import energies
 from eigenlorax.reports.render import markdown, page
@@ -286,7 +286,7 @@ def test_a_pack_without_originals_has_none():
 
 def test_the_same_input_gives_the_same_bytes_and_another_seed_other_draws():
     collection = of_many_kinds()
-    one, again, other = (files.to_json(report_on(collection, seed=seed)) for seed in (0, 0, 1))
+    one, again, other = (json_document.to_json(report_on(collection, seed=seed)) for seed in (0, 0, 1))
     assert one == again
     nulls = [json.loads(text)["null"] for text in (one, other)]
     assert nulls[0] != nulls[1]

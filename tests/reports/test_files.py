@@ -13,7 +13,7 @@ from synthetic import report as synthetic
 import eigenlorax as ex
 from eigenlorax.core import keys
 from eigenlorax.errors import FormatError, OptionError, PackExistsError, SkippedAdapterWarning, StaleReportWarning
-from eigenlorax.reports import data, files, originals, stored
+from eigenlorax.reports import data, files, json_document, originals, stored
 from planted import random_adapter, random_collection, shared_collection
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
@@ -55,20 +55,42 @@ class TestJson:
         assert ex.Report.load(tmp_path / "report.json") == found
 
     def test_names_its_schema(self, report):
-        body = json.loads(files.to_json(report))
-        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 4)
+        body = json.loads(json_document.to_json(report))
+        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 5)
         assert body.keys() - {"schema", "schema_version"} == {
             field.name for field in dataclasses.fields(data.ReportData)
         }
 
     @pytest.mark.parametrize("n", [data.MATRIX, data.MATRIX + 1])
     def test_leaves_large_matrices_out(self, n):
-        body = json.loads(files.to_json(synthetic(n)))
+        body = json.loads(json_document.to_json(synthetic(n)))
         assert len(body["similarity"]["names"]) <= n
         assert bool(body["similarity"]["cosine"]) == (len(body["similarity"]["names"]) <= data.MATRIX)
 
+    def test_of_many_adapters_is_at_most_a_tenth_of_the_pack_or_200_kb(self, tmp_path):
+        adapters = [random_adapter(f"adapter-{n:03}", seed=n) for n in range(200)]
+        pack = ex.fit(adapters, n_components=8, warn_above=1.0)
+        report = ex.report(pack, adapters, left_out=8)
+        report.save(tmp_path / "report.json")
+        assert (tmp_path / "report.json").stat().st_size <= 200_000
+        again = ex.Report.load(tmp_path / "report.json")
+        (note,) = (note for note in again.notes if note.startswith("To keep the JSON within 200.0 kB"))
+        assert "it does not contain: similarity matrices" in note
+        assert again.similarity.cosine == []
+        assert [row.name for row in again.adapters] == [row.name for row in report.adapters]
+        assert again.in_fit.mean == pytest.approx(report.in_fit.mean, rel=1e-3)
+        # what was read is written again as it is
+        assert json_document.to_json(again) == (tmp_path / "report.json").read_text("utf-8")
+
+    def test_columns_of_adapters_have_equal_lengths(self, report, tmp_path):
+        body = json.loads(json_document.to_json(report))
+        body["adapters"]["norm"].pop()
+        (tmp_path / "report.json").write_text(json.dumps(body), "utf-8")
+        with pytest.raises(FormatError, match="report.adapters has columns of .5, 6. items; equally many"):
+            ex.Report.load(tmp_path / "report.json")
+
     def test_the_same_report_gives_the_same_bytes(self, report):
-        assert files.to_json(report) == files.to_json(dataclasses.replace(report))
+        assert json_document.to_json(report) == json_document.to_json(dataclasses.replace(report))
 
     @pytest.mark.parametrize(
         "of", [one for one in vars(data).values() if isinstance(one, type) and dataclasses.is_dataclass(one)]
@@ -94,7 +116,7 @@ class TestJson:
             (lambda text: "[]", "is no report: its schema is not"),
             (lambda text: text.replace("eigenlorax-report", "other"), "is no report: its schema is not"),
             (
-                lambda text: text.replace('"schema_version": 4', '"schema_version": 3'),
+                lambda text: text.replace('"schema_version": 5', '"schema_version": 3'),
                 "has version 3 .* Make the report",
             ),
             (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),
@@ -104,8 +126,8 @@ class TestJson:
     )
     def test_what_is_no_report(self, report, tmp_path, change, message):
         path = tmp_path / "report.json"
-        changed = change(files.to_json(report))
-        assert changed != files.to_json(report)
+        changed = change(json_document.to_json(report))
+        assert changed != json_document.to_json(report)
         path.write_text(changed, encoding="utf-8")
         with pytest.raises(FormatError, match=message):
             ex.Report.load(path)

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from documents import Document
 
 import eigenlorax as ex
+import made
 from eigenlorax.core.adapter import LoRAFactors, from_factors
+from eigenlorax.reports import numbers
+from eigenlorax.reports.render import page
 from planted import factors_in, orthonormal, random_collection, shared_collection
 
 
@@ -49,3 +53,59 @@ def test_a_side_without_directions_is_no_obstacle():
     report = ex.report(pack, adapters)
     assert report.left_out.errors.mean == 1
     assert report.in_fit.worst == pytest.approx(pack.summary.in_fit.worst, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def reported():
+    adapters = random_collection(7)
+    pack = ex.fit(adapters, max_error=0.2)
+    return pack, ex.report(pack, adapters)
+
+
+class TestPackForStorage:
+    """Its main answer are bytes and errors, with what other error bounds would take."""
+
+    def test_leads_with_bytes_and_the_largest_error(self, reported):
+        pack, report = reported
+        size, worst = numbers.size(pack.summary.bytes.pack), numbers.error(pack.summary.in_fit.worst)
+        assert report.verdict.headline == (
+            f"These 7 adapters take {size} in this pack, {numbers.ratio(pack.summary.bytes.ratio)} smaller than the "
+            f"LoRAs in 16 bits, and no adapter has a delta error above {worst}."
+        )
+        first, second, *others = report.verdict.findings
+        assert (first.kind, first.good) == ("bytes", True)
+        assert (second.kind, second.good) == ("not-shared", None)
+        assert "bytes" not in {finding.kind for finding in others}
+
+    def test_advises_other_bounds_with_their_bytes(self, reported):
+        _, report = reported
+        at = {point.worst: point.stored_bytes for point in report.frontier.points if point.way == "codec"}
+        assert report.verdict.findings[0].advice == (
+            f"With another error bound, `--max-error 0.15` (`max_error=0.15`) takes about {numbers.size(at[0.15])} and "
+            f"`--max-error 0.3` (`max_error=0.3`) takes about {numbers.size(at[0.3])}."
+        )
+
+    def test_its_page_begins_with_bytes(self, reported):
+        document = Document(page.render(reported[1]))
+        assert [text for text, _ in document.all("h2")][:3] == ["Findings", "Bytes at an error", "Bytes"]
+        assert "With more or fewer components" not in [text for text, _ in document.all("h2")]
+        assert [text[:17] for text, _ in document.of_class("tile")] == ["Bytes of the pack", "Error in the fit,"]
+
+    def test_a_pack_by_components_leads_with_what_a_left_out_adapter_loses(self, reported):
+        adapters = random_collection(7)
+        report = ex.report(ex.fit(adapters, n_components=3, warn_above=1.0), adapters)
+        assert "an adapter that is left out of the fit has a mean error of" in report.verdict.headline
+        document = Document(page.render(report))
+        assert [text[:10] for text, _ in document.of_class("tile")] == ["Error when", "Error in t", "LoRA bytes"]
+        assert "`--max-error" in report.verdict.findings[0].advice
+
+
+@pytest.mark.parametrize("make", [made.random, made.of_one_subspace], ids=["alone", "shared"])
+@pytest.mark.parametrize("error", [0.05, 0.2, 0.4])
+def test_estimated_bytes_of_the_codec_are_near_those_of_its_fits(make, error):
+    factors = make(12, shapes={"layers.0.query": (310, 290), "layers.1.value": (290, 330)})
+    adapters = [from_factors(f"a{n:02}", one, base_model="org/base") for n, one in enumerate(factors)]
+    report = ex.report(ex.fit(adapters, n_components=3, warn_above=1.0), adapters, left_out=1)
+    (point,) = (point for point in report.frontier.points if (point.way, point.worst) == ("codec", error))
+    # headers of files are not estimated
+    assert point.stored_bytes == pytest.approx(ex.fit(adapters, max_error=error).summary.bytes.pack, rel=0.03, abs=300)

@@ -10,6 +10,7 @@ from reported import adapters, findings, names, report_on, the
 import eigenlorax as ex
 from eigenlorax.core.adapter import LoRAFactors
 from eigenlorax.errors import UntrainedAdapterWarning
+from eigenlorax.reports import numbers
 from made import gauged, of_one_subspace, one_start, random, with_a_mean
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
@@ -120,7 +121,13 @@ class TestNotShared:
         assert report.verdict.headline.startswith("These 12 adapters do not share a subspace")
         finding = the(report, "not-shared")
         assert finding.good is False
-        assert finding.advice.startswith("Keep them as ordinary LoRAs")
+        (coded,) = (point for point in report.frontier.points if (point.way, point.worst) == ("codec", 0.1))
+        assert finding.advice.startswith(
+            f"For storage, fit with `--max-error 0.1` (`max_error=0.1`): about {numbers.size(coded.stored_bytes)}, "
+        )
+        assert finding.advice.endswith(
+            "no basis for training or for serving from a shared basis: a later adapter will not fit."
+        )
         assert report.left_out.errors.mean > 0.98
         assert_plain(report)
 

@@ -334,6 +334,15 @@ def format_error(error: float) -> str:
     return f"{error:.4f}" if error >= 5e-4 or error == 0 else f"{error:.1e}"
 
 
+def duration(seconds: float) -> str:
+    """Return a number of seconds in words, in the unit that suits it."""
+    for unit, length in (("hour", 3600), ("minute", 60)):
+        # 90 minutes are clearer than 2 hours
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:,.0f} {unit}s"
+    return f"{max(round(seconds), 1)} second{'' if round(seconds) <= 1 else 's'}"
+
+
 def print_frontier(pack: "Pack") -> None:
     """Print the sizes that other error bounds would give, and the pack's own."""
     sizes = pack.summary.bytes

@@ -1,5 +1,6 @@
 """`eigenlorax fit`: fit a subspace to adapters, and write a pack."""
 
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,9 @@ eigenlorax fit demo/adapters -o auto/ -k auto
 eigenlorax fit demo/adapters -o pack/ --energy 0.95 --dtype float16 --overwrite
 eigenlorax fit demo/adapters/sms-* new=demo/new/clinc-travel -o few/ -k 16
 """
+
+MAX_SOURCES = 3
+"""Maximum number of adapters that are repeated in the command for a report."""
 
 
 def register(app: typer.Typer) -> None:
@@ -171,13 +175,14 @@ def fit(
         ),
     ] = None,
     report: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--report/--no-report",
-            help="Write report.html and report.json into the pack.",
+            help="Write report.html and report.json into the pack (default: if that takes less than ten seconds).",
             rich_help_panel=verbs.OUTPUT,
+            show_default=False,
         ),
-    ] = True,
+    ] = None,
     warn_above: arguments.WarnAbove = WARN_ABOVE,
 ) -> None:
     """Fit a subspace to LoRA adapters, and write a pack: the shared components, and each adapter as coefficients."""
@@ -185,8 +190,11 @@ def fit(
     from ..fitting.fit import fit as fit_adapters
     from ..fitting.options import is_entropy_coded
     from ..pack import writer
+    from ..reports import extra
 
     started = time.perf_counter()
+    if report:
+        extra.require()
     checkpoint.discard_finished(output, output / keys.MANIFEST)
     writer.check_free(output, overwrite)
     byte_budget = parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None
@@ -225,9 +233,9 @@ def fit(
         )
         pack.save(output, overwrite=overwrite)
         fit_seconds = time.perf_counter() - started
-        if report:
+        if report or (report is None and _is_quick_report(pack, adapters, output)):
             headline = _write_report(pack, adapters, output, progress, allow_pickle=allow_pickle, revision=revision)
-    report_seconds = time.perf_counter() - started - fit_seconds if report else None
+    report_seconds = time.perf_counter() - started - fit_seconds if headline is not None else None
     for note in pack.notes:
         console.note(note)
     if json:
@@ -293,6 +301,25 @@ def _state_after_interrupt(output: Path, old_manifest: bytes | None, checkpoints
     return f"{pack_state}. {fitted} kept in {checkpoints}: run the same command to continue."
 
 
+def _is_quick_report(pack: "Pack", adapters: list[str], folder: Path) -> bool:
+    """Return whether a report can be written within `stored.PATIENCE` seconds; else print how to make one."""
+    from ..reports import extra, stored
+
+    if not extra.is_installed():
+        console.note(f"no report was written. {extra.HOW} Or pass --no-report.")
+        return False
+    seconds = stored.seconds(pack)
+    if seconds <= stored.PATIENCE:
+        return True
+    sources = adapters if len(adapters) <= MAX_SOURCES else ["ADAPTER…"]
+    listed = " ".join(f"-a {source if source == 'ADAPTER…' else shlex.quote(source)}" for source in sources)
+    console.note(
+        f"no report was written, because it takes about {console.duration(seconds)}. To make one: "
+        f"`eigenlorax report {shlex.quote(str(folder))} {listed} -o report.html`."
+    )
+    return False
+
+
 def _write_report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress", **reading: Any) -> str | None:
     """Write the report into the pack.
 
@@ -306,18 +333,8 @@ def _write_report(pack: "Pack", adapters: list[str], folder: Path, progress: "Pr
     Returns:
         The headline of the report, or None if none was written. A note then gives the reason.
     """
-    from ..reports import extra, stored
+    from ..reports import stored
 
-    if not extra.is_installed():
-        console.note(f"no report was written. {extra.HOW} Or pass --no-report.")
-        return None
-    expected_seconds = stored.seconds(pack)
-    if expected_seconds > stored.PATIENCE:
-        console.note(
-            f"no report was written, because it would take about {expected_seconds / 60:,.0f} minutes. To write one: "
-            f"`eigenlorax report {folder} --adapters ADAPTER… -o report.html`."
-        )
-        return None
     try:
         return stored.write(pack, adapters, folder, progress, **reading).verdict.headline
     except OSError as error:

@@ -162,7 +162,7 @@ def report(
 ) -> None:
     """Report whether a pack's adapters share a subspace, how much error the pack adds, and what to do about it."""
     from ..pack.pack import Pack
-    from ..reports import files, stored
+    from ..reports import files, json_document, stored
     from ..reports import report as make_report
 
     columns = Columns(text_column, label_column, pair_column)
@@ -209,10 +209,11 @@ def report(
             pack_report = _report_on_originals(opened, measure, evaluation, progress)
         else:
             pack_report = stored.load(opened) or make_report(opened, seed=seed, progress=progress)
-        for path in output or ():
+        for done, path in enumerate(output or ()):
+            progress("writing the report", done, len(output or ()))
             files.write(pack_report, path)
     if json:
-        console.print_document(files.to_json(pack_report))
+        console.print_document(json_document.to_json(pack_report))
         return
     print_verdict(pack_report)
     for path in output or ():

@@ -213,6 +213,8 @@ def _collection(pack: Pack, with_originals: bool) -> Collection:
         adapters=len(pack),
         modules=len(pack.info.modules),
         ranks=summary.ranks,
+        # packs of formats before 7 do not state it
+        purpose=fit.purpose or ("storage" if pack.is_coded else "training"),
         weighting=fit.weighting,
         sweeps=fit.sweeps,
         size=fit.size,

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from .comparison_data import Baseline, Bytes, Frontier, LeftOut, Null, SizePoint, Spread
 from .task_data import Evaluation, TaskFrontier
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+SHARING_KINDS = ("shared", "partly-shared", "not-shared", "unknown")
+"""Kinds of the finding that answers whether the adapters share a subspace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Collection:
         adapters: Number of adapters.
         modules: Number of modules in the subspace.
         ranks: Ranks of the adapters.
+        purpose: "storage", "training" or "serving".
         weighting: "delta" or "factors".
         sweeps: Number of alternating refinements.
         size: Choice of the number of components, in words, such as "at most 32 components".
@@ -40,6 +43,7 @@ class Collection:
     adapters: int
     modules: int
     ranks: list[int]
+    purpose: str
     weighting: str
     sweeps: int
     size: str
@@ -57,9 +61,9 @@ class Finding:
     """One conclusion from the figures.
 
     Attributes:
-        kind: "shared", "not-shared", "partly-shared" or "unknown" for the answer to the main question, which is the
-            first finding; then "start", "mean", "clusters", "outlier", "duplicate", "untrained", "task", "loss",
-            "bytes", "baseline", "rounding", "cores".
+        kind: One of `SHARING_KINDS` for the answer whether the adapters share a subspace, which is the first finding,
+            or the second one after "bytes" of a pack for storage; then "start", "mean", "clusters", "outlier",
+            "duplicate", "untrained", "task", "loss", "bytes", "baseline", "rounding", "cores".
         text: One or two sentences.
         advice: Recommended action, or "".
         good: True if it speaks for the pack, False if it speaks against it, None otherwise.

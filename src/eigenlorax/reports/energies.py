@@ -3,7 +3,7 @@
 from . import numbers
 from .chance import is_above
 from .comparison_data import SideEnergy
-from .data import ReportData
+from .data import SHARING_KINDS, ReportData
 
 _WORDS = {"down": "the down side", "up": "the up side"}
 _NEARLY_ALL = 0.99
@@ -33,7 +33,7 @@ def energies(report: ReportData) -> str:
 
 def _kind(report: ReportData) -> str:
     """Return the kind of the finding that answers the main question."""
-    return report.verdict.findings[0].kind if report.verdict.findings else "unknown"
+    return next((finding.kind for finding in report.verdict.findings if finding.kind in SHARING_KINDS), "unknown")
 
 
 def _energy(side: SideEnergy, name: str) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import atomic_files, keys
@@ -11,7 +11,8 @@ from ..core.limits import MAX_REPORT_BYTES, read_file
 from ..errors import FormatError, OptionError, PackExistsError
 from ..pack import report_files
 from . import validation
-from .data import MATRIX, SCHEMA_VERSION, ReportData
+from .data import SCHEMA_VERSION, ReportData
+from .json_document import adapter_rows, to_json
 from .render import markdown, page
 
 
@@ -37,14 +38,6 @@ class Report(ReportData):
         return read(path)
 
 
-def to_json(report: ReportData) -> str:
-    """Return the report as JSON (docs/report.md), without similarity matrices of more than `MATRIX` adapters."""
-    if report.similarity is not None and len(report.similarity.names) > MATRIX:
-        report = replace(report, similarity=replace(report.similarity, cosine=[], overlap=[]))
-    body = {"schema": keys.REPORT_SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(report)}
-    return json.dumps(body, indent=1, sort_keys=True, allow_nan=False) + "\n"
-
-
 def read(path: str | Path) -> Report:
     """Read a report from JSON; `FormatError` if the file is no report, or has another schema version."""
     try:
@@ -64,6 +57,7 @@ def read(path: str | Path) -> Report:
                 f"{path} has version {version} of the report's schema, expected version {SCHEMA_VERSION}. Make the "
                 "report again."
             )
+        body["adapters"] = adapter_rows(body.get("adapters", ...), "report.adapters")
         report: Report = from_json(Report, body, "report")
         validation.check(report)
     except JsonTypeError as error:

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from ..codec.storage.table import CODED, storage_by_name
+from ..codec.storage.table import storage_by_name
+from . import size_advice
 from .comparison_data import Baseline
 from .data import Finding, ReportData
-from .frontier import at_equal_error, cheapest
+from .frontier import at_equal_error, cheapest, coded_within
 from .numbers import error, plural, ratio, share
+from .size_advice import LARGE_ERROR, is_coded, is_for_storage
 
-LARGE_ERROR = 0.5
-"""Delta error above which an adapter is listed with a large error."""
 NO_ERROR = 1e-3
 """Delta error below which an error counts as zero."""
 _COMMON_MEAN = 0.25
@@ -34,16 +34,12 @@ def collect(report: ReportData, main: Finding) -> list[Finding]:
         *_untrained(report),
         *_task(report),
         *_losses(report),
-        _bytes(report, main),
+        # of a pack for storage, they are the main answer
+        *([] if is_for_storage(report) else [_bytes(report, main)]),
         *_baselines(report),
         *_rounding(report),
         *_cores(report),
     ]
-
-
-def is_coded(report: ReportData) -> bool:
-    """Return whether the pack is coded at an error bound, with residuals beside the coefficients."""
-    return report.collection.coefficient_dtype == CODED.name
 
 
 def keeps_factors(report: ReportData) -> bool:
@@ -199,12 +195,8 @@ def _losses(report: ReportData) -> list[Finding]:
     if not lossy:
         return []
     advice = "Fit the pack again with the adapters that were projected, or keep them as ordinary LoRAs."
-    if is_coded(report):
-        advice = (
-            f"Fit with a smaller error bound (`max_error={LARGE_ERROR}`, `--max-error {LARGE_ERROR}`) or more bytes."
-        )
-    elif any(adapter.in_fit for adapter in lossy):
-        advice = _advice_on_losses(report)
+    if is_coded(report) or any(adapter.in_fit for adapter in lossy):
+        advice = size_advice.on_losses(report)
     several = len(lossy) > 1
     return [
         Finding(
@@ -216,18 +208,6 @@ def _losses(report: ReportData) -> list[Finding]:
             adapters=[adapter.name for adapter in lossy],
         )
     ]
-
-
-def _advice_on_losses(report: ReportData) -> str:
-    by_error = f"`max_error={LARGE_ERROR}` (`--max-error {LARGE_ERROR}`) finds the smallest"
-    point = next((point for point in report.sizes if point.worst <= LARGE_ERROR), None)
-    if point is None:
-        return f"{by_error} pack with that error; or keep these adapters as ordinary LoRAs."
-    smaller = f"{ratio(point.ratio)} smaller" if point.ratio > 1 else "no smaller"
-    return (
-        f"`n_components={point.k}` (`-k {point.k}`) would bring every adapter of the fit to {error(point.worst)} or "
-        f"less, in a pack {smaller} than the LoRAs; {by_error} one."
-    )
 
 
 def _bytes(report: ReportData, main: Finding) -> Finding:
@@ -242,7 +222,8 @@ def _bytes(report: ReportData, main: Finding) -> Finding:
         return Finding(
             "bytes",
             f"{cost}The pack is {ratio(1 / gain.ratio)} larger than the LoRAs with the basis counted; {break_even}.",
-            "Gather more adapters of this base model, or fit with a smaller k.",
+            size_advice.for_storage(report)
+            or "Gather more adapters of this base model, or fit with a smaller number of components.",
             good=False,
         )
     outlook = f", {ratio(gain.limit)} in the limit of many adapters; {break_even}"
@@ -281,14 +262,16 @@ def _baselines(report: ReportData) -> list[Finding]:
                     "baseline",
                     f"Rounding each LoRA to {bits} bits takes fewer bytes and has a smaller mean error: "
                     f"{error(rounded.errors.mean)}.",
-                    "For storage alone, round the LoRAs; a pack is for serving and training in one subspace.",
+                    size_advice.for_storage(report, rounded.errors.worst)
+                    or "For storage alone, round the LoRAs; a pack is for serving and training in one subspace.",
                     good=False,
                 )
             )
             break
     if report.frontier is not None:
-        best = cheapest(report.frontier)
-        if best is not None and best.stored_bytes < report.frontier.points[0].stored_bytes:
+        own, best = report.frontier.points[0], cheapest(report.frontier)
+        coded = coded_within(report.frontier, own.worst)
+        if any(point is not None and point.stored_bytes < own.stored_bytes for point in (best, coded)):
             findings.append(Finding("baseline", at_equal_error(report.frontier), good=False))
     return findings
 

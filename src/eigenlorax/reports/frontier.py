@@ -1,4 +1,4 @@
-"""Bytes against the worst error, for the pack and for tuned baselines."""
+"""Bytes against the worst error, for the pack, for other error bounds of the codec, and for tuned baselines."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +9,7 @@ from ..core.progress import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import numbers
-from .analysis import per_adapter
+from .analysis import codec_bytes, per_adapter
 from .analysis.per_adapter import BOTH, CUT_BY_ENERGY, ROUNDED, Point
 from .analysis.shared_basis import SHARED_BASIS, SharedBasis
 from .comparison_data import Frontier, FrontierPoint
@@ -22,7 +22,9 @@ NUMBERS = 1.5e6
 ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 WORST = 0.8
 """Maximum worst error of a point; points with a larger one are left out."""
-PACK, FIT = "pack", "fit"
+ESTIMATED = 1e-5, 0.5
+"""Range of error bounds in which estimates of the codec's bytes are accurate to a few per cent."""
+PACK, FIT, CODEC = "pack", "fit", "codec"
 SHARING_METHODS = {
     SHARED_BASIS: "one shared basis",
     # no longer measured, but contained in reports of earlier versions
@@ -31,6 +33,7 @@ SHARING_METHODS = {
 }
 METHODS = {
     PACK: "this pack",
+    CODEC: "fit --max-error, estimated",
     ROUNDED: "each LoRA rounded to few bits",
     CUT_BY_ENERGY: "each LoRA truncated by SVD, 16 bits",
     BOTH: "each LoRA truncated and rounded",
@@ -40,6 +43,8 @@ METHODS = {
 TASK_METHODS = {PACK: METHODS[PACK], FIT: "fitted at a ratio", BOTH: METHODS[BOTH]}
 """Labels of the methods that are run on a task."""
 
+_MUCH_SMALLER = 0.95
+"""Share of the pack's bytes below which the codec's estimate is mentioned; estimates are accurate to a few per cent."""
 _SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 """Components per side of the shared basis."""
 _BITS, _SWEEPS = ((8, 8), (4, 4)), 1
@@ -52,8 +57,8 @@ def frontier(
 ) -> Frontier | None:
     """Measure the pack and the baselines for the trained adapters whose originals were passed.
 
-    In a collection with more than `NUMBERS` elements, the baselines are measured on some modules, evenly spaced, and
-    their bytes are scaled to all modules.
+    The bytes of the codec at other error bounds are estimates. In a collection with more than `NUMBERS` elements, the
+    codec and the baselines are measured on some modules, evenly spaced, and their bytes are scaled to all modules.
 
     Args:
         pack: The pack.
@@ -62,7 +67,7 @@ def frontier(
         progress: Callback with the arguments (stage, done, total).
 
     Returns:
-        The points, the pack first; None if there is nothing to store.
+        The points: the pack, the codec and the baselines; None if there is nothing to store.
     """
     names = list(originals.adapters)
     sizes = _sizes(pack, packed, originals)
@@ -83,31 +88,61 @@ def frontier(
         mean=sum(record.delta_error for record in records) / len(records),
     )
     lora_float16 = 2 * sum(sizes.values())
+    shapes = {module: pack.subspace.modules[module].shape for module in chosen}
+    bounds = [error for error in _bounds(of_pack.worst) if ESTIMATED[0] <= error <= ESTIMATED[1]]
+    coded = [
+        # the codec lets the error of every adapter come close to the bound
+        FrontierPoint(CODEC, "", round(scale * point.bytes), point.error, point.error)
+        for point in reversed(codec_bytes.rate_points(shapes, packed, originals, bounds, progress))
+    ]
     points = [
         FrontierPoint(method, settings, round(scale * point.stored_bytes), point.worst, point.mean)
         for method, settings, point in _baseline_points(modules, of_pack.worst, lora_float16 / scale, progress)
     ]
-    return Frontier(len(names), len(chosen), len(nonempty), lora_float16, [of_pack, *points])
+    return Frontier(len(names), len(chosen), len(nonempty), lora_float16, [of_pack, *coded, *points])
 
 
 def cheapest(frontier: Frontier) -> FrontierPoint | None:
     """Return the smallest baseline whose worst error is at most the pack's; None if there is none."""
-    pack, *baselines = frontier.points
-    candidates = [point for point in baselines if point.worst <= pack.worst]
+    pack, *others = frontier.points
+    candidates = [point for point in others if point.way != CODEC and point.worst <= pack.worst]
     return min(candidates, key=lambda point: (point.stored_bytes, point.worst), default=None)
 
 
-def at_equal_error(frontier: Frontier) -> str:
-    """Return a sentence that compares the pack with the smallest baseline of at most its worst error."""
-    pack, baseline = frontier.points[0], cheapest(frontier)
-    if baseline is None:
-        return f"No other method that was tried reaches the pack's worst error of {numbers.error(pack.worst)}."
-    settings = f" ({baseline.settings})" if baseline.settings else ""
-    return (
-        f"For the pack's worst error of {numbers.error(pack.worst)}, the best other method takes "
-        f"{numbers.size(baseline.stored_bytes)}: {METHODS[baseline.way]}{settings}. The pack takes "
-        f"{numbers.size(pack.stored_bytes)}."
+def coded_points(frontier: Frontier | None) -> list[FrontierPoint]:
+    """Return the codec's points, from small errors to large ones; empty in reports of earlier versions."""
+    points = frontier.points if frontier is not None else []
+    return sorted((point for point in points if point.way == CODEC), key=lambda point: point.worst)
+
+
+def coded_within(frontier: Frontier | None, error: float) -> FrontierPoint | None:
+    """Return the codec's smallest point whose error is at most `error`; None if there is none."""
+    return max(
+        (point for point in coded_points(frontier) if point.worst <= error), key=lambda point: point.worst, default=None
     )
+
+
+def at_equal_error(frontier: Frontier) -> str:
+    """Return sentences that compare the pack, the codec and the smallest baseline at the pack's worst error."""
+    pack, baseline, coded = frontier.points[0], cheapest(frontier), coded_within(frontier, frontier.points[0].worst)
+    at_error = f"the pack's worst error of {numbers.error(pack.worst)}"
+    sentences = [f"No other method that was tried reaches {at_error}."]
+    if baseline is not None:
+        settings = f" ({baseline.settings})" if baseline.settings else ""
+        sentences = [
+            f"For {at_error}, the best other method takes {numbers.size(baseline.stored_bytes)}: "
+            f"{METHODS[baseline.way]}{settings}.",
+            f"The pack takes {numbers.size(pack.stored_bytes)}.",
+        ]
+    if coded is not None and coded.stored_bytes < _MUCH_SMALLER * pack.stored_bytes:
+        sentences.append(f"{option(coded)} would take about {numbers.size(coded.stored_bytes)}.")
+    return " ".join(sentences)
+
+
+def option(coded: FrontierPoint) -> str:
+    """Return the option of `fit` that makes a pack of this error, for the command line and for Python."""
+    bound = numbers.bound(coded.worst)
+    return f"`--max-error {bound}` (`max_error={bound}`)"
 
 
 def on_task(frontier: TaskFrontier) -> str:
@@ -121,6 +156,11 @@ def on_task(frontier: TaskFrontier) -> str:
         f"Compared with LoRAs truncated and rounded to the same bytes, the predictions of the fit are closer to the "
         f"originals at {better} of {numbers.plural(len(fits), 'ratio')}, and less close at {worse}."
     )
+
+
+def _bounds(worst: float) -> list[float]:
+    """Return error bounds, ascending: `ERRORS`, and the pack's worst error if it is less than `WORST`."""
+    return sorted({*ERRORS, *([worst] if worst < WORST else [])})
 
 
 def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals) -> dict[str, int]:
@@ -155,8 +195,7 @@ def _baseline_points(
     stage, steps = "measuring baselines", 1 + len(_SIZES)
     progress(stage, 0, steps)
     tables = per_adapter.tables(modules)
-    errors = sorted({*ERRORS, *([worst] if worst < WORST else [])})
-    by_error = [per_adapter.at_error(tables, error) for error in errors]
+    by_error = [per_adapter.at_error(tables, error) for error in _bounds(worst)]
     for method in (ROUNDED, CUT_BY_ENERGY, BOTH):
         yield from ((method, "", point) for point in _pareto_front([points[method] for points in by_error], worst))
     shared = SharedBasis(modules, _BITS, _SWEEPS)

@@ -33,7 +33,8 @@ LEFT_OUT_MAX = 32
 """Maximum number of adapters that are left out by default: the standard error of the mean is small by then."""
 NULL_WORK = LEFT_OUT_WORK / 16
 """Maximum number of multiplications for fits of the null model."""
-MULTIPLICATIONS_PER_SECOND = 2.5e10
+MULTIPLICATIONS_PER_SECOND = 1.3e10
+"""On one core of a server, for the mixture of products and decompositions that a report takes."""
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Numbers of components at which errors are measured, up to the largest number that the collection allows."""
 
@@ -279,7 +280,7 @@ def largest(pack: Pack, packed: Mapping[str, PackedAdapter]) -> int:
 
 
 def seconds(pack: Pack, packed: Mapping[str, PackedAdapter]) -> float:
-    """Estimate the seconds that `measure` takes on one core of a laptop."""
+    """Estimate the seconds that `measure` takes on one core."""
     rows = _module_rows(pack, packed)
     work = 0.0
     for module, bases in pack.subspace.modules.items():

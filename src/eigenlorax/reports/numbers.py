@@ -1,5 +1,7 @@
 """Formatting of numbers and names for the page and for Markdown."""
 
+import math
+
 MISSING = "–"
 """Text for a value that was not measured."""
 
@@ -13,6 +15,12 @@ def error(value: float | None) -> str:
     if value == 0:
         return "0"
     return f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.1e}"
+
+
+def bound(value: float) -> str:
+    """Format an error bound as an option's value, rounded down to three significant digits."""
+    rounded = float(f"{value:.3g}")
+    return f"{rounded if rounded <= value else rounded - 10.0 ** (math.floor(math.log10(value)) - 2):.3g}"
 
 
 def share(value: float | None) -> str:

@@ -13,8 +13,10 @@ from ..pack.pack import Pack
 from . import build, files, measure
 from .files import Report
 
-PATIENCE = 300.0
+PATIENCE = 10.0
 """Maximum estimated seconds of a report that the user did not ask for."""
+DRAWING = 6.0
+"""Seconds of every report: for baselines, the codec's curve, and figures."""
 
 
 def write(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **options: Any) -> Report:
@@ -34,14 +36,16 @@ def write(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **opt
         by_name = {sources.default_name(source): source.source for source in sources.find_adapters(adapters, **options)}
         members = {name: source for name, source in by_name.items() if name in pack.records}
         report = build.report(pack, members, progress=progress, **options)
-    for name in keys.REPORTS:
+    for done, name in enumerate(keys.REPORTS):
+        progress("writing the report", done, len(keys.REPORTS))
         files.write(report, folder / name)
+    progress("writing the report", len(keys.REPORTS), len(keys.REPORTS))
     return report
 
 
 def seconds(pack: Pack) -> float:
     """Estimate the seconds that the report of this pack takes."""
-    return measure.seconds(pack, {name: pack.packed(name) for name in pack.names})
+    return DRAWING + measure.seconds(pack, {name: pack.packed(name) for name in pack.names})
 
 
 def load(pack: Pack) -> Report | None:

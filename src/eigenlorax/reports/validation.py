@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from ..core.fit_options import PURPOSES
 from ..core.json_dataclasses import JsonTypeError
 from .comparison_data import Spread
 from .data import ReportData, SideFigures, Similarity
@@ -18,7 +19,7 @@ _MAX = 1e100
 def check(report: ReportData) -> None:
     """Raise `JsonTypeError` if a number is out of range, lists differ in length, or an unknown adapter is named."""
     _check_numbers(report, "report")
-    _check_lengths(report)
+    _check_collection(report)
     known = {adapter.name for adapter in report.adapters}
     for where, name in _names(report):
         if name not in known:
@@ -50,8 +51,10 @@ def _check_numbers(value: Any, where: str) -> None:
         raise JsonTypeError(f"{where} must be an integer from 0 to 2**63 - 1, got {value}.")
 
 
-def _check_lengths(report: ReportData) -> None:
+def _check_collection(report: ReportData) -> None:
     about, adapters, modules = report.collection, report.adapters, report.modules
+    if about.purpose not in PURPOSES:
+        raise JsonTypeError(f"report.collection.purpose is {about.purpose!r}; expected one of {', '.join(PURPOSES)}.")
     for field, stated, listed in (("adapters", about.adapters, adapters), ("modules", about.modules, modules)):
         if stated != len(listed):
             raise JsonTypeError(f"report.collection.{field} is {stated}, but report.{field} has {len(listed)} items.")

@@ -1,27 +1,28 @@
-"""The verdict of a report: whether the adapters share a subspace, in sentences with advice.
+"""The verdict of a report, in sentences with advice: first of all the answer for the purpose of the pack.
 
-The answer is based on adapters that were left out of the fit. The measure is the share of such an adapter's squared
-norm that the components of the others keep, beyond what equally many random components keep. From three quarters on (an
-error of about 0.5), the collection shares a subspace; below one quarter it does not. A difference within the standard
-deviation of the null model counts as zero. Errors in the fit are compared with the null model: adapters with the same
-singular values and random singular vectors.
+A pack for storage answers with its bytes and errors, another one with whether the adapters share a subspace.
+
+That is based on adapters that were left out of the fit. The measure is the share of such an adapter's squared norm that
+the components of the others keep, beyond what equally many random components keep. From three quarters on (an error of
+about 0.5), the collection shares a subspace; below one quarter it does not. A difference within the standard deviation
+of the null model counts as zero. Errors in the fit are compared with the null model: adapters with the same singular
+values and random singular vectors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from . import findings, spreads
+from . import findings, size_advice, spreads
 from .chance import is_above
 from .comparison_data import LeftOut, SizePoint, Spread
 from .data import Finding, ReportData, Verdict
-from .findings import LARGE_ERROR, is_coded, keeps_factors
+from .findings import keeps_factors
 from .numbers import error, ratio, share
+from .size_advice import LARGE_ERROR, is_coded, larger_sizes
 
 SHARED, NOT_SHARED = 0.75, 0.25
 """Thresholds of the share of squared norm that is kept beyond chance, of adapters that were left out."""
 CHANCE = 0.7
 """Error with random components below which there is no answer: half of the squared norm is kept by chance."""
-SMALL_ERROR = 0.1
-"""Mean delta error up to which a pack keeps its adapters well."""
 _NEARLY_ALL = 0.8
 """Minimum share of the adapters that are clearly inside or clearly outside of a subspace, to report a division."""
 
@@ -92,7 +93,12 @@ class _Evidence:
 def conclude(report: ReportData) -> Verdict:
     """Return the verdict on a report's figures."""
     answer = _answer(report)
-    return Verdict(answer.headline, [answer.finding, *findings.collect(report, answer.finding)])
+    others = findings.collect(report, answer.finding)
+    if size_advice.is_for_storage(report):
+        # for storage, a shared subspace is neither needed nor missed
+        sharing = replace(answer.finding, good=None)
+        return Verdict(size_advice.storage_headline(report), [size_advice.storage_finding(report), sharing, *others])
+    return Verdict(answer.headline, [answer.finding, *others])
 
 
 def _answer(report: ReportData) -> _Answer:
@@ -198,7 +204,7 @@ def _more_components(evidence: _Evidence) -> _Answer | None:
 
 def _first_shared_size(report: ReportData) -> SizePoint | None:
     """Return the smallest size above the pack's at which adapters left out are kept, beyond chance; None if none is."""
-    for point in _larger_sizes(report):
+    for point in larger_sizes(report):
         chance = point.random or 1.0
         if point.left_out is None or chance < CHANCE:
             continue
@@ -210,7 +216,7 @@ def _first_shared_size(report: ReportData) -> SizePoint | None:
 def _emerging(evidence: _Evidence) -> _Answer | None:
     """Answer if some adapters share a subspace with more components, in a pack still smaller than the LoRAs."""
     report, left_out = evidence.report, evidence.left_out
-    points = [point for point in _larger_sizes(report) if point.ratio > 1 and (point.random or 0.0) >= CHANCE]
+    points = [point for point in larger_sizes(report) if point.ratio > 1 and (point.random or 0.0) >= CHANCE]
     point = max(points, key=lambda point: len(point.sharing), default=None)
     if point is None or len(point.sharing) < 2:
         return None
@@ -242,7 +248,7 @@ def _partly_shared(evidence: _Evidence) -> _Answer | None:
             "partly-shared",
             f"They share some components: {evidence.against_chance}; in the fit, the same adapters have a mean error "
             f"of {error(evidence.left_out.in_fit.mean)}.",
-            f"{_size_advice(evidence.report)} To add an adapter later, make a new fit.",
+            f"{size_advice.on_size(evidence.report)} To add an adapter later, make a new fit.",
         ),
     )
 
@@ -255,13 +261,15 @@ def _not_shared(evidence: _Evidence) -> _Answer:
             f"The components of the others keep {share(evidence.left_out.kept)} of its squared norm beyond chance: too "
             "little for a shared subspace."
         )
-    later = "takes as many bytes as it would alone." if is_coded(report) else "will not fit."
+    later = "An adapter that is added later takes as many bytes as it would alone."
+    if not is_coded(report):
+        later = "They give no basis for training or for serving from a shared basis: a later adapter will not fit."
     return _Answer(
         f"{evidence.subject} do not share a subspace: {evidence.measured}.",
         Finding(
             "not-shared",
             f"They do not share a subspace: {evidence.against_chance}. {beyond_chance} {_in_the_fit(evidence)}",
-            f"{_size_advice(report)} An adapter that is added later {later}",
+            f"{size_advice.on_size(report)} {later}",
             good=False,
         ),
     )
@@ -290,29 +298,3 @@ def _in_the_fit(evidence: _Evidence) -> str:
         f"{measured}, because {components} components per side can represent these adapters separately; {of_null}. "
         f"That is compression, and {structure} common structure."
     )
-
-
-def _size_advice(report: ReportData) -> str:
-    """Return advice: a number of components with a small error, or to keep ordinary LoRAs."""
-    if is_coded(report):
-        return "Keep the pack for its size: entropy coding needs no shared subspace."
-    if report.in_fit is not None and report.in_fit.mean <= SMALL_ERROR:
-        return "Keep the pack for its size." if report.bytes.ratio > 1 else "Keep them as ordinary LoRAs."
-    point = next((point for point in _larger_sizes(report) if point.mean <= SMALL_ERROR), None)
-    if point is None:
-        return "Keep them as ordinary LoRAs."
-    if point.ratio <= 1:
-        return (
-            f"Keep them as ordinary LoRAs: a mean error of {SMALL_ERROR} needs k = {point.k}, and then the pack is "
-            f"{ratio(1 / point.ratio)} larger than the LoRAs."
-        )
-    return (
-        f"Keep them as ordinary LoRAs, or raise k to {point.k}: the mean error is then {error(point.mean)}, and the "
-        f"pack is {ratio(point.ratio)} smaller than the LoRAs."
-    )
-
-
-def _larger_sizes(report: ReportData) -> list[SizePoint]:
-    """Return the measured sizes with more components than any side of the pack."""
-    largest = max((side.k for module in report.modules for side in (module.down, module.up)), default=0)
-    return [point for point in report.sizes if point.k > largest]

@@ -18,6 +18,7 @@ _NUMBER_FILTERS: dict[str, Callable[..., str]] = {
     "cosine": numbers.cosine,
     "count": numbers.count,
     "ratio": numbers.ratio,
+    "size": numbers.size,
     "plural": numbers.plural,
 }
 

@@ -5,6 +5,7 @@ import re
 from ..data import ReportData
 from ..energies import energies
 from ..frontier import at_equal_error, on_task
+from ..size_advice import is_for_storage
 from . import facts, tables, task_tables
 from .environment import markdown_environment
 
@@ -30,6 +31,7 @@ def render(report: ReportData) -> str:
             tables=tables,
             task_tables=task_tables,
             energies=energies,
+            is_for_storage=is_for_storage(report),
             at_equal_error=at_equal_error,
             on_task=on_task,
         )

@@ -12,6 +12,7 @@ from .. import numbers
 from ..data import ReportData
 from ..energies import energies
 from ..frontier import at_equal_error, on_task
+from ..size_advice import is_for_storage, pack_bytes
 from . import bars, facts, tables, task_tables
 from .environment import html_environment
 from .figures import curves, error_plots, maps, module_labels, svg
@@ -32,6 +33,9 @@ SECTIONS = {
 }
 """Text of the link and heading of each section, by name of its template, in the order of the page."""
 
+STORAGE_SECTIONS = ("frontier", "bytes", "adapters", "modules", "task", "task-bytes")
+"""Sections that come first in the report of a pack for storage."""
+
 PRINTED_ROWS = 50
 """Number of rows of the table of adapters that are printed on paper; the style sheet hides the others."""
 
@@ -47,7 +51,8 @@ _FEW = 2
 def render(report: ReportData) -> str:
     """Return the HTML document; `MissingExtraError` if matplotlib is not installed."""
     context = _context(report)
-    contents = {name: _compact(f"sections/{name}.html", **context) for name in SECTIONS}
+    first = STORAGE_SECTIONS if is_for_storage(report) else ()
+    contents = {name: _compact(f"sections/{name}.html", **context) for name in dict.fromkeys([*first, *SECTIONS])}
     about, script = report.collection, _asset("page.js")
     title = f"{numbers.plural(about.adapters, 'LoRA adapter')} of {about.base_model or 'an unnamed base model'}"
     body = _compact(
@@ -57,6 +62,8 @@ def render(report: ReportData) -> str:
         near=report.similarity,
         title=title,
         size_range=facts.size_range(report),
+        is_for_storage=context["is_for_storage"],
+        pack_bytes=pack_bytes(report),
         marks=MARKS,
         sections=[(name, *SECTIONS[name], content) for name, content in contents.items() if content],
     )
@@ -86,6 +93,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         "report": report,
         "about": report.collection,
         "near": report.similarity,
+        "is_for_storage": is_for_storage(report),
         "bars": bars,
         "tables": tables,
         "task_tables": task_tables,

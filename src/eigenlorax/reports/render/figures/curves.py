@@ -9,7 +9,7 @@ import numpy as np
 
 from ... import numbers
 from ...data import ReportData, SideFigures
-from ...frontier import METHODS, SHARING_METHODS, TASK_METHODS
+from ...frontier import CODEC, METHODS, SHARING_METHODS, TASK_METHODS
 from ...task_data import TaskFrontier
 from . import module_labels, svg
 from .svg import HALF, WIDE, ink, series
@@ -117,11 +117,12 @@ def ratio(report: ReportData) -> str:
 
 
 def frontier(report: ReportData) -> str:
-    """Draw bytes over the worst error on logarithmic scales, with a line for each baseline and a star for the pack."""
+    """Draw bytes over the worst error on logarithmic scales, with a line for each method and a star for the pack."""
     measured = report.frontier
     assert measured is not None
     pack, *baselines = measured.points
-    methods = list(dict.fromkeys(point.way for point in baselines))
+    # the codec's curve has the colour of the pack
+    methods = sorted(dict.fromkeys(point.way for point in baselines), key=lambda method: method != CODEC)
     stored = [point.stored_bytes for point in measured.points if point.stored_bytes]
     unit, unit_name = _unit(max(*stored, measured.lora_float16))
 
@@ -132,7 +133,7 @@ def frontier(report: ReportData) -> str:
         axis.axhline(
             measured.lora_float16 / unit, color=ink("bad"), linestyle=":", linewidth=1.4, label="LoRAs, 16 bits"
         )
-        for number, method in enumerate(methods, start=1):
+        for number, method in enumerate(methods, start=0 if CODEC in methods else 1):
             # zero has no position on a logarithmic scale
             points = [point for point in baselines if point.way == method and point.worst > 0 and point.stored_bytes]
             axis.plot(
@@ -142,6 +143,7 @@ def frontier(report: ReportData) -> str:
                 marker="o",
                 markersize=3.5,
                 color=series(number),
+                linewidth=2.6 if method == CODEC else 1.6,
                 label=METHODS[method],
             )
         if pack.stored_bytes:

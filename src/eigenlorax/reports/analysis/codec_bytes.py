@@ -1,0 +1,72 @@
+"""Bytes that the codec would take for other error bounds, estimated from a survey of some modules."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ...codec import encoder
+from ...codec.encoder import CollectionEncoder, RatePoint
+from ...codec.module_updates import ModuleUpdates, UpdateSource
+from ...codec.step_sizes import wide_step_size_grid
+from ...core.progress import Progress
+from ...pack.packed_adapter import PackedAdapter
+from ..originals import Originals
+
+CLUSTERED_AT = 0.1
+"""Error bound at which one set of bases and several are compared, the common choice for storage."""
+
+
+def rate_points(
+    shapes: Mapping[str, tuple[int, int]],
+    packed: Mapping[str, PackedAdapter],
+    originals: Originals,
+    errors: Sequence[float],
+    progress: Progress,
+) -> list[RatePoint]:
+    """Estimate the bytes of bases and adapters for each error bound, as `fit(max_error=…)` would store them.
+
+    Equal adapters are counted once, because the codec stores the others as references.
+
+    Args:
+        shapes: Shape (out, in) of each module that is surveyed.
+        packed: Adapters of the pack, by name.
+        originals: The original adapters.
+        errors: Error bounds, ascending.
+        progress: Callback with the arguments (stage, done, total).
+
+    Returns:
+        A point for each bound; an empty list if no adapter has trained any of the modules.
+    """
+    distinct = {originals.scans[name].content_hash: name for name in sorted(originals.adapters, reverse=True)}
+    squares: dict[str, float] = {}
+    trained: dict[str, dict[str, str]] = {module: {} for module in shapes}
+    for name in sorted(distinct.values()):
+        own_squares = originals.scans[name].delta_squares
+        for own, module in packed[name].subspace_names.items():
+            if module in shapes and own_squares[own] > 0:
+                trained[module][name] = own
+                squares[name] = squares.get(name, 0.0) + own_squares[own]
+    index = {name: number for number, name in enumerate(squares)}
+    modules = [
+        ModuleUpdates(
+            module,
+            shapes[module],
+            tuple(_source(index[name], originals, name, own) for name, own in members.items()),
+            sum(originals.adapters[name].specs[own].numbers for name, own in members.items()),
+        )
+        for module, members in trained.items()
+        if members
+    ]
+    if not modules:
+        return []
+
+    def surveyed(_stage: str, done: int, total: int) -> None:
+        progress("estimating the codec's bytes", done, total)
+
+    norms = torch.tensor(list(squares.values()), dtype=torch.float64).sqrt()
+    whole = CollectionEncoder(modules, norms, wide_step_size_grid(), surveyed)
+    return encoder.split_into_clusters(whole, modules, CLUSTERED_AT, surveyed).frontier(errors)
+
+
+def _source(index: int, originals: Originals, name: str, own: str) -> UpdateSource:
+    return UpdateSource(index, lambda: originals.adapters[name].modules[own])
