@@ -77,7 +77,7 @@ def main() -> None:
         if not adapters.exists():
             make(adapters, options.adapters, options.rank, options.width, modules(options.modules), options.shared)
         if not pack.exists():
-            run(1, "fit", adapters, "-o", pack, "--no-report", "--warn-above", "1")
+            run(1, "fit", adapters, "-o", pack, "-k", "32", "--no-report", "--warn-above", "1")
         page, data = folder / "report.html", folder / "report.json"
         runs = []
         for threads in (1, 2):

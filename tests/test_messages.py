@@ -11,6 +11,7 @@ ELSEWHERE = {
     "eval": "evaluation",
     "exclude-adapter": "exclude_adapters",
     "exclude-module": "exclude_modules",
+    "for": "purpose",
     "k": "n_components",
     "label-column": "Columns.label",
     "learning-rates": "rates",

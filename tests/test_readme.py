@@ -40,9 +40,10 @@ def run_example(name: str, cwd: Path) -> str:
 def test_the_python_of_the_readme(tmp_path):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     numbers = [float(number) for number in run_python(["-c", block], tmp_path).split()]
-    mean, ratio, projected = numbers
-    assert 0 < mean < 0.5 < projected < 1
-    assert ratio > 2
+    mean, ratio, added = numbers
+    assert 0 < mean <= 0.1
+    assert 0 < added <= 0.1
+    assert ratio > 6
     assert (tmp_path / "recycled-loras/clinc-travel/adapter_config.json").is_file()
 
 

@@ -129,7 +129,7 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
     [
         (
             "fit",
-            ["--output", "--max-error", "--ratio", "--n-components", "--overwrite", "--json", "--help"],
+            ["--output", "--for", "--max-error", "--ratio", "--n-components", "--overwrite", "--json", "--help"],
             ["Arguments", "Options", "What to keep", "Storage", "Reading", "Execution", "Output"],
         ),
         (

@@ -87,7 +87,7 @@ class TestWhatComesOut:
     @pytest.mark.parametrize("n", [1, 2])
     def test_few_adapters_come_back(self, weighting, n):
         adapters = random_collection(n)
-        pack = ex.fit(adapters, weighting=weighting)
+        pack = ex.fit(adapters, n_components=32, weighting=weighting)
         for adapter in adapters:
             assert reference.delta_error(adapter, pack.adapter(adapter.name)) < 1e-5
 
@@ -98,9 +98,9 @@ class TestWhatComesOut:
         for adapter in adapters:
             assert reference.delta_error(adapter, pack.adapter(adapter.name)) < 1e-5
 
-    def test_the_default_size_fits_small_modules(self):
+    def test_the_default_number_of_components_fits_small_modules(self):
         adapters = [random_adapter("a", 1, modules={"m.0": (7, 5)})]
-        assert ex.fit(adapters).summary.down.max == 3
+        assert ex.fit(adapters, purpose="training").summary.down.max == 3
 
 
 class TestOrder:
@@ -135,7 +135,7 @@ class TestUntrained:
             pytest.warns(UntrainedAdapterWarning),
             pytest.raises(OptionError, match="No adapter has a trained update"),
         ):
-            ex.fit([untrained()])
+            ex.fit([untrained()], n_components=32)
 
     def test_a_module_that_nobody_trained_is_kept(self):
         adapter = random_adapter("a", 1)
@@ -155,27 +155,27 @@ class TestBaseModels:
     def test_two_are_an_error_that_names_both(self):
         adapters = [random_adapter("a", 1, base="org/one"), random_adapter("b", 2, base="org/two")]
         with pytest.raises(BaseModelError, match=r"'b' has 'org/two', and adapter 'a' has 'org/one'.*--same-base"):
-            ex.fit(adapters)
+            ex.fit(adapters, n_components=32)
 
     def test_aliases_may_be_one(self):
         bases = ("/models/one", "org/one", "org/one")
         adapters = [random_adapter(f"a{i}", i, base=base) for i, base in enumerate(bases)]
-        assert ex.fit(adapters, same_base=True).base_model == "org/one"
+        assert ex.fit(adapters, n_components=32, same_base=True).base_model == "org/one"
 
     def test_a_revision_that_is_not_stated_equals_any(self):
         adapters = [random_adapter("a", 1), random_adapter("b", 2, revision="main"), random_adapter("c", 3)]
-        assert ex.fit(adapters).revision == "main"
+        assert ex.fit(adapters, n_components=32).revision == "main"
 
     def test_two_revisions_are_an_error(self):
         adapters = [random_adapter("a", 1, revision="v1"), random_adapter("b", 2, revision="v2")]
         with pytest.raises(
             BaseModelError, match="revisions of the base model: adapter 'b' has 'v2', and adapter 'a' has 'v1'"
         ):
-            ex.fit(adapters)
+            ex.fit(adapters, n_components=32)
 
     def test_a_base_that_is_not_stated_is_warned_of(self):
         with pytest.warns(UnknownBaseWarning, match="no base model is stated by 'b'"):
-            pack = ex.fit([random_adapter("a", 1), random_adapter("b", 2, base=None)])
+            pack = ex.fit([random_adapter("a", 1), random_adapter("b", 2, base=None)], n_components=32)
         assert pack.base_model == "org/base"
 
 
@@ -197,20 +197,20 @@ class TestModules:
             NothingSharedWarning,
             match="2 groups .* 'a', 'b', with modules like 'encoder.0.query'; 'c', with .* 'encoder.0.dense'. If they",
         ):
-            ex.fit([*adapters, random_adapter("c", 3, modules=dense)])
+            ex.fit([*adapters, random_adapter("c", 3, modules=dense)], energy=1.0)
         # one that has both connects them
         linked = [*adapters, random_adapter("c", 3, modules=dense), random_adapter("z", 4, modules=both)]
-        ex.fit(linked)
+        ex.fit(linked, energy=1.0)
         with pytest.warns(
             NothingSharedWarning, match="2 groups .* 'a', 'b', 'c', 'z', .*; 'd', with .* like 'h.0.attn'"
         ):
-            ex.fit([*linked, random_adapter("d", 5, modules=other, base="org/other")], same_base=True)
+            ex.fit([*linked, random_adapter("d", 5, modules=other, base="org/other")], energy=1.0, same_base=True)
 
     def test_shapes_that_disagree_are_an_error_that_names_both(self):
         other = {"encoder.0.query": (41, 30)}
         adapters = [random_adapter("a", 1), random_adapter("b", 2, modules=other)]
         with pytest.raises(ShapeError, match=r"encoder.0.query.*'a' and .*'b'.*--exclude-module encoder.0.query"):
-            ex.fit(adapters)
+            ex.fit(adapters, n_components=32)
 
     @pytest.mark.parametrize("pattern", ["encoder.0.query", "query", "*.query", "enc*qu?ry"])
     def test_excluded_ones_are_carried_to_the_bit(self, pattern):
@@ -228,11 +228,11 @@ class TestModules:
         with pytest.raises(
             OptionError, match=r"'key' matches no module \(exclude_modules, --exclude-module\).*'encoder.0.dense'"
         ):
-            ex.fit(random_collection(), exclude_modules=["key"])
+            ex.fit(random_collection(), n_components=32, exclude_modules=["key"])
 
     def test_none_may_be_left(self):
         with pytest.raises(OptionError, match="No module is left to fit"):
-            ex.fit(random_collection(), exclude_modules=["*"])
+            ex.fit(random_collection(), n_components=32, exclude_modules=["*"])
 
     def test_names_that_differ_by_a_leading_component_are_one(self):
         short = {name.removeprefix("encoder."): shape for name, shape in MODULES.items()}
@@ -251,7 +251,7 @@ class TestModules:
             )
         ]
         with pytest.raises(ModuleNameError, match=r"'0.query' .* could be 'bert.0.query' or 'roberta.0.query'"):
-            ex.fit(adapters)
+            ex.fit(adapters, n_components=32)
 
     def test_two_names_of_one_adapter_are_two_modules(self):
         modules = {"decoder.0.query": (41, 29), "0.query": (41, 29)}
@@ -269,11 +269,11 @@ class TestBadNumbers:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_are_fatal_and_named(self, value):
         with pytest.raises(NonFiniteError, match=r"'bad': 1 of 159 numbers of encoder.0.dense \(up\) are NaN or Inf"):
-            ex.fit([*random_collection(), self.bad(value)])
+            ex.fit([*random_collection(), self.bad(value)], n_components=32)
 
     def test_or_skipped_and_named(self):
         with pytest.warns(SkippedAdapterWarning, match="left out bad: .*NaN or Inf"):
-            pack = ex.fit([*random_collection(), self.bad()], skip_bad=True)
+            pack = ex.fit([*random_collection(), self.bad()], n_components=32, skip_bad=True)
         assert "bad" not in pack.names
         assert "NaN or Inf" in pack.summary.fit.skipped["bad"]
 
@@ -281,11 +281,11 @@ class TestBadNumbers:
         head = {"base_model.model.classifier.weight": torch.tensor([[1.0, float("inf")]])}
         adapter = random_adapter("bad", 5, heads=head)
         with pytest.raises(NonFiniteError, match="1 of 2 numbers of base_model.model.classifier.weight"):
-            ex.fit([adapter])
+            ex.fit([adapter], n_components=32)
 
     def test_a_coefficient_that_does_not_fit_the_dtype_is_named(self):
         with pytest.raises(NonFiniteError, match=r"Adapter 'loud', module encoder.0.dense: .* float32"):
-            ex.fit([random_adapter("loud", 1, size=1e6)], dtype="float16")
+            ex.fit([random_adapter("loud", 1, size=1e6)], n_components=32, dtype="float16")
 
 
 class TestSizes:
@@ -352,7 +352,7 @@ def test_tensors_are_read_module_by_module(tmp_path, monkeypatch):
 
 def test_progress_is_told():
     seen = []
-    ex.fit(random_collection(), progress=lambda *step: seen.append(step))
+    ex.fit(random_collection(), n_components=32, progress=lambda *step: seen.append(step))
     assert seen[-1] == ("fitting modules", 2, 2)
     assert ("reading adapters", 5, 5) in seen
 
@@ -360,4 +360,4 @@ def test_progress_is_told():
 def test_no_warning_where_there_is_nothing_to_say():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ex.fit(random_collection())
+        ex.fit(random_collection(), n_components=32)

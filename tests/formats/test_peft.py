@@ -183,8 +183,8 @@ def test_the_widest_dtype_of_the_sources_is_stored(tmp_path):
         state = {key: value.to(dtype) for key, value in load_file(folder / "adapter_model.safetensors").items()}
         save_file(state, folder / "adapter_model.safetensors")
         folders.append(folder)
-    assert ex.fit(folders[:1]).dtype == torch.float16
-    assert ex.fit(folders).dtype == torch.float32
+    assert ex.fit(folders[:1], n_components=4).dtype == torch.float16
+    assert ex.fit(folders, n_components=4).dtype == torch.float32
 
 
 @pytest.mark.parametrize("spelling", ["default", "named", "without prefix", "default without prefix"])

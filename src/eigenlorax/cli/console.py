@@ -240,9 +240,9 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
 
 def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
     """Return the rows of a pack's table."""
-    dtype = figures.dtype
-    if figures.coefficient_dtype != dtype:
-        dtype += f", coefficients {figures.coefficient_dtype}"
+    from ..pack import purposes
+
+    weighting = figures.fit.weighting
     at_most = ", at most" if figures.bounds else ""
     return [
         ("base model", (figures.base_model or "not stated") + (f" @ {figures.revision}" if figures.revision else "")),
@@ -252,7 +252,8 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *[(f"  skipped: {name}", reason) for name, reason in figures.fit.skipped.items()],
         ("modules", str(figures.modules)),
         *[("  kept out of the subspace", ", ".join(figures.fit.excluded_modules))] * bool(figures.fit.excluded_modules),
-        ("fit", f"weighting {figures.fit.weighting}, {figures.fit.size}, stored as {dtype}"),
+        ("fit", purposes.choice(figures) + (f"; weighting {weighting}" if weighting != "delta" else "")),
+        ("limits", purposes.limits(figures)),
         *_component_rows("components, down (lora_A)", figures.down),
         *_component_rows("components, up (lora_B)", figures.up),
         *[("  augmented components", f"{figures.n_extra} on each side")] * bool(figures.n_extra),
@@ -361,5 +362,12 @@ def print_frontier(pack: "Pack") -> None:
 
 
 def summary_json(figures: "Summary", records: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pack's JSON: its summary, and the record of each adapter."""
-    return {**asdict(figures), "adapter_records": {name: asdict(record) for name, record in records.items()}}
+    """Return a pack's JSON: its summary, sentences about its purpose and limits, and the record of each adapter."""
+    from ..pack import purposes
+
+    sentences = {"choice": purposes.choice(figures), "limits": purposes.limits(figures)}
+    return {
+        **asdict(figures),
+        **sentences,
+        "adapter_records": {name: asdict(record) for name, record in records.items()},
+    }

@@ -126,7 +126,7 @@ def _write_data(directory: Path, overwrite: bool, json: bool) -> None:
     ]
     console.print_rows("", rows)
     console.say("Try:")
-    console.print_command(f"  eigenlorax fit {files.adapters} -o pack/")
+    console.print_command(f"  eigenlorax fit {files.adapters} -o small/")
 
 
 def _print(result: "Demo", seconds: float) -> None:

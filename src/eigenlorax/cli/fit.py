@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from ..pack.pack import Pack
 
 EXAMPLES = """
-eigenlorax fit demo/adapters -o small/ --max-error 0.1
+eigenlorax fit demo/adapters -o small/
 eigenlorax fit demo/adapters -o smaller/ --ratio 18
-eigenlorax fit demo/adapters -o pack/ -k 32
+eigenlorax fit demo/adapters -o pack/ --for training
 eigenlorax fit demo/adapters -o auto/ -k auto
 eigenlorax fit demo/adapters -o pack/ --energy 0.95 --dtype float16 --overwrite
 eigenlorax fit demo/adapters/sms-* new=demo/new/clinc-travel -o few/ -k 16
@@ -46,6 +46,16 @@ def fit(
         Path,
         typer.Option("--output", "-o", metavar="PACK", help="Folder to write the pack to.", parser=arguments.path),
     ],
+    purpose: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="PURPOSE",
+            help="Purpose, which sets the size and storage that are not passed. storage (default): no adapter's delta "
+            "error exceeds 0.1, in as few bytes as possible. training: 32 components in float16. serving: errors of at "
+            "most 0.1 in float16, so that one shared basis serves every adapter.",
+        ),
+    ] = None,
     max_error: Annotated[
         float | None,
         typer.Option(
@@ -67,8 +77,8 @@ def fit(
             "--n-components",
             "-k",
             metavar="K|auto",
-            help="Maximum number of components per module and side (default: 32). More components give smaller errors "
-            "and a larger pack. auto: choose K by cross-validation over the adapters.",
+            help="Maximum number of components per module and side. More components give smaller errors and a larger "
+            "pack. auto: choose K by cross-validation over the adapters.",
             parser=arguments.number_or_auto,
         ),
     ] = None,
@@ -123,8 +133,9 @@ def fit(
         str | None,
         typer.Option(
             metavar="DTYPE",
-            help="Storage dtype: float32, float16, bfloat16, float64, int8 or int4 (default: the widest of the "
-            "adapters; entropy-coded integers with --max-error, --max-bytes or --ratio).",
+            help="Storage dtype: float32, float16, bfloat16, float64, int8 or int4 (default: entropy-coded integers "
+            "for storage, --max-error, --max-bytes and --ratio; float16 for training and serving; else the widest of "
+            "the adapters).",
             rich_help_panel=verbs.STORAGE,
         ),
     ] = None,
@@ -188,7 +199,7 @@ def fit(
     """Fit a subspace to LoRA adapters, and write a pack: the shared components, and each adapter as coefficients."""
     from ..core import checkpoint, keys
     from ..fitting.fit import fit as fit_adapters
-    from ..fitting.options import is_entropy_coded
+    from ..fitting.options import Target
     from ..pack import writer
     from ..reports import extra
 
@@ -198,9 +209,15 @@ def fit(
     checkpoint.discard_finished(output, output / keys.MANIFEST)
     writer.check_free(output, overwrite)
     byte_budget = parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None
-    targets = {"max_error": max_error, "max_bytes": byte_budget, "ratio": ratio}
+    sizes = {
+        "n_components": n_components,
+        "energy": energy,
+        "max_error": max_error,
+        "max_bytes": byte_budget,
+        "ratio": ratio,
+    }
     checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)
-    can_resume = not is_entropy_coded(targets, weighting, dtype, coefficient_dtype)
+    can_resume = not Target.of(sizes, weighting, sweeps, dtype, coefficient_dtype, purpose).is_coded
     headline = None
     with (
         console.explain_interrupt(lambda: _state_after_interrupt(output, old_manifest, checkpoints)),
@@ -208,11 +225,8 @@ def fit(
     ):
         pack = fit_adapters(
             adapters,
-            n_components=n_components,
-            energy=energy,
-            max_error=max_error,
-            max_bytes=byte_budget,
-            ratio=ratio,
+            purpose=purpose,
+            **sizes,
             weighting=weighting,
             sweeps=sweeps,
             exclude_adapters=exclude_adapter or (),

@@ -21,20 +21,24 @@ class Goal:
 GOALS = (
     Goal(
         "Make a collection small",
-        ("eigenlorax fit adapters/ -o pack/ --max-error 0.1",),
-        "In the pack, adapters are within the error, related or not. Not for training, nor for vLLM's shared basis.",
+        ("eigenlorax fit adapters/ -o pack/",),
+        "In the pack, every adapter is within an error of 0.1, related or not. Not for training, nor for vLLM's shared "
+        "basis.",
     ),
     Goal(
         "Train new tasks on coefficients",
-        ("eigenlorax fit adapters/ -o pack/ -k 32", "eigenlorax train pack/ --task TASK --train ROWS -o new/"),
+        (
+            "eigenlorax fit adapters/ -o pack/ --for training",
+            "eigenlorax train pack/ --task TASK --train ROWS -o new/",
+        ),
         "Far fewer trained parameters than a LoRA, often lower accuracy. Adapters in the pack are exact only as far as "
         "they share a subspace.",
     ),
     Goal(
         "Serve many adapters from one model",
-        ("eigenlorax fit adapters/ -o pack/ -k 32", "eigenlorax serve-check pack/ --model MODEL"),
-        "With a shared basis, an adapter takes little memory, and answers with the error that it has in the pack. "
-        "Without, vLLM and AdapterBank take packs of every kind.",
+        ("eigenlorax fit adapters/ -o pack/ --for serving", "eigenlorax serve-check pack/ --model MODEL"),
+        "One basis in memory keeps every adapter within an error of 0.1. It is large where adapters share little. "
+        "Without a shared basis, vLLM and AdapterBank take packs of every kind.",
     ),
     Goal(
         "See whether adapters share a subspace",

@@ -20,7 +20,7 @@ OUTPUT = "Output"
 
 FOLDERS = {
     "demo/": "eigenlorax demo --data demo/",
-    "pack/": "eigenlorax fit demo/adapters -o pack/ -k 32",
+    "pack/": "eigenlorax fit demo/adapters -o pack/ --for training",
 }
 """Folders that examples use, and the commands that write them."""
 

@@ -100,7 +100,8 @@ def _choose_sizes(
         return replace(fitter, options=options), {}, [choice.reason]
     if target.options.max_error is not None:
         counts = sizes.choose(collection.loaders, fitter, execution.progress)
-        return fitter, counts, [_note_on_floats(fitter)]
+        # packs for training and serving have to be in floats
+        return fitter, counts, [_note_on_floats(fitter)] if target.purpose in (None, "storage") else []
     return fitter, {}, []
 
 

@@ -50,6 +50,7 @@ from .options import Execution, ReadOptions, Target
 def fit(
     adapters: Sources,
     *,
+    purpose: str | None = None,
     n_components: int | str | None = None,
     energy: float | None = None,
     max_error: float | None = None,
@@ -78,19 +79,23 @@ def fit(
 ) -> Pack:
     """Find the principal subspace that adapters of one base model share, and encode every adapter in it.
 
-    Pass at most one of n_components, energy, max_error, max_bytes and ratio. The first two give a subspace for training
-    and serving; the others give the smallest pack, entropy-coded (docs/bytes.md).
+    Without any option, the pack is the smallest one in which no adapter's delta error exceeds 0.1 (docs/bytes.md). Pass
+    at most one of n_components, energy, max_error, max_bytes and ratio for another size. The first two give a subspace
+    for training and serving; the others give the smallest pack, entropy-coded.
 
     Args:
         adapters: Folders, folders of adapters, LoRA files, URLs, Hub ids, `NAME=PATH` strings, `Adapter` objects,
             `PeftModel`s, state dicts with their configs as pairs (state_dict, config), or a mapping from names to any
             of these.
-        n_components: Maximum number of components per side and module. Default: 32. "auto" chooses a number by leaving
+        purpose: Purpose of the pack, which sets the size and the storage that are not passed. "storage", the default if
+            no size is passed either: max_error=0.1, entropy-coded. "training": n_components=32 in float16. "serving":
+            max_error=0.1 in float16, by numbers of components alone, so that one shared basis serves every adapter.
+        n_components: Maximum number of components per side and module. "auto" chooses a number by leaving
             adapters out, and explains it in `Pack.notes`.
         energy: Fraction of the squared norm to keep per side, above 0, at most 1.
         max_error: Error bound: the delta error that no adapter may exceed, above 0 and below 1. The pack takes as few
             bytes as possible. With a float dtype, or weighting "factors", the pack stores floats, and only numbers of
-            components are chosen.
+            components are chosen. Default: 0.1, if no other size is passed.
         max_bytes: Maximum size of all tensors except trained heads, in bytes. The largest error of an adapter is as
             small as this size allows.
         ratio: Size as a compression ratio, at least 1: bytes of the LoRAs in 16 bits ÷ pack bytes, basis counted.
@@ -99,8 +104,8 @@ def fit(
         sweeps: Number of alternating refinements of the "delta" fit. Default: 2.
         exclude_adapters: Names of adapters to leave out.
         exclude_modules: Patterns of modules to keep out of the subspace. The pack stores their LoRA factors unchanged.
-        dtype: Storage of the components: a float dtype, "int8" or "int4". Default: the widest dtype of the adapters, or
-            entropy coding with max_error, max_bytes and ratio.
+        dtype: Storage of the components: a float dtype, "int8" or "int4". Default: entropy coding with max_error,
+            max_bytes and ratio, float16 for training and serving, else the widest dtype of the adapters.
         coefficient_dtype: Storage of the coefficients. Default: `dtype`; "int8" if dtype is "int8" or "int4".
         same_base: Accept adapters that name different base models.
         skip_bad: Leave out adapters that cannot be read or contain NaN or Inf, with a warning, instead of raising.
@@ -125,7 +130,7 @@ def fit(
 
     Example:
         >>> import eigenlorax
-        >>> pack = eigenlorax.fit("adapters/", max_error=0.1)
+        >>> pack = eigenlorax.fit("adapters/")
         >>> pack.names
         ['a', 'b', 'c']
         >>> all(record.delta_error <= 0.1 for record in pack.records.values())
@@ -141,7 +146,7 @@ def fit(
         "max_bytes": max_bytes,
         "ratio": ratio,
     }
-    target = Target.of(sizes, weighting, sweeps, dtype, coefficient_dtype)
+    target = Target.of(sizes, weighting, sweeps, dtype, coefficient_dtype, purpose)
     execution = Execution.of(device, solver, engine, workers, checkpoint, progress)
     warn_above = check_warn_above(warn_above)
     target.refuse_unused(sweeps=sweeps, solver=solver if solver != "auto" else None, checkpoint=checkpoint)
@@ -162,20 +167,20 @@ def fit(
             fitted = encode_collection(collection, copies, target, execution)
         else:
             fitted = fit_components(collection, target, execution, workforce)
-    pack = assemble_pack(sources, collection, fitted, is_auto=target.is_auto)
+    pack = assemble_pack(sources, collection, fitted, target)
     _warn_of_losses(pack, collection, fitted, warn_above)
     warn_of_copies(copies, as_references=pack.is_coded)
     return pack
 
 
-def assemble_pack(sources: ReadCollection, collection: Collection, fitted: FittedCollection, *, is_auto: bool) -> Pack:
+def assemble_pack(sources: ReadCollection, collection: Collection, fitted: FittedCollection, target: Target) -> Pack:
     """Return the pack of a fitted collection.
 
     Args:
         sources: Adapters and modules that were read, excluded or skipped.
         collection: The adapters of the fit.
         fitted: Bases, and every adapter encoded in them.
-        is_auto: True if the number of components was chosen by leaving adapters out.
+        target: Size and purpose that were asked for.
     """
     subspace = Subspace(fitted.modules)
     pack = Pack(
@@ -191,7 +196,8 @@ def assemble_pack(sources: ReadCollection, collection: Collection, fitted: Fitte
         ),
         FitInfo(
             **asdict(fitted.options),
-            auto=is_auto,
+            auto=target.is_auto,
+            purpose=target.purpose,
             solver="iterative" if fitted.by_iteration else "exact",
             excluded_modules=sorted(sources.excluded_modules),
             skipped=dict(sorted(collection.skipped.items())),

@@ -15,13 +15,12 @@ from ..core.fit_options import BYTE_TARGETS, SWEEPS, FitOptions
 from ..core.options import check_choice, format_value
 from ..core.progress import Progress
 from ..errors import OptionError, reason
+from . import purpose_defaults
+from .purpose_defaults import Dtype
 
-DEFAULT_COMPONENTS = 32
 AUTO = "auto"
 """Value of `n_components` for which the number is chosen by leaving adapters out."""
 SOLVERS = ("auto", "exact")
-
-Dtype = str | torch.dtype | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +53,8 @@ class Target:
         storage: Storage of the components; None for the default.
         coefficient_storage: Storage of the coefficients; None for the default.
         is_coded: True if the pack is entropy-coded for an error bound or a size; False if it is fitted by components.
+        purpose: Purpose that the pack records; None if a size was passed without a purpose.
+        by_default: True if neither a size nor a purpose was passed.
     """
 
     options: FitOptions
@@ -62,10 +63,18 @@ class Target:
     storage: Storage | None
     coefficient_storage: Storage | None
     is_coded: bool
+    purpose: str | None = None
+    by_default: bool = False
 
     @classmethod
     def of(
-        cls, sizes: Mapping[str, Any], weighting: str, sweeps: int | None, dtype: Dtype, coefficient_dtype: Dtype
+        cls,
+        sizes: Mapping[str, Any],
+        weighting: str,
+        sweeps: int | None,
+        dtype: Dtype,
+        coefficient_dtype: Dtype,
+        purpose: str | None = None,
     ) -> "Target":
         """Build the target from options of `fit`.
 
@@ -75,25 +84,32 @@ class Target:
             sweeps: Number of alternating refinements; None for the default.
             dtype: Storage of the components; None for the default.
             coefficient_dtype: Storage of the coefficients; None for the default.
+            purpose: Purpose of the pack, which sets the size and the storage that are not passed.
 
         Raises:
             OptionError: An option is invalid, or options contradict each other.
         """
+        coefficient_storage = parse_storage(coefficient_dtype)
+        _refuse_cores(dtype=parse_storage(dtype), coefficient_dtype=coefficient_storage)
+        completed = purpose_defaults.complete(purpose, sizes, dtype, coefficient_dtype)
+        # a default may exceed the dimensions of small modules, a number that the caller passed may not
+        is_passed = sizes["n_components"] is not None
+        sizes, dtype = completed.sizes, completed.dtype
         is_auto = sizes["n_components"] == AUTO
         n_components = _component_number(sizes)
         fit_options = FitOptions(
             **{**sizes, "n_components": n_components}, weighting=weighting, sweeps=SWEEPS if sweeps is None else sweeps
         )
-        storage, coefficient_storage = parse_storage(dtype), parse_storage(coefficient_dtype)
-        _refuse_cores(dtype=storage, coefficient_dtype=coefficient_storage)
         bounds = {name: sizes[name] for name in BYTE_TARGETS}
         return cls(
             options=fit_options,
             is_auto=is_auto,
-            n_components=None if is_auto or sizes["n_components"] is None else n_components,
-            storage=storage,
+            n_components=n_components if is_passed and not is_auto else None,
+            storage=parse_storage(dtype),
             coefficient_storage=coefficient_storage,
             is_coded=is_entropy_coded(bounds, weighting, dtype, coefficient_dtype),
+            purpose=completed.purpose,
+            by_default=completed.by_default,
         )
 
     def refuse_unused(self, **options: Any) -> None:
@@ -102,6 +118,9 @@ class Target:
             return
         bound = _first_option({name: getattr(self.options, name) for name in BYTE_TARGETS})
         alternative = " Or pass a float dtype: then only numbers of components are chosen, and it is used."
+        if self.by_default:
+            bound = f"the default target, {bound}"
+            alternative = " Or pass n_components (-k), energy, or a float dtype: then it is used."
         for name, value in options.items():
             if value is not None:
                 text = value if isinstance(value, int) else repr(str(value))
@@ -222,8 +241,8 @@ def _refuse_cores(**storages: Storage | None) -> None:
 
 
 def _component_number(sizes: Mapping[str, Any]) -> int | None:
-    """Return the number for `FitOptions`: the default if no size was passed, and 1 until "auto" has chosen one."""
-    n_components = sizes["n_components"]
+    """Return the number for `FitOptions`, which is 1 until "auto" has chosen one."""
+    n_components: int | str | None = sizes["n_components"]
     other_sizes = {name: value for name, value in sizes.items() if name != "n_components"}
     if n_components == AUTO:
         conflicts = [f"{name}={format_value(value)}" for name, value in other_sizes.items() if value is not None]
@@ -235,8 +254,7 @@ def _component_number(sizes: Mapping[str, Any]) -> int | None:
         return 1
     if isinstance(n_components, str):
         raise OptionError(f"n_components must be an integer, or 'auto', got {n_components!r}.")
-    is_default = n_components is None and all(value is None for value in other_sizes.values())
-    return DEFAULT_COMPONENTS if is_default else n_components
+    return n_components
 
 
 def _check_device(device: str | torch.device) -> torch.device:

@@ -24,7 +24,8 @@ from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter, Record
 from .fit import fit
 from .match_sources import match_adapters
-from .options import Dtype, is_entropy_coded
+from .options import is_entropy_coded
+from .purpose_defaults import Dtype
 from .refit_errors import UpdateSquares, compare_updates, follow_record
 
 ROUNDING = 1e-6
@@ -224,15 +225,16 @@ def _fit_options(
         sweeps: The option of `refit`.
         storages: Storage of the components and of the coefficients.
     """
-    old = pack.fit_info
+    old, purpose = pack.fit_info, None
     if all(value is None for value in sizes.values()):
-        sizes = {name: getattr(old, name) for name in SIZE_OPTIONS}
+        sizes, purpose = {name: getattr(old, name) for name in SIZE_OPTIONS}, old.purpose
     weighting = old.weighting if weighting is None else weighting
     bounds = {name: sizes[name] for name in BYTE_TARGETS}
     if sweeps is None and not is_entropy_coded(bounds, weighting, *storages):
         sweeps = old.sweeps
     return {
         **sizes,
+        "purpose": purpose,
         "weighting": weighting,
         "sweeps": sweeps,
         "dtype": storages[0],

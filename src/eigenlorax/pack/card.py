@@ -5,7 +5,7 @@ import json
 from ..core import keys
 from ..core.printable import markdown_code
 from ..formats import hub_client
-from . import summary
+from . import purposes, summary
 from .manifest import Manifest
 from .summary import Errors, Summary
 
@@ -55,7 +55,8 @@ def _figures(figures: Summary) -> list[str]:
         "| | |",
         "|---|---|",
         f"| weighting | {markdown_code(figures.fit.weighting)} |",
-        f"| asked for | {figures.fit.size} |",
+        f"| asked for | {purposes.choice(figures)} |",
+        f"| limits | {purposes.limits(figures)} |",
     ]
     for side, components in (("down", figures.down), ("up", figures.up)):
         capped = f", {len(components.capped)} capped" if components.capped else ""

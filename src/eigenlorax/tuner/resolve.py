@@ -149,7 +149,7 @@ def _find_by_fingerprint(config: EigenLoraxConfig) -> Subspace:
     if config.subspace_fingerprint is None:
         raise OptionError(
             "no subspace was passed. Pass a pack's folder, a repository on the Hub, or a Pack: "
-            "EigenLoraxConfig(subspace='pack/'). `eigenlorax fit adapters/ -o pack/` fits one."
+            "EigenLoraxConfig(subspace='pack/'). `eigenlorax fit adapters/ -o pack/ --for training` fits one."
         )
     subspace = registry.find(config.subspace_fingerprint)
     if subspace is None:

@@ -1,0 +1,46 @@
+"""Sentences about what a pack was made for and what it cannot do, for `fit`, `inspect` and the model card."""
+
+from ..codec.storage.table import storage_by_name
+from .summary import Summary
+
+STORAGE_ERROR = 0.1
+"""Largest delta error with which adapters of a pack are called close to their originals; the default of `fit`."""
+
+_REASONS = {
+    "training": "new tasks train coefficients of these components",
+    "serving": "one shared basis serves every adapter within its error",
+}
+
+
+def choice(figures: Summary) -> str:
+    """Return the purpose of a pack, the target and storage of its fit, and the reason for them, in one sentence."""
+    fit = figures.fit
+    lead = f"for {fit.purpose}: " if fit.purpose is not None else ""
+    if storage_by_name(figures.dtype).is_coded:
+        extent = "in as few bytes as that takes" if fit.max_error is not None else "with the smallest errors"
+        return f"{lead}{fit.size}, {extent} (entropy-coded)"
+    dtype = f"stored as {figures.dtype}"
+    if figures.coefficient_dtype != figures.dtype:
+        dtype += f", coefficients {figures.coefficient_dtype}"
+    reason = _REASONS.get(fit.purpose or "")
+    return f"{lead}{fit.size}, {dtype}" + (f": {reason}" if reason else "")
+
+
+def limits(figures: Summary) -> str:
+    """Return what a pack cannot do, with the option of `fit` that does it, in one sentence."""
+    if storage_by_name(figures.dtype).is_coded:
+        return (
+            "not for training new tasks on coefficients (purpose='training', --for training), nor for vLLM's shared "
+            "basis (purpose='serving', --for serving)"
+        )
+    losses = []
+    worst = max((errors.worst for errors in (figures.in_fit, figures.projected) if errors is not None), default=0.0)
+    if worst > max(STORAGE_ERROR, figures.fit.max_error or 0.0):
+        losses.append(f"not in place of the originals: an adapter loses up to {worst:.3f} of its update")
+    is_larger = 0 < figures.bytes.ratio < 1
+    if is_larger:
+        losses.append("larger than the LoRAs, which share too little")
+    if not losses:
+        return "takes more bytes than a pack for storage with the same errors (purpose='storage', --for storage)"
+    fewer = " in fewer bytes" if is_larger else ""
+    return f"{'; '.join(losses)} (purpose='storage', --for storage, keeps all within {STORAGE_ERROR:g}{fewer})"
