@@ -84,6 +84,20 @@ def delta_weights(pack, name):
     return found
 
 
+def training_basis(pack):
+    """Module name → components (down, up) of the basis for training of a coded pack, (k, in) and (k, out) float64."""
+    manifest = json.loads((Path(pack) / "subspace_config.json").read_bytes())
+    subspace = manifest["basis"]["subspace"]
+    tensors = load(checked(Path(pack) / subspace["file"], subspace["sha256"]))
+    return {
+        module: tuple(
+            basis(tensors, f"{module}.{side}", sides[side]["dimension"], sides[side]["grown"], subspace["growth"])
+            for side in ("down", "up")
+        )
+        for module, sides in subspace["modules"].items()
+    }
+
+
 def read_files(pack, name, entry):
     """The files of an adapter, by name."""
     spare = sha256("".join(file + digest for file, digest in sorted(entry["files"].items())).encode()).hexdigest()[:8]

@@ -39,6 +39,10 @@ VERBS = {
     "augment in place": "augment {pack} --n-extra 2 --seed 7 -o {pack} --overwrite",
     "fit": "fit {sources} -o {place}/fresh -k 3 --warn-above 1 --no-report",
     "fit in place": "fit {sources} -o {pack} -k 3 --warn-above 1 --no-report --overwrite",
+    "fit with a basis": "fit {sources} -o {place}/fresh --max-error 0.4 --basis 3 --warn-above 1 --no-report",
+    "add beside a basis": "add {place}/based {sources}/delta --warn-above 1",
+    "augment a basis in place": "augment {place}/based --n-extra 2 --seed 7 -o {place}/based --overwrite",
+    "refit another basis": "refit {place}/based -o {place}/based --basis 2 --warn-above 1 --overwrite",
     "fit for bytes": "fit {sources} -o {place}/some/where --ratio 4 --warn-above 1 --no-report",
     "report": "report {pack} -a {sources} -o {pack}/report.json -o {place}/r/report.md",
     "export": "export {pack} -o {place}/fresh",
@@ -129,6 +133,7 @@ class Crashes:
         with warnings.catch_warnings(action="ignore", category=DuplicateAdapterWarning):
             copies = {"alpha": some[0], "beta": some[1], "copy": some[0], "other": some[0]}
             ex.fit(copies, max_error=0.3, warn_above=1.0).save(self._before / "coded")
+        ex.fit(some, max_error=0.3, basis=3, warn_above=1.0).save(self._before / "based")
         styles = self._scratch / "images"
         styles.mkdir()
         for seed in range(2):

@@ -22,6 +22,8 @@ def older(body, version):
         for name, entry in body["adapters"].items()
     }
     body = {**body, "adapters": adapters, "format_version": version, "fit": fit}
+    if version < 7:
+        assert body.pop("basis") is None
     if version >= 3:
         return body
     subspace = dict(body["subspace"])

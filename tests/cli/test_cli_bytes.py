@@ -92,6 +92,47 @@ class TestFit:
         assert contents(place) == before
 
 
+class TestBasis:
+    """A basis for training beside coded adapters."""
+
+    def test_is_stated_with_its_bytes_and_counted(self, cli, place):
+        done = succeeded(cli("fit", place / "in", "-o", place / "out", "--max-error", 0.2, "--basis", 4))
+        figures = json_of(cli("inspect", place / "out", "--json"))
+        sizes = figures["bytes"]
+        row = f"{sizes['training_basis']:,} bytes: at most 4 components per side, stored as int8"
+        for out in (done.out, succeeded(cli("inspect", place / "out")).out):
+            assert row in out
+        assert f"takes {sizes['training_basis']:,} bytes" in done.err
+        assert sizes["training_basis"] > 0
+        assert sizes["ratio"] == pytest.approx(
+            sizes["lora"] / (sizes["basis"] + sizes["training_basis"] + sizes["coefficients"])
+        )
+        assert (figures["basis"]["dtype"], figures["basis"]["up"]["max"]) == ("int8", 4)
+        assert (
+            f"| basis for training and serving, bytes | {sizes['training_basis']:,} |"
+            in (place / "out" / "README.md").read_text()
+        )
+        # the frontier's own row has all bytes of the pack
+        (own,) = (line for line in frontier(done.out) if line[:2] == ["this", "pack"])
+        assert int(own[3].replace(",", "")) == sizes["basis"] + sizes["training_basis"] + sizes["coefficients"]
+
+    def test_goes_with_coded_packs_alone(self, cli, place):
+        before = contents(place)
+        for options in (("-k", 3), ("--max-error", 0.2, "--dtype", "float16")):
+            refused = cli("fit", place / "in", "-o", place / "out", *options, "--basis", 4)
+            assert_refused(refused, 3, "Remove basis (--basis)")
+        assert contents(place) == before
+
+    def test_is_added_and_augmented(self, cli, place):
+        refitted = json_of(
+            cli("refit", place / "pack", "-a", place / "in", "--basis", 3, "-o", place / "out", "--json")
+        )
+        assert refitted["basis"]["down"]["max"] == 3
+        wider = json_of(cli("augment", place / "out", "--n-extra", 2, "--seed", 1, "-o", place / "wider", "--json"))
+        assert (wider["basis"]["down"]["max"], wider["basis"]["n_extra"], wider["n_extra"]) == (5, 2, 0)
+        assert wider["fingerprint"] == refitted["fingerprint"]
+
+
 class TestTheOthers:
     def test_add_keeps_the_error(self, cli, place):
         found = json_of(cli("add", place / "pack", place / "new", "--json"))

@@ -39,6 +39,7 @@ class TestAPack:
             "lora": 3 * lora,
             "lora_bits": 8 * FLOAT,
             "lora_files": sum((pack.parent / "in" / n / "adapter_model.safetensors").stat().st_size for n in NAMES),
+            "training_basis": 0,
             "ratio": 3 * lora / (basis + 3 * coefficients),
             "ratio_without_basis": lora / coefficients,
             "ratio_with_heads": 3 * lora / (basis + 3 * coefficients),

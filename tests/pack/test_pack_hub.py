@@ -380,6 +380,23 @@ class TestPush:
         done = online(call=lambda: say(ex.Pack.from_pretrained("org/new").adapter("beta").modules[QUERY].down.tolist()))
         assert torch.equal(torch.tensor(json_of(done)), pack.adapter("beta").modules[QUERY].down)
 
+    def test_a_basis_for_training_to_the_byte(self, push, online, hub, made, tmp_path):
+        place = ex.fit(made / "in", max_error=0.1, basis=4).save(tmp_path / "based")
+        succeeded(push("org/pack", pack=lambda: ex.Pack.open(place)))
+        pushed, wanted = contents_of(hub.repos["org/pack"]["main"]), contents_of(place)
+        assert all(pushed[file] == data for file, data in wanted.items() if file not in (".lock", CARD))
+        assert len([file for file in pushed if str(file).startswith("subspace-")]) == 2
+
+        def call():
+            pack = ex.Pack.from_pretrained("org/pack", adapters=["beta"])
+            pack.verify()
+            say([pack.names, pack.basis.subspace.fingerprint, pack.on_basis(0.999).names])
+
+        assert json_of(online(call=call)) == [["beta"], ex.Pack.open(place).basis.info.fingerprint, ["beta"]]
+        # without a basis, the next pack leaves none there
+        succeeded(push("org/pack", pack=lambda: ex.fit(made / "in", max_error=0.1)))
+        assert len([file for file in files_of(hub, "org/pack") if file.startswith("subspace-")]) == 1
+
     def test_the_card_says_where_it_is(self, push, hub, local):
         succeeded(push())
         card = (hub.repos["org/new"]["main"] / CARD).read_text()

@@ -348,3 +348,43 @@ def test_the_threads_of_torch_stay_as_many_as_they_were(serve, monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert counts == [1, 3, 3]
+
+
+class TestBasis:
+    """A coded pack with a basis: with a shared basis, projections on that are served, up to an error."""
+
+    @pytest.fixture
+    def based(self, pack, tmp_path):
+        ex.fit(tmp_path / "in", max_error=0.1, basis=4).save(pack, overwrite=True)
+        return ex.Pack.open(pack)
+
+    def test_serves_the_projections(self, based, serve):
+        folders = serve(shared=True, serve_within=0.99)
+        assert folders.served == based.basis.info
+        projected = based.on_basis(0.99)
+        assert projected.names
+        for name in projected.names:
+            served = ex.read_adapter(path_of(folders, name))
+            core = core_name(based.basis.info.fingerprint)
+            for module, factors in projected.packed(name).coefficients.items():
+                found = served.modules[f"{module}.{core}"]
+                wanted = factors.scaling * factors.up @ factors.down
+                torch.testing.assert_close(found.scaling * found.up @ found.down, wanted)
+
+    def test_refuses_the_others_and_serves_them_expanded(self, based, serve):
+        with pytest.raises(ServingError, match="'alpha' cannot be served: its error in the basis may be above 0.11"):
+            path_of(serve(shared=True, serve_within=0.11), "alpha")
+        served = ex.read_adapter(path_of(serve(), "alpha"))
+        for module, factors in based.adapter("alpha").modules.items():
+            assert torch.equal(served.modules[module].down, factors.down)
+
+    def test_another_basis_waits_for_a_restart(self, based, serve, pack):
+        folders = serve(shared=True, serve_within=0.99)
+        path_of(folders, "alpha")
+        ex.refit(based, basis=2).pack.save(pack, overwrite=True)
+        with pytest.raises(ServingError, match="its coefficients are in another subspace"):
+            path_of(folders, "alpha")
+
+    def test_the_error_is_a_number(self, based, serve):
+        with pytest.raises(OptionError, match="above 0 and below 1, got 2.0"):
+            serve(shared=True, serve_within=2.0)

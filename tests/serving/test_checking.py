@@ -7,7 +7,7 @@ from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError
 from eigenlorax.serving.vllm.checking import ServerOptions, check
 from eigenlorax.serving.vllm.plan import EMBEDDING, Layer, Shapes
-from planted import random_factors
+from planted import factors_in, orthonormal, random_factors
 from rests import with_rests
 
 Q, GATE = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.gate_proj"
@@ -94,3 +94,44 @@ def test_rests_are_served_expanded_alone():
     assert found.shared.served == 2
     assert list(found.shared.refused) == ["a1"]
     assert "without a shared basis it can be served" in found.shared.refused["a1"]
+
+
+class TestBasis:
+    """Coded packs with a basis: adapters that share four directions, and one that does not."""
+
+    @pytest.fixture(scope="class")
+    def pack(self):
+        bases = orthonormal(4, 11, 1), orthonormal(4, 17, 2)
+        members = {f"a{n}": factors_in(bases, 2, seed=10 * n) for n in range(6)}
+        members["far"] = random_factors(4, 17, 11, seed=99)
+        adapters = [from_factors(name, {Q: factors}, base_model="org/base") for name, factors in members.items()]
+        return ex.fit(adapters, max_error=0.03, basis=4)
+
+    def test_serves_those_within_the_error(self, pack):
+        found = check(pack, "pack", shapes(), ServerOptions(serve_within=0.15))
+        assert found.shared.served == 6
+        assert found.expanded.served == 7
+        assert list(found.shared.refused) == ["far"]
+        assert "may be above 0.15, the largest that is served (--serve-within)" in found.shared.refused["far"]
+        assert found.within == 0.15
+        assert found.basis_errors == {n: r.delta_error for n, r in pack.on_basis(0.9999).records.items()}
+        assert found.plan.shared.basis_bytes == 2 * 4 * (17 + 11)
+        assert found.plan.shared.slot_numbers == 8 * (4 + 4)
+        assert "EIGENLORAX_SHARED_BASIS=1 EIGENLORAX_SERVE_WITHIN=0.15 vllm" in found.shared.command
+        assert "SERVE_WITHIN" not in found.expanded.command
+
+    def test_default(self, pack):
+        assert check(pack, "pack", shapes()).within == 0.1
+        coarse = ex.refit(pack, max_error=0.2).pack
+        assert check(coarse, "pack", shapes()).within == 0.4
+
+    def test_is_refused_for_other_packs(self):
+        with pytest.raises(OptionError, match="has no basis beside its subspace"):
+            check(make_pack({Q: (17, 11)}), "pack", shapes(), ServerOptions(serve_within=0.1))
+
+    def test_without_a_basis_the_remedy_is_named(self, pack):
+        plain = ex.fit([pack.adapter(name) for name in pack.names], max_error=0.03)
+        found = check(plain, "pack", shapes())
+        assert found.within is None
+        assert found.basis_errors == {}
+        assert any("--basis 32" in reason for reason in found.shared.refused.values())

@@ -23,8 +23,9 @@ def test_everything_may_be_set():
         "EIGENLORAX_SHARED_BASIS": "1",
         "EIGENLORAX_CACHE": "/fast",
         "EIGENLORAX_CACHE_BYTES": "8GB",
+        "EIGENLORAX_SERVE_WITHIN": "0.15",
     }
-    assert read(asked) == Settings("/packs/one", True, Path("/fast"), 8 * 10**9)
+    assert read(asked) == Settings("/packs/one", True, Path("/fast"), 8 * 10**9, 0.15)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,7 @@ def test_sizes_are_read_as_people_write_them(value, wanted):
         ("EIGENLORAX_CACHE_BYTES", "0GB", "a number of bytes above 0"),
         ("EIGENLORAX_CACHE_BYTES", "5 parsecs", "a number of bytes above 0"),
         ("EIGENLORAX_CACHE", "fast", "must be an absolute path"),
+        ("EIGENLORAX_SERVE_WITHIN", "much", "must be a number above 0 and below 1"),
     ],
 )
 def test_an_error_names_the_variable_its_value_and_what_is_wanted(name, value, wanted):

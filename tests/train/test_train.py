@@ -128,6 +128,27 @@ class TestClassification:
         with ex.Pack.edit(place / "pack") as opened:
             assert opened.add(place / "out", name="later").delta_error < 1e-6
 
+    def test_in_the_basis_of_a_coded_pack(self, place):
+        opened = ex.Pack.open(place / "pack")
+        originals = [opened.adapter(name) for name in opened.names]
+        coded = ex.fit(originals, max_error=0.1, basis=K, same_base=True)
+        coded.base_model = opened.base_model
+        coded.save(place / "coded")
+        training = classify(place, evaluation=place / "eval.jsonl", epochs=5.0)
+        found = train(place / "coded", training, place / "out" / "new")
+        assert found.figures.accuracy > 0.95
+        assert found.numbers == len(tiny.BERT) * 2 * K * RANK
+        assert found.delta_error <= 0.1
+        again = ex.Pack.open(place / "coded")
+        again.verify()
+        assert "new" in again.names
+        assert again.basis.info == coded.basis.info
+        assert json.loads((place / "out" / "new" / "adapter_config.json").read_text())["subspace_fingerprint"] == (
+            coded.basis.info.fingerprint
+        )
+        scored = evaluate(place / "coded", "new", place / "eval.jsonl", labels=["bad", "good"])
+        assert scored.figures.accuracy > 0.95
+
     def test_a_pack_in_half_precision_says_what_it_rounds(self, place):
         trainable.bert_pack(place / "half", place.parent / "none", dtype="float16")
         found = train(

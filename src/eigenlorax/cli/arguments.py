@@ -41,6 +41,15 @@ def number_or_auto(argument: str) -> int | str:
         raise typer.BadParameter(f"{argument!r} is neither an integer nor 'auto'.") from error
 
 
+Basis = Annotated[
+    int | None,
+    typer.Option(
+        metavar="K",
+        help="Add to an entropy-coded pack a basis of at most K components per module and side, for training and for "
+        "serving from one basis.",
+        rich_help_panel=verbs.KEEP,
+    ),
+]
 PackFolder = Annotated[Path, typer.Argument(metavar="PACK", help="Folder of the pack.", parser=path)]
 PackSource = Annotated[
     str, typer.Argument(metavar="PACK", help="Folder of the pack, or its id on the Hub.", parser=text)

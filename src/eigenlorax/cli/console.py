@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..pack.pack import Pack
-    from ..pack.summary import Components, Errors, Summary
+    from ..pack.summary import Components, Errors, Summary, TrainingBasis
 
 
 class _PrintableStream:
@@ -273,11 +273,18 @@ def cost_rows(figures: "Summary") -> list[tuple[str, str]]:
     return [
         ("LoRA bytes", f"{b.lora:,} (their files: {b.lora_files:,})"),
         ("basis bytes", f"{b.basis:,}"),
+        *([("basis for training", _training_basis(figures.basis, b.training_basis))] if figures.basis else []),
         ("coefficient bytes", f"{b.coefficients:,}"),
         *[("carried bytes", f"{b.carried:,} (on both sides of the ratio)")] * bool(b.carried),
         *[("head bytes", f"{b.heads:,} (kept as they are; on neither side)")] * bool(b.heads),
         ("compression ratio", by_files + f"{b.ratio:.2f} with the basis counted, {b.ratio_without_basis:.2f} without"),
     ]
+
+
+def _training_basis(basis: "TrainingBasis", size: int) -> str:
+    components = max(basis.down.max, basis.up.max)
+    extra = f", {basis.n_extra} of them augmented" if basis.n_extra else ""
+    return f"{size:,} bytes: at most {components} components per side{extra}, stored as {basis.dtype}"
 
 
 def print_sizes(figures: "Summary") -> None:

@@ -92,6 +92,7 @@ def fit(
             rich_help_panel=verbs.KEEP,
         ),
     ] = None,
+    basis: arguments.Basis = None,
     energy: Annotated[
         float | None,
         typer.Option(
@@ -227,6 +228,7 @@ def fit(
             adapters,
             purpose=purpose,
             **sizes,
+            basis=basis,
             weighting=weighting,
             sweeps=sweeps,
             exclude_adapters=exclude_adapter or (),

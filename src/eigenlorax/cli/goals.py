@@ -22,8 +22,8 @@ GOALS = (
     Goal(
         "Make a collection small",
         ("eigenlorax fit adapters/ -o pack/",),
-        "In the pack, every adapter is within an error of 0.1, related or not. Not for training, nor for vLLM's shared "
-        "basis.",
+        "In the pack, every adapter is within an error of 0.1, related or not. Training and vLLM's shared basis need "
+        "--basis 32.",
     ),
     Goal(
         "Train new tasks on coefficients",

@@ -78,6 +78,7 @@ def refit(
             rich_help_panel=verbs.KEEP,
         ),
     ] = None,
+    basis: arguments.Basis = None,
     energy: Annotated[
         float | None,
         typer.Option(
@@ -142,6 +143,7 @@ def refit(
             max_error=max_error,
             max_bytes=parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None,
             ratio=ratio,
+            basis=basis,
             weighting=weighting,
             sweeps=sweeps,
             dtype=dtype,

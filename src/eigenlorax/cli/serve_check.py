@@ -1,6 +1,7 @@
 """`eigenlorax serve-check`: check which adapters of a pack vLLM can serve, with which flags and how much memory."""
 
 from dataclasses import asdict
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,6 +43,14 @@ def serve_check(
         str, typer.Option(metavar="DTYPE", help="Dtype of the model: auto, bfloat16, float16 or float32.")
     ] = "auto",
     tensor_parallel_size: Annotated[int, typer.Option(metavar="N", help="Number of GPUs that share the model.")] = 1,
+    serve_within: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Of an entropy-coded pack with a basis: largest error of an adapter that the basis serves, 0 < X < 1 "
+            "(default: 0.1, or twice the error bound of the pack).",
+        ),
+    ] = None,
     adapters: Annotated[int, typer.Option(metavar="N", help="Collection size used to extrapolate memory.")] = 1000,
     revision: arguments.PackRevision = None,
     json: arguments.Json = False,
@@ -51,7 +60,7 @@ def serve_check(
     from ..serving.vllm.checking import ServerOptions, check
     from ..train import models, shapes
 
-    settings = ServerOptions(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters)
+    settings = ServerOptions(max_loras, max_cpu_loras, dtype, tensor_parallel_size, adapters, serve_within)
     with console.working() as progress:
         opened = Pack.from_pretrained(pack, revision=revision)
         base, base_revision = models.resolve_base_model(opened, model)
@@ -73,6 +82,8 @@ def _print(checked: "Check") -> None:
         ("served expanded", f"{checked.expanded.served} of {checked.adapters}"),
         ("served with a shared basis", f"{checked.shared.served} of {checked.adapters}"),
     ]
+    if checked.within is not None:
+        rows.append(("  error in the basis, at most", _basis_errors(checked)))
     console.print_rows(f"pack {checked.pack}", rows)
     # reasons are long: in the table they would widen every row
     modes = (("expanded", checked.expanded), ("with a shared basis", checked.shared))
@@ -86,6 +97,13 @@ def _print(checked: "Check") -> None:
             for line in ("", f"{title.capitalize()}:", ""):
                 console.say(line)
             console.print_command(f"  {mode.command}")
+
+
+def _basis_errors(checked: "Check") -> str:
+    """Return the range of the errors in the pack's basis, and the largest one that is served."""
+    errors = sorted(checked.basis_errors.values())
+    measured = f"{errors[0]:.3f} to {errors[-1]:.3f}, median {median(errors):.3f}; " if errors else ""
+    return f"{measured}served up to {checked.within:g}"
 
 
 def _group_by_reason(refused: "Mapping[str, str]") -> list[str]:

@@ -65,7 +65,7 @@ class ByteLimit:
 
     Attributes:
         total: Maximum size, in bytes.
-        carried: Bytes of tensors that are stored unchanged.
+        carried: Bytes of tensors that are stored unchanged, and of the basis for training.
         lora: Bytes of the LoRAs if a ratio was passed; else None.
         name: The option as the caller passed it, for error messages.
     """
@@ -85,8 +85,8 @@ class ByteLimit:
         if self.total <= self.carried:
             possible = f" Pass a ratio below {self.lora / self.carried:.3g}." if self.lora is not None else ""
             raise OptionError(
-                f"{self.name} cannot be reached: {self.carried:,} bytes are carried tensors, which fit does not change."
-                + possible
+                f"{self.name} cannot be reached: {self.carried:,} bytes are carried tensors, which fit does not change"
+                f", and the basis for training if there is one.{possible}"
             )
 
     def message(self, min_bytes: int) -> str:
@@ -97,7 +97,7 @@ class ByteLimit:
 
 
 def encode_collection(
-    collection: Collection, copies: Mapping[str, str], target: Target, execution: Execution
+    collection: Collection, copies: Mapping[str, str], target: Target, execution: Execution, basis_bytes: int = 0
 ) -> FittedCollection:
     """Fit bases and encode all adapters in as few bytes as the target allows, in this process on its CPU.
 
@@ -106,6 +106,7 @@ def encode_collection(
         copies: Those of them that get the codes of another one, as `find_equal_updates` returns them.
         target: Error bound or size.
         execution: Progress callback; other engines and devices than this process and its CPU give a note.
+        basis_bytes: Bytes of the basis for training, which count in the size.
 
     Raises:
         OptionError: The target cannot be reached.
@@ -114,7 +115,9 @@ def encode_collection(
     # the largest tensors have as many numbers as all adapters of one module together
     with threads.suited_to(max(_numbers(members) for members in collection.modules.values())):
         distinct = equal_updates.without(collection, copies)
-        collection_encoder, encoded, carried = _encode(collection, distinct, target.options, execution.progress)
+        collection_encoder, encoded, carried = _encode(
+            collection, distinct, target.options, execution.progress, basis_bytes
+        )
         written = _to_bytes(encoded, distinct)
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
     errors = dict(zip(distinct.weights, encoded.errors, strict=True))
@@ -137,19 +140,22 @@ def encode_collection(
 
 
 def _encode(
-    collection: Collection, distinct: Collection, options: FitOptions, progress: Progress
+    collection: Collection, distinct: Collection, options: FitOptions, progress: Progress, basis_bytes: int
 ) -> tuple[CollectionEncoder, EncodedCollection, int]:
-    """Encode the distinct adapters within the target. Also return the encoder, and the bytes of carried tensors."""
+    """Encode the distinct adapters within the target.
+
+    Also return the encoder, and the bytes of carried tensors and of the basis for training.
+    """
     modules = _module_updates(distinct)
     norms = torch.tensor([1 / weight for weight in distinct.weights.values()], dtype=torch.float64)
-    carried = _carried_bytes(collection)
+    carried = _carried_bytes(collection) + basis_bytes
     if options.max_error is not None:
         check_error_bound(options.max_error)
         numbers = max(sum(spec.numbers for spec in scanned.adapter.specs.values()) for scanned in collection.scanned)
         whole = CollectionEncoder(modules, norms, step_size_grid(options.max_error, numbers), progress)
         clustered = encoder.split_into_clusters(whole, modules, options.max_error, progress)
         return clustered, clustered.encode(options.max_error), carried
-    limit = _byte_limit(collection, options, carried)
+    limit = _byte_limit(collection, options, carried, basis_bytes)
     limit.check()
     whole = CollectionEncoder(modules, norms, wide_step_size_grid(), progress)
     clustered = encoder.split_into_clusters(whole, modules, whole.error_for_bytes(limit.available), progress)
@@ -200,13 +206,13 @@ def _carried_bytes(collection: Collection) -> int:
     return carried
 
 
-def _byte_limit(collection: Collection, options: FitOptions, carried: int) -> ByteLimit:
+def _byte_limit(collection: Collection, options: FitOptions, carried: int, basis_bytes: int) -> ByteLimit:
     if options.max_bytes is not None:
         return ByteLimit(float(options.max_bytes), carried, None, f"max_bytes={options.max_bytes}")
     assert options.ratio is not None
     # untrained adapters take no bytes in a pack, so counting their factors would inflate the ratio
     members = [member for members in collection.modules.values() for member in members]
-    lora = carried + 2 * sum(member.spec.numbers for member in members if not member.scanned.is_untrained)
+    lora = carried - basis_bytes + 2 * sum(member.spec.numbers for member in members if not member.scanned.is_untrained)
     total = lora / options.ratio
     return ByteLimit(total, carried, lora, f"ratio={options.ratio:g}, which is {total:,.0f} bytes,")
 

@@ -29,6 +29,7 @@ from .collection import Collection, ReadCollection, read_sources, scan
 from .component_fit import FittedCollection, fit_components
 from .equal_updates import find_equal_updates
 from .options import Execution, ReadOptions, Target
+from .training_basis import check_basis, fit_basis
 
 
 @suggest_keywords(
@@ -56,6 +57,7 @@ def fit(
     max_error: float | None = None,
     max_bytes: int | float | None = None,
     ratio: float | None = None,
+    basis: int | None = None,
     weighting: str = "delta",
     sweeps: int | None = None,
     exclude_adapters: str | Sequence[str] = (),
@@ -99,6 +101,9 @@ def fit(
         max_bytes: Maximum size of all tensors except trained heads, in bytes. The largest error of an adapter is as
             small as this size allows.
         ratio: Size as a compression ratio, at least 1: bytes of the LoRAs in 16 bits ÷ pack bytes, basis counted.
+        basis: Maximum number of components per side and module of a basis beside the entropy-coded adapters, in 8 bits
+            per number: for training new tasks, and for serving from one basis. Its bytes are in `max_bytes` and
+            `ratio`. Default: no basis.
         weighting: "delta" minimises the error of the updates; "factors" stacks A and B as they are (arXiv 2502.04700).
             Default: "delta".
         sweeps: Number of alternating refinements of the "delta" fit. Default: 2.
@@ -160,20 +165,25 @@ def fit(
     options = ReadOptions(name_list(exclude_adapters), name_list(exclude_modules), same_base, skip_bad, reading)
     sources = read_sources(adapters, options)
     target.check_dimensions(sources.shapes)
+    basis = check_basis(basis, target, sources.shapes)
     with engines.open_engine(engine, workers) as workforce:
         collection = scan(sources, options, workforce, execution.progress)
         copies = find_equal_updates(collection)
+        basis_pack = fit_basis(sources, collection, basis, execution, workforce) if basis is not None else None
         if target.is_coded:
-            fitted = encode_collection(collection, copies, target, execution)
+            basis_bytes = basis_pack.info.stored_bytes if basis_pack is not None else 0
+            fitted = encode_collection(collection, copies, target, execution, basis_bytes)
         else:
             fitted = fit_components(collection, target, execution, workforce)
-    pack = assemble_pack(sources, collection, fitted, target)
+    pack = assemble_pack(sources, collection, fitted, target, basis_pack)
     _warn_of_losses(pack, collection, fitted, warn_above)
     warn_of_copies(copies, as_references=pack.is_coded)
     return pack
 
 
-def assemble_pack(sources: ReadCollection, collection: Collection, fitted: FittedCollection, target: Target) -> Pack:
+def assemble_pack(
+    sources: ReadCollection, collection: Collection, fitted: FittedCollection, target: Target, basis: Pack | None = None
+) -> Pack:
     """Return the pack of a fitted collection.
 
     Args:
@@ -181,6 +191,7 @@ def assemble_pack(sources: ReadCollection, collection: Collection, fitted: Fitte
         collection: The adapters of the fit.
         fitted: Bases, and every adapter encoded in them.
         target: Size and purpose that were asked for.
+        basis: Basis for training; None if there is none.
     """
     subspace = Subspace(fitted.modules)
     pack = Pack(
@@ -205,12 +216,14 @@ def assemble_pack(sources: ReadCollection, collection: Collection, fitted: Fitte
         base_model=sources.base_model,
         revision=sources.revision,
         coefficient_dtype=fitted.coefficient_storage.name,
+        basis=basis,
     )
-    pack.notes.extend(fitted.notes)
+    pack.notes.extend([*fitted.notes, *(basis.notes if basis is not None else [])])
     note = uncompressed_note(pack.summary.bytes)
     if note is not None:
         pack.notes.append(note)
-    pack.seconds.update({"scanning": collection.seconds, **fitted.seconds})
+    basis_seconds = basis.seconds if basis is not None else {}
+    pack.seconds.update({"scanning": collection.seconds, **basis_seconds, **fitted.seconds})
     pack.frontier.extend(fitted.frontier)
     return pack
 

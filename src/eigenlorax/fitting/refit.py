@@ -94,6 +94,7 @@ def refit(
     max_error: float | None = None,
     max_bytes: int | float | None = None,
     ratio: float | None = None,
+    basis: int | None = None,
     weighting: str | None = None,
     sweeps: int | None = None,
     dtype: str | torch.dtype | None = None,
@@ -113,6 +114,7 @@ def refit(
             from what the pack reconstructs.
         n_components, energy, max_error, max_bytes, ratio, weighting, sweeps: Options of `fit`. Default: the options
             with which the pack was fitted.
+        basis: Option of `fit`. Default: that of the pack, if the new pack is entropy-coded too.
         dtype, coefficient_dtype: Options of `fit`. Default: the storages of the pack, unless max_error, max_bytes or
             ratio is passed. A pack with cores becomes a pack with coefficients.
         warn_above, device, progress: Options of `fit`.
@@ -154,6 +156,7 @@ def refit(
     fitted = fit(
         to_fit,
         **fit_options,
+        basis=basis if basis is not None else _default_basis(pack, fit_options),
         exclude_modules=[name for name in pack.fit_info.excluded_modules if name in modules],
         same_base=True,
         warn_above=1.0,
@@ -169,6 +172,7 @@ def refit(
         base_model=pack.base_model,
         revision=pack.revision,
         coefficient_dtype=fitted.coefficient_storage,
+        basis=fitted.basis,
     )
     refitted.notes.extend(fitted.notes)
     if (note := _bound_note(refitted)) is not None:
@@ -176,6 +180,15 @@ def refit(
     refitted.frontier.extend(fitted.frontier)
     warn_of_losses(refitted.records, warn_above, "Refit from the originals, or with more components.")
     return Refit(refitted, changes)
+
+
+def _default_basis(pack: Pack, fit_options: Mapping[str, Any]) -> int | None:
+    """Return the number of components of the pack's basis, if it has one and the new pack may have one too."""
+    bounds = {name: fit_options[name] for name in BYTE_TARGETS}
+    storages = fit_options["dtype"], fit_options["coefficient_dtype"]
+    if pack.basis is None or not is_entropy_coded(bounds, fit_options["weighting"], *storages):
+        return None
+    return pack.basis.fit_info.n_components
 
 
 def _bound_note(refitted: Pack) -> str | None:

@@ -24,6 +24,7 @@ def render(listed: Manifest, repo_id: str | None = None) -> str:
         listed.coefficient_dtype,
         base_model=listed.base_model,
         revision=listed.revision,
+        basis=listed.basis.subspace if listed.basis is not None else None,
     )
     how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id)
     form = f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}."
@@ -69,6 +70,7 @@ def _figures(figures: Summary) -> list[str]:
     lines += [
         f"| LoRA bytes, heads aside | {b.lora:,} |",
         f"| basis + coefficients + carried bytes | {b.basis:,} + {b.coefficients:,} + {b.carried:,} |",
+        *[f"| basis for training and serving, bytes | {b.training_basis:,} |"] * bool(b.training_basis),
         f"| compression ratio, basis counted | {b.ratio:.2f} |",
         f"| compression ratio, basis not counted | {b.ratio_without_basis:.2f} |",
         "",

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from .manifest import Entry, FitInfo, SubspaceInfo
 from .packed_adapter import PackedAdapter, Record, unpack
 from .summary import Summary, summarize
 
+if TYPE_CHECKING:
+    from .pack import Pack
+
 
 class PackContents(Mapping[str, Adapter]):
     """A subspace, and adapters as coefficients in it.
@@ -33,6 +37,8 @@ class PackContents(Mapping[str, Adapter]):
         fit_info: Options of the fit.
         base_model: Base model of the adapters; None if unknown.
         revision: Revision of the base model; None if unknown.
+        basis: Pack without adapters, in whose bases adapters are trained and served; None if there is none. Only
+            entropy-coded packs have one.
         notes: Sentences about choices of the fit. Not saved.
         seconds: Seconds of the fit, by stage. Not saved.
         frontier: Estimated bytes at other errors, after a fit to an error bound or a size. Not saved.
@@ -48,8 +54,10 @@ class PackContents(Mapping[str, Adapter]):
         base_model: str | None,
         revision: str | None,
         coefficient_dtype: str | torch.dtype,
+        basis: "Pack | None" = None,
     ) -> None:
         self.info = info
+        self.basis = basis
         self.fit_info = fit_info
         self.base_model = base_model
         self.revision = revision
@@ -159,6 +167,7 @@ class PackContents(Mapping[str, Adapter]):
             self.coefficient_storage,
             base_model=self.base_model,
             revision=self.revision,
+            basis=self.basis.info if self.basis is not None else None,
             pack_files=self._file_sizes(),
         )
 
@@ -168,6 +177,9 @@ class PackContents(Mapping[str, Adapter]):
         if folder is None or folder.is_partial:
             return None
         if folder.manifest.adapters != self._adapters or folder.manifest.subspace != self.info:
+            return None
+        saved_basis = folder.manifest.basis.subspace if folder.manifest.basis is not None else None
+        if saved_basis != (self.basis.info if self.basis is not None else None):
             return None
         return folder.file_sizes()
 

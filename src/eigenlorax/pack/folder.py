@@ -55,14 +55,20 @@ class PackFolder:
         """Return the folder with only these adapters; `AdapterNameError` for an unknown name."""
         return replace(self, manifest=self.manifest.select(names), is_partial=True)
 
+    @property
+    def basis(self) -> "PackFolder | None":
+        """The basis for training, as a pack without adapters in the same folder; None if there is none."""
+        basis = self.manifest.basis
+        return replace(self, manifest=basis, is_partial=True) if basis is not None else None
+
     def adapter(self, name: str) -> "AdapterFolder":
         """Return the folder of an adapter that the manifest lists, or of a parent."""
         return AdapterFolder(self.path, name, self.manifest.needed[name])
 
     def read_subspace(self) -> Subspace:
         """Read the bases, rebuild random components from their seeds, and compare both with the manifest."""
-        sha256, path = self.manifest.subspace_sha256, self._subspace_path
-        with self._busy_if_replaced(lambda current: current.subspace_sha256 == sha256):
+        file, sha256, path = self.manifest.subspace_file, self.manifest.subspace_sha256, self._subspace_path
+        with self._busy_if_replaced(lambda current: current.subspace_files.get(file) == sha256):
             data = self._read_subspace_bytes()
         with damaged_on_error(path):
             return subspace_file.from_bytes(data, self.manifest, path)
@@ -90,7 +96,7 @@ class PackFolder:
 
     def file_sizes(self) -> tuple[int, int] | None:
         """Return the bytes of the pack's files, model card included, and of its reports; None if a file is missing."""
-        files = [self.path / keys.MANIFEST, self._subspace_path]
+        files = [self.path / file for file in (keys.MANIFEST, *self.manifest.subspace_files)]
         for name, entry in self.manifest.adapters.items():
             current = self.adapter(name).current
             files += [current / file for file in entry.files]
@@ -105,11 +111,15 @@ class PackFolder:
         """Read every byte of the pack; `PackDamagedError` names the first file that was changed."""
 
         def is_same(current: Manifest) -> bool:
+            if self.manifest == current.basis:
+                return True
             # if only a part of the pack was opened, compare these adapters only
             return current.select(current.adapters.keys() & self.manifest.adapters.keys()) == self.manifest
 
         with self._busy_if_replaced(is_same):
-            self._read_subspace_bytes()
+            for opened in (self, self.basis):
+                if opened is not None:
+                    opened._read_subspace_bytes()
             for name in self.manifest.needed:
                 self.adapter(name).read_files()
 

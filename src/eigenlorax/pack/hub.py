@@ -96,7 +96,7 @@ def _fetch_manifest(
 
 def _missing(wanted: PackFolder) -> list[str]:
     """Return the files that the manifest lists and the folder lacks. Contents are checked when they are read."""
-    files = [wanted.path / wanted.manifest.subspace_file]
+    files = [wanted.path / file for file in wanted.manifest.subspace_files]
     for name, entry in wanted.manifest.needed.items():
         files += [wanted.adapter(name).current / file for file in entry.files]
     return [file.relative_to(wanted.path).as_posix() for file in files if not file.is_file()]
@@ -130,7 +130,7 @@ def push(
         The commit.
     """
     listed = folder.open_pack(path).manifest
-    files = [keys.MANIFEST, listed.subspace_file]
+    files = [keys.MANIFEST, *listed.subspace_files]
     files += [f"{keys.ADAPTERS}/{name}/{file}" for name, entry in listed.adapters.items() for file in entry.files]
 
     def contents(repo: str) -> dict[str, Path | bytes]:

@@ -206,6 +206,7 @@ class Manifest:
         subspace_sha256: Hash of that file.
         coefficient_dtype: Name of the coefficients' storage.
         adapters: Entries of the adapters, by name.
+        basis: Pack without adapters in the same folder, with the basis for training; None if there is none.
         unlisted: Entries of adapters that were not selected, and whose codes selected adapters have.
     """
 
@@ -218,7 +219,14 @@ class Manifest:
     subspace_sha256: str
     coefficient_dtype: str
     adapters: dict[str, Entry]
+    basis: "Manifest | None" = None
     unlisted: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def subspace_files(self) -> dict[str, str]:
+        """sha256 of each file of bases, by name: the subspace's, and that of the basis for training."""
+        training = self.basis.subspace_files if self.basis is not None else {}
+        return {self.subspace_file: self.subspace_sha256, **training}
 
     @property
     def needed(self) -> dict[str, Entry]:

@@ -26,14 +26,45 @@ _FILES = {keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG}
 
 def check(manifest: Manifest) -> None:
     """Raise `JsonTypeError` for impossible values, and for file names outside the pack."""
+    _check_bases(manifest)
+    _check_adapters(manifest)
+    _check_parents(manifest)
+    if manifest.basis is not None:
+        _check_bases(manifest.basis)
+        _check_training_basis(manifest, manifest.basis)
+
+
+def _check_bases(manifest: Manifest) -> None:
+    """Check all fields but the adapters, of a pack or of its basis for training."""
     if not keys.SUBSPACE_FILE.fullmatch(manifest.subspace_file):
         raise JsonTypeError(f"subspace.file is {manifest.subspace_file!r}.")
     _check_storages(manifest)
     _check_fit(manifest.fit)
     _check_sides(manifest.subspace)
     _check_growth(manifest.subspace)
-    _check_adapters(manifest)
-    _check_parents(manifest)
+    digests = [manifest.subspace_sha256, *(each for each in manifest.subspace.lineage if each is not None)]
+    _check_all(
+        [
+            (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
+            (manifest.subspace.stored_bytes >= 0, "subspace.stored_bytes is negative"),
+        ]
+    )
+
+
+def _check_training_basis(manifest: Manifest, basis: Manifest) -> None:
+    """Check that a basis for training has the modules of its entropy-coded pack, and another file."""
+    widths, basis_widths = (
+        {name: [pair[side].dimension for side in keys.SIDES] for name, pair in each.subspace.modules.items()}
+        for each in (manifest, basis)
+    )
+    _check_all(
+        [
+            (manifest.coefficient_dtype == CODED.name, "a pack that is not coded has a basis"),
+            (basis.coefficient_dtype != CODED.name, "the basis is coded"),
+            (widths == basis_widths, "the basis has other modules than the subspace"),
+            (basis.subspace_file != manifest.subspace_file, "the basis has the file of the subspace"),
+        ]
+    )
 
 
 def _check_all(checks: Iterable[tuple[object, str]]) -> None:
@@ -118,20 +149,16 @@ def _check_growth(subspace: SubspaceInfo) -> None:
 
 def _check_adapters(manifest: Manifest) -> None:
     names = {name.lower() for name in manifest.adapters}
-    entries, subspace = list(manifest.adapters.values()), manifest.subspace
+    entries = list(manifest.adapters.values())
     allowed = {*_FILES, keys.CARRIED, keys.SOURCE_FILE}
-    digests = [manifest.subspace_sha256, *(each for each in subspace.lineage if each is not None)]
-    digests += [digest for entry in entries for digest in (entry.record.source_sha256, *entry.files.values())]
+    digests = [digest for entry in entries for digest in (entry.record.source_sha256, *entry.files.values())]
     _check_all(
         [
             (len(names) == len(manifest.adapters), "two adapters differ by case alone"),
             (all(_FILES <= set(entry.files) <= allowed for entry in entries), "an adapter's files"),
             (all(keys.CARRIED in entry.files or not entry.record.carried_bytes for entry in entries), "carried_bytes"),
             (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
-            (
-                subspace.stored_bytes >= 0 and all(_has_valid_figures(entry.record) for entry in entries),
-                "a figure of an adapter",
-            ),
+            (all(_has_valid_figures(entry.record) for entry in entries), "a figure of an adapter"),
         ]
     )
 

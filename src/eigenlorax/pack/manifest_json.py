@@ -4,7 +4,7 @@ docs/pack-format.md describes the fields.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ _SINCE: dict[int, dict[str, Any]] = {
     7: {"purpose": None, "head_error": None},
 }
 """Fields of `fit` by the format version that introduced them, with their values in older packs."""
+_BASIS_FIELDS = {"fit", "coefficient_dtype", "subspace"}
 _REMEDY = "Restore the pack from a copy, or fit it again."
 
 
@@ -39,13 +40,8 @@ def to_bytes(manifest: Manifest) -> bytes:
         "eigenlorax_version": __version__,
         "base_model_name_or_path": manifest.base_model,
         "revision": manifest.revision,
-        "fit": asdict(manifest.fit),
-        "coefficient_dtype": manifest.coefficient_dtype,
-        "subspace": {
-            **asdict(manifest.subspace),
-            "file": manifest.subspace_file,
-            "sha256": manifest.subspace_sha256,
-        },
+        **_bases_fields(manifest),
+        "basis": _bases_fields(manifest.basis) if manifest.basis is not None else None,
         "adapters": {
             name: {**asdict(entry.record), "files": entry.files, "parent": entry.parent}
             for name, entry in manifest.adapters.items()
@@ -54,6 +50,19 @@ def to_bytes(manifest: Manifest) -> bytes:
     body["digest"] = atomic_files.digest(_canonical(body))
     # without the blanks of the canonical form, which would be a third of the file
     return (json.dumps(body, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n").encode("utf-8")
+
+
+def _bases_fields(manifest: Manifest) -> dict[str, Any]:
+    """Return the fields that describe bases, their file and their fit."""
+    return {
+        "fit": asdict(manifest.fit),
+        "coefficient_dtype": manifest.coefficient_dtype,
+        "subspace": {
+            **asdict(manifest.subspace),
+            "file": manifest.subspace_file,
+            "sha256": manifest.subspace_sha256,
+        },
+    }
 
 
 def parse(data: bytes, path: Path) -> Manifest:
@@ -89,9 +98,23 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     """Convert JSON of any format version to a manifest; `JsonTypeError` or `AdapterNameError` if a field is wrong."""
     if body.get("format") != _FORMAT or body["format_version"] < 1:
         raise JsonTypeError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
-    fit = from_json(FitInfo, _fit(body), "fit")
-    subspace, entries = dict(_subspace(body)), dict(from_json(dict, body.get("adapters"), "adapters"))
-    manifest = Manifest(
+    entries = dict(from_json(dict, body.get("adapters"), "adapters"))
+    manifest = replace(
+        _without_adapters(body),
+        basis=_basis(body),
+        adapters={
+            keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
+            for name, fields in entries.items()
+        },
+    )
+    manifest_checks.check(manifest)
+    return manifest
+
+
+def _without_adapters(body: dict[str, Any]) -> Manifest:
+    """Convert the fields of a pack that describe its base model and its bases."""
+    fit, subspace = from_json(FitInfo, _fit(body), "fit"), dict(_subspace(body))
+    return Manifest(
         format_version=body["format_version"],
         base_model=from_json(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
         revision=from_json(str | None, body.get("revision", ...), "revision"),
@@ -100,13 +123,20 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         subspace_sha256=from_json(str, subspace.pop("sha256", None), "subspace.sha256"),
         subspace=from_json(SubspaceInfo, subspace, "subspace"),
         coefficient_dtype=from_json(str, body.get("coefficient_dtype"), "coefficient_dtype"),
-        adapters={
-            keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
-            for name, fields in entries.items()
-        },
+        adapters={},
     )
-    manifest_checks.check(manifest)
-    return manifest
+
+
+def _basis(body: dict[str, Any]) -> Manifest | None:
+    """Return the manifest of the basis for training; None if the pack has none, or its format had none yet."""
+    if body["format_version"] < 7:
+        return None
+    fields = from_json(dict | None, body.get("basis", ...), "basis")
+    if fields is None:
+        return None
+    if fields.keys() != _BASIS_FIELDS:
+        raise JsonTypeError(f"basis has the fields {sorted(fields)}, and should have {sorted(_BASIS_FIELDS)}.")
+    return _without_adapters({**body, **fields})
 
 
 def _fit(body: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,9 +18,10 @@ from ..core import subspace as spaces
 from ..core.adapter import LazyMapping
 from ..core.options import name_list
 from ..core.progress import Progress
+from ..core.subspace import Subspace
 from ..errors import WARN_ABOVE, OptionError, UntrainedAdapterWarning
 from ..formats import sources
-from . import adapter_files, add, export, folder, hub, manifest, peft_models, subspace_file, writer
+from . import adapter_files, add, basis_adapters, export, folder, hub, manifest, peft_models, subspace_file, writer
 from .add import AddOptions
 from .contents import PackContents
 from .copies import share_codes, warn_of_copies
@@ -28,7 +29,7 @@ from .export import ExportErrors, ExportPlan
 from .folder import PackFolder
 from .loss_warnings import check_warn_above, warn_of_losses
 from .manifest import Entry, Manifest
-from .packed_adapter import Record
+from .packed_adapter import PackedAdapter, Record
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -65,6 +66,7 @@ class Pack(PackContents):
             base_model=listed.base_model,
             revision=listed.revision,
             coefficient_dtype=listed.coefficient_dtype,
+            basis=cls._from_folder(opened.basis) if opened.basis is not None else None,
         )
         pack._folder = opened
         pack.remember()
@@ -104,12 +106,59 @@ class Pack(PackContents):
     def remember(self) -> None:
         """Register the subspace for the tuner, which finds it by fingerprint, until the process ends.
 
-        Fingerprints that the subspace had before it was augmented or extended are registered as well.
+        Fingerprints that the subspace had before it was augmented or extended are registered as well, and so are those
+        of `basis`.
         """
-        reopen = partial(Pack.open, self.path.absolute()) if self.path is not None else lambda: self
         for fingerprint in self.info.lineage:
             if fingerprint is not None:
+                reopen = partial(_reopen, self.path.absolute(), fingerprint) if self.path is not None else lambda: self
                 registry.register(fingerprint, reopen)
+        if self.basis is not None:
+            self.basis.remember()
+
+    @property
+    def training_pack(self) -> "Pack":
+        """The pack in whose bases new adapters are trained: `basis` if there is one, else the pack itself."""
+        return self.basis if self.basis is not None else self
+
+    def with_subspace(self, fingerprint: str) -> "Pack | None":
+        """Return the pack or its basis, the one that has or had the subspace of this fingerprint; None if neither."""
+        if fingerprint in self.info.lineage:
+            return self
+        return self.basis.with_subspace(fingerprint) if self.basis is not None else None
+
+    def on_basis(self, within: float | None = None) -> "Pack":
+        """Return the adapters that the basis represents well, as coefficients in it, for serving from one basis.
+
+        Args:
+            within: Upper bound of the error against the original, up to which an adapter is included: the error in the
+                pack, and that of the projection of the pack's update on the basis. Default: 0.1, or twice the error
+                bound of the pack if that is more.
+
+        Returns:
+            A pack in memory, without the other adapters. The errors in its records are upper bounds.
+
+        Raises:
+            OptionError: The pack has no basis.
+
+        Example:
+            >>> import eigenlorax
+            >>> pack = eigenlorax.fit("adapters/", max_error=0.05, basis=4)
+            >>> pack.on_basis(0.1).names
+            ['a', 'b', 'c']
+        """
+        basis = basis_adapters.check_has_basis(self)
+        within = basis_adapters.check_within(within, self)
+        projected = {name: basis_adapters.project(self, name) for name in self.names}
+        return Pack(
+            basis.subspace,
+            basis.info,
+            {name: packed for name, packed in projected.items() if packed.record.delta_error <= within},
+            basis.fit_info,
+            base_model=self.base_model,
+            revision=self.revision,
+            coefficient_dtype=basis_adapters.COEFFICIENT_DTYPE,
+        )
 
     @classmethod
     @contextmanager
@@ -315,21 +364,35 @@ class Pack(PackContents):
     def augment(self, n_extra: int, seed: int) -> "Pack":
         """Return a pack whose bases have additional random components, for training new tasks.
 
-        The components are orthonormal to the others. Updates of the adapters do not change.
+        The components are orthonormal to the others. Updates of the adapters do not change. If the pack has a `basis`,
+        only that is augmented.
 
         Args:
             n_extra: Number of random components per side.
             seed: Seed of the components.
         """
-        subspace = spaces.augment(self.subspace, n_extra, seed)
+        adapters = {name: self._with_fingerprint(name) for name in self.names}
+        if self.basis is not None:
+            return self._copy(adapters, basis=self.basis.augment(n_extra, seed))
+        return self._copy(adapters, subspace=spaces.augment(self.subspace, n_extra, seed))
+
+    def _copy(
+        self,
+        adapters: Mapping[str, PackedAdapter],
+        *,
+        subspace: Subspace | None = None,
+        basis: "Pack | None" = None,
+    ) -> "Pack":
+        """Return a pack in memory with these adapters, and another subspace or basis if one is passed."""
         return Pack(
-            subspace,
-            manifest.describe(subspace, self._storage),
-            {name: self._with_fingerprint(name) for name in self.names},
+            self.subspace if subspace is None else subspace,
+            self.info if subspace is None else manifest.describe(subspace, self._storage),
+            adapters,
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,
             coefficient_dtype=self.coefficient_storage,
+            basis=self.basis if basis is None else basis,
         )
 
     def save(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Path:
@@ -432,16 +495,33 @@ class Pack(PackContents):
         )
         entries = {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Entry)}
         entries |= {name: Entry.of(loaded[name], content) for name, content in files.items()}
-        written = self.info, keys.FORMAT_VERSION
-        if in_place and previous is not None and (previous.subspace, previous.format_version) == written:
-            subspace, file, sha256 = None, previous.subspace_file, previous.subspace_sha256
+        new, bases = self._list(entries, previous if in_place else None)
+        self._folder = writer.write(target, previous, new, bases, files)
+        self._adapters = dict(new.adapters)
+        if self.basis is not None:
+            self.basis._folder = self._folder.basis
+
+    def _list(self, entries: Mapping[str, Entry], previous: Manifest | None) -> tuple[Manifest, dict[str, bytes]]:
+        """Return the manifest of the pack, and by name the files of bases that are not on disk.
+
+        Args:
+            entries: Entries of the adapters, by name.
+            previous: Manifest of an earlier state of this pack in the same folder; None if there is none.
+        """
+        basis: Manifest | None = None
+        bases: dict[str, bytes] = {}
+        if self.basis is not None:
+            basis, bases = self.basis._list({}, previous.basis if previous is not None else None)
+        if previous is not None and (previous.subspace, previous.format_version) == (self.info, keys.FORMAT_VERSION):
+            file, sha256 = previous.subspace_file, previous.subspace_sha256
         else:
             # bases that were read from another format have other tensors there
             self.info = replace(self.info, stored_bytes=self.subspace.stored_bytes)
-            subspace = subspace_file.to_bytes(self.subspace, self._storage)
-            sha256 = atomic_files.digest(subspace)
+            content = subspace_file.to_bytes(self.subspace, self._storage)
+            sha256 = atomic_files.digest(content)
             file = keys.subspace_file(sha256)
-        new = Manifest(
+            bases[file] = content
+        listed = Manifest(
             format_version=keys.FORMAT_VERSION,
             base_model=self.base_model,
             revision=self.revision,
@@ -451,9 +531,9 @@ class Pack(PackContents):
             subspace_sha256=sha256,
             coefficient_dtype=self.coefficient_storage,
             adapters=dict(sorted(entries.items())),
+            basis=basis,
         )
-        self._folder = writer.write(target, previous, new, subspace, files)
-        self._adapters = dict(new.adapters)
+        return listed, bases
 
     def push_to_hub(
         self,
@@ -487,15 +567,7 @@ class Pack(PackContents):
         names = self.names if adapters is None else sorted(set(name_list(adapters)))
         for name in names:
             self._check_has(name)
-        pushed = Pack(
-            self.subspace,
-            self.info,
-            share_codes({name: self.packed(name) for name in names}),
-            self.fit_info,
-            base_model=self.base_model,
-            revision=self.revision,
-            coefficient_dtype=self.coefficient_storage,
-        )
+        pushed = self._copy(share_codes({name: self.packed(name) for name in names}))
         with tempfile.TemporaryDirectory() as temporary:
             return hub.push(
                 pushed.save(Path(temporary) / "pack"),
@@ -506,3 +578,8 @@ class Pack(PackContents):
                 token=token,
                 create_pr=create_pr,
             )
+
+
+def _reopen(path: Path, fingerprint: str) -> Pack | None:
+    """Open the pack in a folder, and return it or its basis, the one with this subspace; None if it was replaced."""
+    return Pack.open(path).with_subspace(fingerprint)

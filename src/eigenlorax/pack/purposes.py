@@ -28,10 +28,15 @@ def choice(figures: Summary) -> str:
 
 def limits(figures: Summary) -> str:
     """Return what a pack cannot do, with the option of `fit` that does it, in one sentence."""
+    if figures.basis is not None:
+        return (
+            "takes more bytes than without its basis, of which vLLM's shared basis serves only the adapters that it "
+            "represents well enough (serve-check lists them)"
+        )
     if storage_by_name(figures.dtype).is_coded:
         return (
             "not for training new tasks on coefficients (purpose='training', --for training), nor for vLLM's shared "
-            "basis (purpose='serving', --for serving)"
+            "basis (purpose='serving', --for serving), unless it is fitted with a basis for both (basis=32, --basis 32)"
         )
     losses = []
     worst = max((errors.worst for errors in (figures.in_fit, figures.projected) if errors is not None), default=0.0)

@@ -59,4 +59,4 @@ def outdated_reports_removed(folder: Path, previous: Manifest | None, new: Manif
 
 def _content(manifest: Manifest) -> tuple[object, ...]:
     """Return the fields of a manifest that a report depends on."""
-    return manifest.adapters, manifest.subspace, manifest.subspace_sha256
+    return manifest.adapters, manifest.subspace, manifest.subspace_files

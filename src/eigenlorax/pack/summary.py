@@ -65,11 +65,12 @@ class Bytes:
         lora: Bytes of the LoRA factors in `lora_bits` bits, and of carried tensors.
         lora_bits: Bits of the pack's narrower dtype, or 16 for integers.
         lora_files: Bytes of the adapters' weights files.
-        basis: Bytes of the bases.
+        basis: Bytes of the bases that the adapters need.
+        training_basis: Bytes of the basis for training and serving, which the adapters do not need; 0 without one.
         coefficients: Bytes of the coefficients.
         carried: Bytes of tensors that are stored unchanged.
         heads: Bytes of trained heads.
-        ratio: lora ÷ (basis + coefficients + carried).
+        ratio: lora ÷ (basis + training_basis + coefficients + carried).
         ratio_without_basis: lora ÷ (coefficients + carried).
         ratio_with_heads: The same as `ratio`, with the heads added on both sides.
     """
@@ -78,6 +79,7 @@ class Bytes:
     lora_bits: int
     lora_files: int
     basis: int
+    training_basis: int
     coefficients: int
     carried: int
     heads: int
@@ -88,7 +90,7 @@ class Bytes:
     @property
     def pack(self) -> int:
         """Bytes of all tensors of the pack, without heads."""
-        return self.basis + self.coefficients + self.carried
+        return self.basis + self.training_basis + self.coefficients + self.carried
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,24 @@ class FileBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingBasis:
+    """Basis for training and shared-basis serving in an entropy-coded pack.
+
+    Attributes:
+        dtype: Name of the components' storage.
+        fingerprint: Fingerprint of its subspace.
+        n_extra: Number of random components per side.
+        down, up: Numbers of components on each side.
+    """
+
+    dtype: str
+    fingerprint: str
+    n_extra: int
+    down: Components
+    up: Components
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """Figures of a pack.
 
@@ -134,6 +154,7 @@ class Summary:
         in_fit: Errors of trained adapters in the fit; None if there are none.
         projected: Errors of trained adapters that were added later; None if there are none.
         bounds: Number of adapters whose delta error is an upper bound.
+        basis: Basis for training and serving; None if there is none.
         bytes: Tensor bytes.
         files: Bytes of files; None if the pack is not on disk, or has changed since it was read.
     """
@@ -156,6 +177,7 @@ class Summary:
     in_fit: Errors | None
     projected: Errors | None
     bounds: int
+    basis: TrainingBasis | None
     bytes: Bytes
     # the same pack in memory and on disk has equal figures but for this one
     files: FileBytes | None = field(compare=False)
@@ -169,6 +191,7 @@ def summarize(
     *,
     base_model: str | None,
     revision: str | None,
+    basis: SubspaceInfo | None = None,
     pack_files: tuple[int, int] | None = None,
 ) -> Summary:
     """Return the figures of a pack.
@@ -180,6 +203,7 @@ def summarize(
         coefficient_dtype: Name of the coefficients' storage.
         base_model: Base model of the adapters; None if unknown.
         revision: Revision of the base model; None if unknown.
+        basis: Subspace of the basis for training; None if there is none.
         pack_files: Bytes of the pack's files and of its reports; None if the pack is not on disk.
     """
     trained = {name: record for name, record in records.items() if not record.untrained}
@@ -197,12 +221,13 @@ def summarize(
         ranks=sorted({rank for record in records.values() for rank in record.ranks}),
         untrained=[name for name, record in records.items() if record.untrained],
         modules=len(info.modules),
-        down=_components(info, fit, "down"),
-        up=_components(info, fit, "up"),
+        down=_components(info, "down", fit.n_components),
+        up=_components(info, "up", fit.n_components),
         in_fit=_errors({name: record for name, record in trained.items() if record.in_fit}),
         projected=_errors({name: record for name, record in trained.items() if not record.in_fit}),
         bounds=sum(record.bound for record in records.values()),
-        bytes=_bytes(records, info, coefficient_dtype),
+        basis=_training_basis(basis) if basis is not None else None,
+        bytes=_bytes(records, info, coefficient_dtype, basis.stored_bytes if basis is not None else 0),
         files=_file_bytes(records, *pack_files) if pack_files is not None else None,
     )
 
@@ -211,11 +236,16 @@ def _widths(info: SubspaceInfo) -> list[tuple[str, int]]:
     return [(module, sides["down"].dimension) for module, sides in info.modules.items()]
 
 
-def _components(info: SubspaceInfo, fit: FitInfo, side: str) -> Components:
+def _training_basis(info: SubspaceInfo) -> TrainingBasis:
+    down, up = (_components(info, side, None) for side in keys.SIDES)
+    return TrainingBasis(info.dtype, info.fingerprint, info.n_extra, down, up)
+
+
+def _components(info: SubspaceInfo, side: str, n_components: int | None) -> Components:
     sides = [sides[side] for sides in info.modules.values()]
     counts = [info.k for info in sides]
     total = sum(info.square for info in sides)
-    wanted = fit.n_components or 0
+    wanted = n_components or 0
     return Components(
         min=min(counts, default=0),
         median=float(statistics.median(counts or [0])),
@@ -246,20 +276,21 @@ def _errors(records: Mapping[str, Record]) -> Errors | None:
     )
 
 
-def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype: str) -> Bytes:
+def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype: str, training_basis: int) -> Bytes:
     # the narrower of the two: a ratio must not gain from LoRAs that are wider than the pack
     width = min(storage_by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
     carried = sum(record.carried_bytes for record in records.values())
     coefficients = sum(record.coefficient_bytes for record in records.values())
     lora = width * lora_numbers(records) + carried
     per_adapter = coefficients + carried
-    total = info.stored_bytes + per_adapter
+    total = info.stored_bytes + training_basis + per_adapter
     heads = sum(record.head_bytes for record in records.values())
     return Bytes(
         lora=lora,
         lora_bits=8 * width,
         lora_files=sum(record.source_file_bytes for record in records.values() if not record.untrained),
         basis=info.stored_bytes,
+        training_basis=training_basis,
         coefficients=coefficients,
         carried=carried,
         heads=heads,
@@ -290,7 +321,7 @@ def _file_bytes(records: Mapping[str, Record], pack: int, reports: int) -> FileB
 def uncompressed_note(sizes: Bytes) -> str | None:
     """Return a sentence about heads and carried tensors if they are more than half of a pack, else None."""
     exact = sizes.heads + sizes.carried
-    total = sizes.basis + sizes.coefficients + exact
+    total = sizes.pack + sizes.heads
     if exact <= total / 2:
         return None
     kinds = {

@@ -139,7 +139,7 @@ def replaced_manifest(target: Path, opened: PackFolder | None, overwrite: bool) 
 
 
 def write(
-    folder: Path, previous: Manifest | None, new: Manifest, subspace: bytes | None, adapters: Mapping[str, Files]
+    folder: Path, previous: Manifest | None, new: Manifest, bases: Files, adapters: Mapping[str, Files]
 ) -> PackFolder:
     """Replace the pack in a folder, and return the new one.
 
@@ -149,7 +149,7 @@ def write(
         folder: Folder of the pack.
         previous: Current manifest; None if there is none that can be read.
         new: New manifest.
-        subspace: File of the subspace; None if it is on disk.
+        bases: Files of bases that may not be on disk yet, by name.
         adapters: Files of adapters that may not be on disk yet, by adapter and name.
     """
     data = manifest_json.to_bytes(new)
@@ -160,10 +160,11 @@ def write(
     try:
         # files reach the disk before the manifest that lists them
         with atomic_files.defer_folder_syncs():
-            target = folder / new.subspace_file
-            if subspace is not None and not _holds(target, subspace):
-                written += [] if target.exists() else [target]
-                atomic_files.write_file(target, subspace)
+            for file, content in bases.items():
+                target = folder / file
+                if not _holds(target, content):
+                    written += [] if target.exists() else [target]
+                    atomic_files.write_file(target, content)
             (folder / keys.ADAPTERS).mkdir(exist_ok=True)
             atomic_files.sync_folder(folder)
             for name, files in adapters.items():
@@ -229,5 +230,5 @@ def _tidy(folder: Path, manifest: Manifest) -> None:
         if path.name not in manifest.adapters and (_is_staged(path) or _is_packed(path)):
             atomic_files.remove(path)
     for path in folder.iterdir():
-        if keys.SUBSPACE_FILE.fullmatch(path.name) and path.name != manifest.subspace_file:
+        if keys.SUBSPACE_FILE.fullmatch(path.name) and path.name not in manifest.subspace_files:
             atomic_files.remove(path)

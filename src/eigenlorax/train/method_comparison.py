@@ -169,7 +169,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
         FormatError: The rows, the base model or the resumed file cannot be read.
         PackExistsError: `output` exists, and `resume` is False.
     """
-    opened = Pack.open(pack)
+    opened = Pack.open(pack).training_pack
     results_file.check_output(output, resume)
     train, test = (data.read(path, options.columns.label) for path in (options.train, options.evaluation))
     models.check_installed()

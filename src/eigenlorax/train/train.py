@@ -181,7 +181,7 @@ def _prepare(
     alpha = 2 * training.rank if training.alpha is None else training.alpha
     config = EigenLoraxConfig(
         subspace=str(pack),
-        subspace_fingerprint=opened.info.fingerprint,
+        subspace_fingerprint=opened.training_pack.info.fingerprint,
         r=training.rank,
         lora_alpha=alpha,
         core=training.core,
@@ -207,7 +207,7 @@ def _prepare(
         "train": data.rows_sha256(train_table),
         "evaluation": data.rows_sha256(evaluation_table) if evaluation_table else None,
         "model": model,
-        "subspace": opened.info.fingerprint,
+        "subspace": opened.training_pack.info.fingerprint,
     }
     # the token is a secret and must not be written to the record
     settings["trainer_options"].pop("hub_token", None)

@@ -24,9 +24,10 @@ class EigenLoraxConfig(PeftConfig):
 
     Args:
         subspace (`str`, `os.PathLike` or [`Pack`], *optional*):
-            The pack whose subspace is used: a folder, a repository on the Hub, or a `Pack` in memory. If it is not
-            specified, the subspace is found by its fingerprint among the packs that are open in this process, or
-            loaded with the adapter if it is embedded in the adapter's file.
+            The pack whose subspace is used: a folder, a repository on the Hub, or a `Pack` in memory. If an
+            entropy-coded pack has a basis, the basis is used. If it is not specified, the subspace is found by its
+            fingerprint among the packs that are open in this process, or loaded with the adapter if it is embedded in
+            the adapter's file.
         subspace_revision (`str`, *optional*):
             Branch, tag or commit of a pack on the Hub.
         subspace_fingerprint (`str`, *optional*):
@@ -228,7 +229,7 @@ class EigenLoraxConfig(PeftConfig):
         """Set the subspace to the subspace of a pack: a folder, a repository on the Hub, or a `Pack`."""
         if isinstance(subspace, Pack):
             subspace.remember()
-            self.subspace_fingerprint = subspace.info.fingerprint
+            self.subspace_fingerprint = subspace.training_pack.info.fingerprint
             self.subspace = None
         else:
             self.subspace = None if subspace is None else os.fspath(subspace)
@@ -236,7 +237,7 @@ class EigenLoraxConfig(PeftConfig):
     def _use_for_saved_coefficients(self, subspace: os.PathLike[str] | str | Pack) -> None:
         """Set the subspace of a saved adapter; raise `OptionError` if its coefficients belong to another one."""
         saved = self.subspace_fingerprint
-        if isinstance(subspace, Pack) and saved not in (None, *subspace.info.lineage):
+        if isinstance(subspace, Pack) and saved is not None and subspace.with_subspace(saved) is None:
             raise OptionError(
                 f"the adapter belongs to the subspace {str(saved)[:12]}…, but {subspace!r} has "
                 f"{subspace.info.fingerprint[:12]}…: its coefficients would mean something else there. Pass its own "

@@ -6,7 +6,7 @@ coefficients are cores, and otherwise factored to the rank by a truncated SVD.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from ..core.options import suggestion
 from ..core.projection import widen_coefficients
 from ..core.subspace import ModuleBases
 from ..errors import ModuleNameError, OptionError, ProjectionWarning, ShapeError
+from ..pack import basis_adapters
+from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from .config import EigenLoraxConfig
 from .resolve import EmbeddedSubspace, ResolvedSubspace
@@ -102,7 +104,7 @@ def initial_core(config: EigenLoraxConfig, resolved: ResolvedSubspace | Embedded
         return _mean_core(resolved, config)
     pack = resolved.pack
     if pack is not None and config.start in pack.names:
-        return _packed_core([pack.packed(config.start)], resolved, config.start)
+        return _packed_core(_read_adapters(pack, [config.start], resolved, config.start), resolved, config.start)
     if Path(config.start).is_dir():
         return _projected_core(formats.read_adapter(config.start), resolved, config)
     names = pack.names if pack is not None else []
@@ -119,7 +121,22 @@ def _mean_core(resolved: ResolvedSubspace, config: EigenLoraxConfig) -> InitialC
     trained = [name for name, record in pack.records.items() if not record.untrained] if pack is not None else []
     if pack is None or not trained:
         raise OptionError("start='mean' needs a pack with trained adapters. Pass it as subspace='pack/'.")
-    return _packed_core([pack.packed(name) for name in trained], resolved, config.start)
+    return _packed_core(_read_adapters(pack, trained, resolved, config.start), resolved, config.start)
+
+
+def _read_adapters(pack: Pack, names: Sequence[str], resolved: ResolvedSubspace, start: str) -> list[PackedAdapter]:
+    """Return adapters as coefficients in the subspace, projected with a warning if that is the basis of the pack."""
+    if resolved.fingerprint in pack.info.lineage or pack.basis is None:
+        return [pack.packed(name) for name in names]
+    projected = [basis_adapters.project(pack, name) for name in names]
+    worst = max(projected, key=lambda packed: packed.record.delta_error)
+    warnings.warn(
+        f"start={start!r}: training starts from projections on the pack's basis. The error of {worst.name!r} is then "
+        f"at most {worst.record.delta_error:.4f} (delta error).",
+        ProjectionWarning,
+        stacklevel=2,
+    )
+    return projected
 
 
 def _packed_core(adapters: list[PackedAdapter], resolved: ResolvedSubspace, start: str) -> InitialCore:

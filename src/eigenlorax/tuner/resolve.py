@@ -28,7 +28,7 @@ class ResolvedSubspace:
     Attributes:
         subspace: Bases by module name.
         fingerprint: Fingerprint of `subspace`.
-        pack: Pack of the subspace, if that is open or on disk.
+        pack: Pack of the subspace, if that is open or on disk. The subspace may be its basis.
         saved_subspace: State of the subspace when the adapter was saved, if it has grown since. The adapter's
             coefficients then belong to the first components of `subspace`.
     """
@@ -123,14 +123,11 @@ def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSub
     pack = _find_pack(config)
     saved_subspace = None
     if pack is not None:
-        fingerprint = pack.info.fingerprint
-        if config.subspace_fingerprint is not None and config.subspace_fingerprint not in pack.info.lineage:
-            raise OptionError(
-                f"the adapter belongs to the subspace {config.subspace_fingerprint[:12]}…, but {config.subspace} has "
-                f"{fingerprint[:12]}…: its coefficients would mean something else there. Pass its own pack as "
-                "subspace=."
-            )
-        subspace = registry.find(fingerprint) or registry.intern(pack.subspace)
+        holder = pack.training_pack
+        if config.subspace_fingerprint is not None:
+            holder = _pack_with_subspace(pack, config.subspace_fingerprint, config.subspace)
+        fingerprint = holder.info.fingerprint
+        subspace = registry.find(fingerprint) or registry.intern(holder.subspace)
         if config.subspace_fingerprint not in (None, fingerprint):
             saved_subspace = subspace.at(config.subspace_fingerprint)
         else:
@@ -143,6 +140,18 @@ def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSub
     if config.n_extra:
         subspace = registry.intern(spaces.augment(subspace, config.n_extra, config.extra_seed))
     return ResolvedSubspace(subspace, subspace.fingerprint, pack, saved_subspace)
+
+
+def _pack_with_subspace(pack: Pack, fingerprint: str, source: object) -> Pack:
+    """Return the pack or its basis, the one with a subspace; `OptionError` if neither has it."""
+    holder = pack.with_subspace(fingerprint)
+    if holder is None:
+        raise OptionError(
+            f"the adapter belongs to the subspace {fingerprint[:12]}…, but {source} has "
+            f"{pack.info.fingerprint[:12]}…: its coefficients would mean something else there. Pass its own pack as "
+            "subspace=."
+        )
+    return holder
 
 
 def _find_by_fingerprint(config: EigenLoraxConfig) -> Subspace:

@@ -14,6 +14,7 @@ from ...core import atomic_files, keys
 from ...core.adapter import Adapter, from_factors
 from ...errors import AdapterNameError, PackBusyError, ServingError
 from ...formats import lora_config, peft
+from ...pack import basis_adapters
 from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
 from ...pack.packed_adapter import PackedAdapter
@@ -57,8 +58,11 @@ class AdapterFolders:
         self._max_lora_rank = max_lora_rank
         self._watched = WatchedPack(settings.pack)
         self.base_model = self._watched.current().base_model
+        pack = self._watched.current()
         # the subspace that loaded models hold, even if the pack changes
-        self.served: SubspaceInfo = self._watched.current().info
+        self.served: SubspaceInfo = (pack.training_pack if self.shared else pack).info
+        # None if adapters are served as they are in the pack
+        self._within = basis_adapters.check_within(settings.serve_within, pack) if self._is_projected(pack) else None
         self._root, self._limit = settings.cache or cache.default_root(), settings.cache_bytes
         cache.prepare(self._root)
         self._cache: cache.Cache | None = None
@@ -109,14 +113,20 @@ class AdapterFolders:
 
     def _digest(self, pack: Pack, name: str) -> str:
         mode = f"cores of {self.served.fingerprint}" if self.shared else "expanded"
+        mode += f" within {self._within}" if self._within is not None else ""
         return atomic_files.digest(f"{_FORMAT}, {name}, {pack.digest(name)}, {mode}".encode())
 
     def _files(self, name: str, digest: str) -> atomic_files.Files:
         pack = self._watched.with_adapter(name)
         if self._digest(pack, name) != digest:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
-        packed = pack.packed(name)
-        message = refusal(packed, shared=self.shared) or self._changed(packed, pack.info) or self._too_large(packed)
+        packed = self._packed(pack, name)
+        message = (
+            refusal(packed, shared=self.shared)
+            or self._changed(packed, pack.info)
+            or self._inexact(packed)
+            or self._too_large(packed)
+        )
         if message is not None:
             self._refused[digest] = ServingError(message)
             raise self._refused[digest]
@@ -125,6 +135,19 @@ class AdapterFolders:
         else:
             lora = _with_subspace_names(pack.adapter(name), packed.subspace_names)
         return peft.to_files(_without_base_weights(lora))
+
+    def _is_projected(self, pack: Pack) -> bool:
+        """Return whether adapters are projected on the pack's basis, which loaded models hold."""
+        return self.shared and pack.basis is not None
+
+    def _packed(self, pack: Pack, name: str) -> PackedAdapter:
+        """Return an adapter as it is in the pack, or as the basis of the pack represents it."""
+        return basis_adapters.project(pack, name) if self._is_projected(pack) else pack.packed(name)
+
+    def _inexact(self, packed: PackedAdapter) -> str | None:
+        """Return a message if the basis of the pack does not represent an adapter well enough."""
+        reason = basis_adapters.refusal_reason(packed, self._within) if self._within is not None else None
+        return reason and f"adapter {packed.name!r} cannot be served: {reason}."
 
     def _too_large(self, packed: PackedAdapter) -> str | None:
         """Return a message if the rank of an adapter is larger than a slot, as far as the slot's rank is known."""

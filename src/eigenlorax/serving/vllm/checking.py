@@ -14,6 +14,8 @@ from ...core import keys, module_names
 from ...core.options import check_choice, to_int
 from ...errors import ModuleNameError, OptionError, ShapeError
 from ...formats import checks
+from ...pack import basis_adapters
+from ...pack.basis_adapters import check_has_basis, check_within
 from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
 from ...pack.packed_adapter import PackedAdapter
@@ -38,6 +40,8 @@ class ServerOptions:
         dtype: vLLM's `--dtype`.
         tensor_parallel_size: vLLM's `--tensor-parallel-size`.
         adapters: Number of adapters that memory is extrapolated to.
+        serve_within: Largest error of an adapter that the basis of an entropy-coded pack serves; None for the default
+            of `Pack.on_basis`.
     """
 
     max_loras: int = 8
@@ -45,6 +49,7 @@ class ServerOptions:
     dtype: str = "auto"
     tensor_parallel_size: int = 1
     adapters: int = 1000
+    serve_within: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_loras", "tensor_parallel_size", "adapters"):
@@ -84,6 +89,9 @@ class Check:
         adapters: Number of adapters in the pack.
         expanded: The result for expanded adapters.
         shared: The result for a shared basis.
+        within: Largest error of an adapter that the pack's basis serves; None if the pack has no basis.
+        basis_errors: Upper bound of the error of each adapter in the pack's basis, against the original; empty if the
+            pack has no basis.
         not_held: Modules of the subspace that are not linear layers in vLLM. If there are any, no adapter can be served
             with a shared basis.
         target_modules: `--lora-target-modules` for expanded adapters.
@@ -97,6 +105,8 @@ class Check:
     adapters: int
     expanded: ServingMode
     shared: ServingMode
+    within: float | None
+    basis_errors: dict[str, float]
     not_held: list[str]
     target_modules: list[str]
     plan: Plan
@@ -133,7 +143,10 @@ def check(
     plans.check_gpus(shapes, options.tensor_parallel_size)
     checks.warn_of_other_model(pack.base_model, shapes.model)
     match = _match_modules(pack, shapes)
-    totals = _read_adapters(pack, match, progress or (lambda stage, done, total: None))
+    within = check_within(options.serve_within, pack) if pack.basis is not None else None
+    if within is None and options.serve_within is not None:
+        check_has_basis(pack)
+    totals = _read_adapters(pack, match, within, progress or (lambda stage, done, total: None))
     targets = plans.target_modules([*match.cores, *totals.carried] if totals.expanded.ranks else [])
     plan = plans.plan(
         match.layers,
@@ -143,7 +156,7 @@ def check(
         expanded=totals.expanded.adapters,
         shared=totals.shared.adapters,
     )
-    command = ServeCommand(source, shapes.model, revision, options.dtype, plan.choices)
+    command = ServeCommand(source, shapes.model, revision, options.dtype, plan.choices, within)
     return Check(
         pack=source,
         model=shapes.model,
@@ -151,6 +164,8 @@ def check(
         adapters=len(pack),
         expanded=totals.expanded.mode(command.expanded(plan.expanded, targets)),
         shared=totals.shared.mode(command.shared(plan.shared)),
+        within=within,
+        basis_errors=totals.basis_errors,
         not_held=match.not_held,
         target_modules=list(targets),
         plan=plan,
@@ -176,7 +191,7 @@ class _ModuleMatch:
 def _match_modules(pack: Pack, shapes: Shapes) -> _ModuleMatch:
     layers, cores, not_held = dict(shapes.layers), {}, []
     # sizes are in the manifest too, but a server reads the bases, and does not start if they are damaged
-    modules = pack.subspace.modules
+    modules = pack.training_pack.subspace.modules
     names = module_names.resolve_all(modules, shapes.layers)
     missing = [name for name, layer in names.items() if layer is None and not _is_expert(name, shapes)]
     remedy = "Pass the base model of the pack's adapters: model= (--model)" + (
@@ -243,14 +258,18 @@ class _Totals:
         expanded: Sums of expanded adapters.
         shared: Sums of adapters with a shared basis.
         carried: Modules of the model for which adapters have LoRAs outside the subspace.
+        basis_errors: Upper bounds of errors in the pack's basis, by adapter.
     """
 
     expanded: _ModeTotals
     shared: _ModeTotals
     carried: set[str] = field(default_factory=set)
+    basis_errors: dict[str, float] = field(default_factory=dict)
 
 
-def _read_adapters(pack: Pack, match: _ModuleMatch, progress: Callable[[str, int, int], None]) -> _Totals:
+def _read_adapters(
+    pack: Pack, match: _ModuleMatch, within: float | None, progress: Callable[[str, int, int], None]
+) -> _Totals:
     # the dtypes of `Pack.adapter` and `lora_on_cores`
     widest = torch.promote_types(torch.promote_types(pack.dtype, pack.coefficient_dtype), torch.float32)
     totals = _Totals(_ModeTotals(widest.itemsize), _ModeTotals(torch.float32.itemsize))
@@ -261,7 +280,12 @@ def _read_adapters(pack: Pack, match: _ModuleMatch, progress: Callable[[str, int
             sorted({keys.parse_peft_key(key).module for key in packed.carried}), match.layers
         )
         _add_expanded(totals, packed, carried)
-        _add_shared(totals.shared, packed, pack.info, match)
+        inexact = None
+        if within is not None:
+            packed = basis_adapters.project(pack, name)
+            totals.basis_errors[name] = packed.record.delta_error
+            inexact = basis_adapters.refusal_reason(packed, within)
+        _add_shared(totals.shared, packed, pack.training_pack.info, match, inexact)
     return totals
 
 
@@ -285,10 +309,20 @@ def _add_expanded(totals: _Totals, packed: PackedAdapter, carried: Mapping[str, 
     totals.carried.update(layer_name for layer_name in carried.values() if layer_name is not None)
 
 
-def _add_shared(shared: _ModeTotals, packed: PackedAdapter, info: SubspaceInfo, match: _ModuleMatch) -> None:
-    """Add an adapter to the sums with a shared basis, or to the refused ones."""
+def _add_shared(
+    shared: _ModeTotals, packed: PackedAdapter, info: SubspaceInfo, match: _ModuleMatch, inexact: str | None
+) -> None:
+    """Add an adapter to the sums with a shared basis, or to the refused ones.
+
+    Args:
+        shared: The sums, which are changed.
+        packed: The adapter.
+        info: The subspace that the model contains.
+        match: Modules of the pack in the model.
+        inexact: Why the basis does not represent the adapter well enough; None if it does.
+    """
     # the adapter's own reason comes first, because fitting the pack again would not help then
-    reason = servable.refusal_reason(packed, shared=True) or _shared_basis_reason(match)
+    reason = servable.refusal_reason(packed, shared=True) or _shared_basis_reason(match) or inexact
     if reason is not None:
         shared.refused[packed.name] = reason
         return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .plan import Choices, MemoryUse
-from .settings import PACK, SHARED_BASIS
+from .settings import PACK, SERVE_WITHIN, SHARED_BASIS
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class ServeCommand:
         revision: Revision of the model.
         dtype: vLLM's `--dtype`.
         choices: The flags of the server.
+        serve_within: Largest error of an adapter that the pack's basis serves; None if the pack has no basis.
     """
 
     pack: str
@@ -26,6 +27,7 @@ class ServeCommand:
     revision: str | None
     dtype: str
     choices: Choices
+    serve_within: float | None = None
 
     def expanded(self, memory: MemoryUse | None, targets: Sequence[str]) -> str | None:
         """Return the command for expanded adapters, with these `--lora-target-modules`; None if none is served."""
@@ -33,7 +35,8 @@ class ServeCommand:
 
     def shared(self, memory: MemoryUse | None) -> str | None:
         """Return the command for a shared basis, which chooses modules itself; None if no adapter is served."""
-        return None if memory is None else self._command(memory, {SHARED_BASIS: "1"}, [])
+        within = {SERVE_WITHIN: f"{self.serve_within:g}"} if self.serve_within is not None else {}
+        return None if memory is None else self._command(memory, {SHARED_BASIS: "1", **within}, [])
 
     def _command(self, memory: MemoryUse, settings: dict[str, str], flags: list[str]) -> str:
         environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", PACK: _absolute(self.pack), **settings}

@@ -99,7 +99,7 @@ def add_subspace(model: nn.Module, vllm_config: VllmConfig, source: str) -> None
     lora_config = vllm_config.lora_config
     if lora_config is None:
         raise OptionError(f"{settings.SHARED_BASIS}=1 serves adapters: start the server with --enable-lora.")
-    pack = Pack.from_pretrained(source, adapters=[])
+    pack = Pack.from_pretrained(source, adapters=[]).training_pack
     core = core_name(pack.info.fingerprint)
     if lora_config.target_modules and lora_config.target_modules != [core]:
         raise OptionError(

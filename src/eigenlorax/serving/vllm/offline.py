@@ -37,7 +37,9 @@ class Adapters(Mapping[str, LoRARequest]):
         self, pack: str | os.PathLike[str], *, max_lora_rank: int | None = None, shared_basis: bool | None = None
     ) -> None:
         shared = settings.shared_basis() if shared_basis is None else shared_basis
-        environment = Settings(os.fspath(pack), shared, settings.cache(), settings.cache_bytes())
+        environment = Settings(
+            os.fspath(pack), shared, settings.cache(), settings.cache_bytes(), settings.serve_within()
+        )
         self._folders = AdapterFolders(environment, max_lora_rank)
 
     def __getitem__(self, name: str) -> LoRARequest:

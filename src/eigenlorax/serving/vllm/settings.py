@@ -10,6 +10,7 @@ from ...errors import OptionError
 
 PACK = "EIGENLORAX_PACK"
 SHARED_BASIS = "EIGENLORAX_SHARED_BASIS"
+SERVE_WITHIN = "EIGENLORAX_SERVE_WITHIN"
 CACHE = "EIGENLORAX_CACHE"
 CACHE_BYTES = "EIGENLORAX_CACHE_BYTES"
 
@@ -23,19 +24,22 @@ class Settings:
         shared_basis: Whether the model contains the subspace, and adapters are served as LoRAs on its cores.
         cache: Folder to which adapters are written for vLLM; None for `cache.default_root`.
         cache_bytes: Maximum size of the cache; None for half of the free space.
+        serve_within: Largest error of an adapter that the basis of an entropy-coded pack serves; None for the default
+            of `Pack.on_basis`.
     """
 
     pack: str
     shared_basis: bool = False
     cache: Path | None = None
     cache_bytes: int | None = None
+    serve_within: float | None = None
 
 
 def read(environment: Mapping[str, str] = os.environ) -> Settings | None:
     """Return the settings, or None if the environment names no pack; raise `OptionError` for an invalid value."""
     pack, shared = environment.get(PACK, "").strip(), shared_basis(environment)
     if pack:
-        return Settings(pack, shared, cache(environment), cache_bytes(environment))
+        return Settings(pack, shared, cache(environment), cache_bytes(environment), serve_within(environment))
     if shared:
         raise OptionError(f"{SHARED_BASIS}=1 needs the pack with the bases: set {PACK} too.")
     return None
@@ -47,6 +51,17 @@ def shared_basis(environment: Mapping[str, str] = os.environ) -> bool:
     if value not in ("0", "1"):
         raise OptionError(f"{SHARED_BASIS} is {value!r}; it must be 1, for the bases in the model, or 0.")
     return value == "1"
+
+
+def serve_within(environment: Mapping[str, str] = os.environ) -> float | None:
+    """Return the largest error of an adapter that a pack's basis serves, or None for the default."""
+    value = environment.get(SERVE_WITHIN, "").strip()
+    if not value:
+        return None
+    try:
+        return float(value)
+    except ValueError as error:
+        raise OptionError(f"{SERVE_WITHIN} is {value!r}; it must be a number above 0 and below 1.") from error
 
 
 def cache(environment: Mapping[str, str] = os.environ) -> Path | None:

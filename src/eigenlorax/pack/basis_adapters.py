@@ -1,0 +1,106 @@
+"""Adapters of an entropy-coded pack as coefficients in the pack's basis, with upper bounds of their errors."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..codec.storage.table import storage_by_name
+from ..core import projection
+from ..core.options import to_float
+from ..errors import OptionError
+from .contents import PackContents
+from .encoding import EncodedAdapter, project_module
+from .packed_adapter import PackedAdapter, coefficient_bytes, unpack
+
+if TYPE_CHECKING:
+    from .pack import Pack
+
+SERVE_WITHIN = 0.1
+"""Default error up to which a basis serves an adapter, unless the error bound of the pack is more than half of it."""
+COEFFICIENT_DTYPE = "float32"
+"""Storage of coefficients on a basis."""
+
+
+def check_has_basis(pack: PackContents) -> "Pack":
+    """Return the basis of a pack; `OptionError` if it has none."""
+    if pack.basis is None:
+        remedy = (
+            "Fit it with basis=32 (--basis 32)." if pack.is_coded else "Its adapters are coefficients in it already."
+        )
+        raise OptionError(f"{pack!r} has no basis beside its subspace. {remedy}")
+    return pack.basis
+
+
+def check_within(within: float | None, pack: PackContents) -> float:
+    """Return the error up to which the basis of a pack serves an adapter; `OptionError` if it is not 0 to 1.
+
+    Args:
+        within: The option; None for the default, `SERVE_WITHIN` or twice the pack's error bound.
+        pack: The pack.
+    """
+    if within is None:
+        # an adapter that is as inexact as the pack allows needs some room for the basis
+        return max(SERVE_WITHIN, 2 * pack.aim)
+    within = to_float("within", within)
+    if not 0 < within < 1:
+        raise OptionError(f"the error up to which a basis serves an adapter is above 0 and below 1, got {within!r}.")
+    return within
+
+
+def project(pack: PackContents, name: str) -> PackedAdapter:
+    """Return an adapter as the pack's basis represents it: coefficients of its decoded update.
+
+    `delta_error` of its record is an upper bound of the error against the original. By the triangle inequality, it is
+    e + (1 + e) · p for the error e in the pack and the error p of the projection, since the norm of the decoded update
+    is at most 1 + e times that of the original.
+
+    Args:
+        pack: A pack that has a basis.
+        name: Name of the adapter.
+
+    Raises:
+        OptionError: The pack has no basis.
+        AdapterNameError: The name is unknown.
+    """
+    basis, packed = check_has_basis(pack), pack.packed(name)
+    decoded, storage = unpack(packed, pack.subspace, pack.lossless_dtype), storage_by_name(COEFFICIENT_DTYPE)
+    modules = {}
+    for module, subspace_name in packed.subspace_names.items():
+        bases = basis.subspace.modules[subspace_name]
+        modules[module] = project_module(
+            module, decoded.modules[module], bases, storage, projection.dual_components(bases)
+        )
+    encoded = EncodedAdapter.of(modules)
+    record = replace(
+        packed.record,
+        delta_error=_bound(packed.record.delta_error, encoded.error.delta_error),
+        rounding_error=_bound(packed.record.rounding_error, encoded.error.rounding_error),
+        bound=True,
+        coefficient_bytes=coefficient_bytes(encoded.coefficients, encoded.payload),
+    )
+    return replace(
+        packed,
+        coefficients=encoded.coefficients,
+        payload=encoded.payload,
+        subspace=basis.info.fingerprint,
+        parent=None,
+        record=record,
+    )
+
+
+def _bound(recorded: float, added: float) -> float:
+    return recorded + (1 + recorded) * added
+
+
+def refusal_reason(packed: PackedAdapter, within: float) -> str | None:
+    """Return why a projected adapter is not served by the basis; None if its error is within the bound.
+
+    Args:
+        packed: The adapter, from `project`.
+        within: Largest error that is served.
+    """
+    if packed.record.delta_error <= within:
+        return None
+    return (
+        f"its error in the basis may be above {within:g}, the largest that is served (--serve-within); without a "
+        "shared basis it can be served"
+    )
