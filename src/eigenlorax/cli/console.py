@@ -14,9 +14,11 @@ import typer
 
 from ..core import printable
 from ..errors import EigenloraxWarning, shortened
+from . import durations
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from ..pack.pack import Pack
     from ..pack.summary import Components, Errors, Summary, TrainingBasis
@@ -125,15 +127,19 @@ def _print(text: str, label: str = "", style: str = "", *, stderr: bool = False,
         stderr: Print to stderr instead of stdout.
         wrap: Break lines at the terminal's width.
     """
+    console = _console(stderr)
+    console.print(_styled(text, label, style, console, wrap=wrap))
+
+
+def _styled(text: str, label: str, style: str, console: "Console", *, wrap: bool = True) -> "Text":
     from rich.text import Text
 
     from . import layout
 
-    console = _console(stderr)
     label, text = printable.one_line(label), printable.one_line(text)
     styled = Text("\n".join(layout.wrapped(label + text, _width(console) if wrap else None)))
     styled.stylize(style, 0, len(label))
-    console.print(styled)
+    return styled
 
 
 def say(sentence: str = "") -> None:
@@ -207,11 +213,29 @@ def _print_block(title: str, heads: Sequence[str], body: Sequence[str]) -> None:
 
 
 @contextmanager
-def working() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a progress bar on stderr if that is a terminal, and print the block's warnings as notes after it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+def working(action: str = "", seconds: float = 0.0) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar on stderr if that is a terminal, and print the block's warnings as notes after it.
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    An action that takes more than a minute is announced by a note: before it starts if its duration is known, else in
+    the first stage that takes so long, as soon as its first steps tell.
+
+    Args:
+        action: Subject of a sentence, such as "The fit".
+        seconds: Its estimated duration; 0 if it is unknown.
+    """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[steps]}"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    is_announced = seconds >= durations.WORTH_SAYING
+    if is_announced:
+        note(f"{action} takes about {durations.in_words(seconds)}.")
     stderr = _console(stderr=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", EigenloraxWarning)
@@ -225,12 +249,22 @@ def working() -> Iterator[Callable[[str, int, int], None]]:
                 redirect_stderr=False,
                 disable=not stderr.is_terminal,
             ) as bar:
+                # shown where no stage is under way, so that the terminal is never still
+                idle = bar.add_task("working", total=None, steps="")
                 tasks: dict[str, Any] = {}
+                times = durations.StageTimes(is_announced)
 
                 def report(stage: str, done: int, total: int) -> None:
                     if stage not in tasks:
-                        tasks[stage] = bar.add_task(printable.one_line(stage), total=total)
-                    bar.update(tasks[stage], completed=done, total=total)
+                        tasks[stage] = bar.add_task(printable.one_line(stage), total=total, steps="")
+                    bar.update(tasks[stage], completed=done, total=total, steps=f"{done:,}/{total:,}")
+                    is_idle = all(bar.tasks[task].finished for task in tasks.values())
+                    if is_idle != bar.tasks[idle].visible:
+                        bar.reset(idle, visible=is_idle, total=None)
+                    announcement = times.announcement(stage, done, total)
+                    if announcement is not None:
+                        # by the console of the bar, which moves the bar down
+                        stderr.print(_styled(f" {announcement}", "note:", "yellow", stderr))
 
                 yield report
         finally:
@@ -340,15 +374,6 @@ def _error_rows(label: str, errors: "Errors | None") -> list[tuple[str, str]]:
 def format_error(error: float) -> str:
     """Return a relative error with four decimals, or in exponential notation if it is below 0.0005."""
     return f"{error:.4f}" if error >= 5e-4 or error == 0 else f"{error:.1e}"
-
-
-def duration(seconds: float) -> str:
-    """Return a number of seconds in words, in the unit that suits it."""
-    for unit, length in (("hour", 3600), ("minute", 60)):
-        # 90 minutes are clearer than 2 hours
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:,.0f} {unit}s"
-    return f"{max(round(seconds), 1)} second{'' if round(seconds) <= 1 else 's'}"
 
 
 def print_frontier(pack: "Pack") -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import arguments, console, verbs
+from . import arguments, console, durations, verbs
 
 if TYPE_CHECKING:
     from ..pack.export import ExportErrors
@@ -61,11 +61,15 @@ def export(
     from ..pack.pack import Pack
 
     opened = Pack.from_pretrained(pack, adapters=names or None, revision=revision)
-    with console.working() as progress:
+    records = {name: record for name, record in opened.records.items() if not names or name in names}
+    with console.working("The export", durations.export_seconds(records, is_coded=opened.is_coded)) as progress:
         written = opened.export(
             output, names or None, format=format, dtype=dtype, overwrite=overwrite, progress=progress
         )
-    errors = {name: opened.export_errors(name, dtype) for name in written}
+        errors = {}
+        for done, name in enumerate(written):
+            progress("measuring exported adapters", done, len(written))
+            errors[name] = opened.export_errors(name, dtype)
     if json:
         console.print_json(
             {

@@ -10,7 +10,7 @@ import typer
 
 from ..core.options import parse_byte_count
 from ..errors import WARN_ABOVE, reason
-from . import arguments, console, verbs
+from . import arguments, console, durations, verbs
 
 if TYPE_CHECKING:
     from ..core.progress import Progress
@@ -218,11 +218,11 @@ def fit(
         "ratio": ratio,
     }
     checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)
-    can_resume = not Target.of(sizes, weighting, sweeps, dtype, coefficient_dtype, purpose).is_coded
+    is_coded = Target.of(sizes, weighting, sweeps, dtype, coefficient_dtype, purpose).is_coded
     headline = None
     with (
         console.explain_interrupt(lambda: _state_after_interrupt(output, old_manifest, checkpoints)),
-        console.working() as progress,
+        console.working("The fit", durations.fit_seconds(adapters, is_coded=is_coded)) as progress,
     ):
         pack = fit_adapters(
             adapters,
@@ -242,7 +242,7 @@ def fit(
             solver=solver,
             engine=engine,
             workers=workers,
-            checkpoint=checkpoints if can_resume else None,
+            checkpoint=None if is_coded else checkpoints,
             progress=progress,
             allow_pickle=allow_pickle,
             revision=revision,
@@ -330,7 +330,7 @@ def _is_quick_report(pack: "Pack", adapters: list[str], folder: Path) -> bool:
     sources = adapters if len(adapters) <= MAX_SOURCES else ["ADAPTER…"]
     listed = " ".join(f"-a {source if source == 'ADAPTER…' else shlex.quote(source)}" for source in sources)
     console.note(
-        f"no report was written, because it takes about {console.duration(seconds)}. To make one: "
+        f"no report was written, because it takes about {durations.in_words(seconds)}. To make one: "
         f"`eigenlorax report {shlex.quote(str(folder))} {listed} -o report.html`."
     )
     return False

@@ -9,7 +9,7 @@ import typer
 
 from ..core.options import parse_byte_count
 from ..errors import WARN_ABOVE
-from . import arguments, console, verbs
+from . import arguments, console, durations, verbs
 
 if TYPE_CHECKING:
     from ..fitting.refit import Change, Refit
@@ -134,7 +134,9 @@ def refit(
     opened = Pack.open(pack)
     writer.check_free(output, overwrite)
     reading = {"allow_pickle": allow_pickle, "revision": revision} if adapters else {}
-    with console.working() as progress:
+    by_components = n_components is not None or energy is not None
+    is_coded = not by_components and (opened.is_coded or (max_error, max_bytes, ratio) != (None, None, None))
+    with console.working("The fit", durations.refit_seconds(opened.records, is_coded=is_coded)) as progress:
         refitted = refit_adapters(
             opened,
             adapters or None,

@@ -201,8 +201,9 @@ def report(
         batch_size=batch_size,
         max_length=max_length,
     )
-    with console.working() as progress:
-        opened = Pack.from_pretrained(pack, revision=pack_revision)
+    opened = Pack.from_pretrained(pack, revision=pack_revision)
+    seconds = stored.seconds(opened) if adapters and opened.names else 0.0
+    with console.working("The report", seconds) as progress:
         if adapters:
             reading = {"allow_pickle": allow_pickle, "revision": revision}
             measure = _MeasureOptions(adapters, reading, left_out_count, seed)
@@ -212,6 +213,7 @@ def report(
         for done, path in enumerate(output or ()):
             progress("writing the report", done, len(output or ()))
             files.write(pack_report, path)
+        progress("writing the report", len(output or ()), len(output or ()))
     if json:
         console.print_document(json_document.to_json(pack_report))
         return

@@ -59,28 +59,31 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
             atomic_files.check_file_free(target, plan.overwrite)
         else:
             atomic_files.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), plan.overwrite)
-    held = _check_all_writable(pack, plan)
+    progress = progress or (lambda stage, done, total: None)
+    held = _check_all_writable(pack, plan, progress)
     if plan.directory.is_dir():
         staging.remove_abandoned(plan.directory)
     with atomic_files.defer_folder_syncs():
         for done, (name, target) in enumerate(targets.items()):
-            if progress is not None:
-                progress("exporting adapters", done, len(targets))
+            progress("exporting adapters", done, len(targets))
             packed = held.pop(name) if name in held else pack.packed(name)
             adapter = unpack(packed, pack.subspace, factor_dtype(pack, packed, plan.dtype))
             formats.write_adapter(adapter, target, format=plan.formats[name], overwrite=plan.overwrite)
+    progress("exporting adapters", len(targets), len(targets))
     return targets
 
 
-def _check_all_writable(pack: PackContents, plan: ExportPlan) -> dict[str, PackedAdapter]:
+def _check_all_writable(pack: PackContents, plan: ExportPlan, progress: Progress) -> dict[str, PackedAdapter]:
     """Check that every adapter can be written, and return those that fit into `HELD_BYTES`, or the only one."""
     held: dict[str, PackedAdapter] = {}
     held_bytes = 0
-    for name, target_format in plan.formats.items():
+    for done, (name, target_format) in enumerate(plan.formats.items()):
+        progress("checking adapters", done, len(plan.formats))
         packed = _check_writable(pack, name, target_format, plan.dtype)
         held_bytes += _memory(packed)
         if held_bytes <= HELD_BYTES or len(plan.formats) == 1:
             held[name] = packed
+    progress("checking adapters", len(plan.formats), len(plan.formats))
     return held
 
 

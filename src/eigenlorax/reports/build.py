@@ -68,7 +68,11 @@ def report(
     if adapters is not None:
         listed = originals.listed(adapters)
         matched = listed if isinstance(listed, Originals) else originals.find(pack, listed, progress, **options)
-    packed = {name: pack.packed(name) for name in pack.names}
+    packed = {}
+    for done, name in enumerate(pack.names):
+        progress("reading the pack", done, len(pack))
+        packed[name] = pack.packed(name)
+    progress("reading the pack", len(pack), len(pack))
     with threads.suited_to(measure.largest(pack, packed)):
         measured = measure.measure(pack, packed, matched, seed, left_out, progress) if matched is not None else None
         return _assemble(_Sources(pack, packed, matched, measured, seed, progress))
