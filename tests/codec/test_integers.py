@@ -263,6 +263,13 @@ class TestSizesOfUpdates:
         assert pack.packed("a").coefficients[QUERY].down.shape == (rank, min(4, rank))
         assert_reads_what_the_library_reads(pack.save(tmp_path / "pack"))
 
+    def test_a_projection_much_smaller_than_its_factors(self, tmp_path):
+        """Rows of equal norms may be shorter than the factors that were projected: nothing vanishes then."""
+        make_adapters(tmp_path / "in", "a b")
+        rounded, exact = (ex.fit(tmp_path / "in", n_components=1, dtype=dtype).records for dtype in ("int8", "float32"))
+        for name, record in rounded.items():
+            assert record.delta_error == pytest.approx(exact[name].delta_error, abs=1e-3)
+
 
 class TestVerbs:
     def test_add(self, saved, tmp_path):

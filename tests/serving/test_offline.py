@@ -137,6 +137,22 @@ def test_a_pack_with_cores_is_served_in_both_ways(made, tmp_path, monkeypatch, k
     assert got != peft_greedy(made / "base", PROMPTS, [None] * 3)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_coded_pack_with_a_basis_is_served_in_both_ways(made, tmp_path, monkeypatch, shared):
+    """Expanded as it is in the pack; with a shared basis, as its projection on that."""
+    monkeypatch.setenv("EIGENLORAX_CACHE", str(tmp_path / "cache"))
+    names = ["a0", "a1", "a2"]
+    pack = ex.fit([made / "adapters" / name for name in names], max_error=0.05, basis=20)
+    path = pack.save(tmp_path / "pack")
+    served = pack.on_basis(0.9).save(tmp_path / "served") if shared else path
+    wanted = peft_greedy(made / "base", PROMPTS, _exported(served, tmp_path / "out", *names))
+    monkeypatch.setenv("EIGENLORAX_SERVE_WITHIN", "0.9")
+    requests = [Adapters(path, shared_basis=shared)[name] for name in names]
+    got = with_engine(lambda llm: greedy(llm, PROMPTS, requests), made / "base", path, shared=shared)
+    assert got == wanted
+    assert got != peft_greedy(made / "base", PROMPTS, [None] * 3)
+
+
 def _exported(pack, folder, *names):
     exported = ex.Pack.open(pack).export(folder)
     return [exported[name] for name in names]

@@ -126,7 +126,9 @@ class IntegerStorage(Storage):
             exact.scaling,
             {f"{side}.{field}": t for side, payload in payloads.items() for field, t in payload.items()},
         )
-        projection.check_rounded_batch(exact, rounded)
+        # spread rows: their norms may differ from those of the factors that they stand for
+        spread = CoefficientBatch(rows["down"], rows["up"].mT, exact.scaling)
+        projection.check_rounded_batch(spread, rounded)
         return rounded
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
