@@ -98,6 +98,52 @@ def training_basis(pack):
     }
 
 
+def coded_tensors(pack, name):
+    """Key → numbers, of the heads and carried tensors of an adapter that are coded, in float64 before rounding."""
+    pack = Path(pack)
+    manifest = json.loads((pack / "subspace_config.json").read_bytes())
+    subspace, entry = manifest["subspace"], manifest["adapters"][name]
+    shared = load(checked(pack / subspace["file"], subspace["sha256"])).get("references.coded")
+    references = [numbers.astype(np.float32).astype(float) for _, numbers in from_blob(shared, [])]
+    files, found = read_files(pack, name, entry), {}
+    for file, key in (("adapter_model.safetensors", "eigenlorax_heads"), ("carried.safetensors", "eigenlorax_carried")):
+        blob = blob_of(files.get(file), key)
+        found |= dict(from_blob(blob, references))
+    return found
+
+
+def blob_of(file, key):
+    """The bytes of one tensor of a safetensors file, whatever the dtypes of the others are; None if it has none."""
+    if file is None:
+        return None
+    size = int.from_bytes(file[:8], "little")
+    place = json.loads(file[8 : 8 + size]).get(key)
+    start, end = place["data_offsets"] if place else (0, 0)
+    return np.frombuffer(file[8 + size + start : 8 + size + end], np.uint8) if place else None
+
+
+def from_blob(blob, references):
+    """Names and numbers of coded tensors."""
+    if blob is None:
+        return []
+    data, parts, at = blob.tobytes(), [], 0
+    for _ in range(2):
+        size, at = varint(data, at)
+        parts.append(zlib.decompress(data[at : at + size], -15))
+        at += size
+    classes, found, first = np.frombuffer(parts[1], np.uint8), [], 0
+    for name, _, shape, mantissa, exponent, reference, n_classes, size in json.loads(parts[0]):
+        numbers = np.zeros(shape) if reference is None else references[reference].reshape(shape).copy()
+        if size:
+            per_row = np.repeat(classes[first : first + n_classes], numbers.size // n_classes)
+            integers = decoded(data[at : at + size], per_row.astype(int))
+            numbers += integers.reshape(shape) * math.ldexp(mantissa, exponent)
+        first, at = first + n_classes, at + size
+        found.append((name, numbers))
+    assert (first, at) == (len(classes), len(data))
+    return found
+
+
 def read_files(pack, name, entry):
     """The files of an adapter, by name."""
     spare = sha256("".join(file + digest for file, digest in sorted(entry["files"].items())).encode()).hexdigest()[:8]

@@ -5,7 +5,11 @@ from hashlib import sha256
 
 FIELDS = {2: ("max_error", "auto"), 3: ("solver",), 5: ("max_bytes", "ratio"), 7: ("purpose", "head_error")}
 """Of `fit`, by the version that they are new in."""
-OF_ADAPTERS = {3: ("bound",), 6: ("parent",), 7: ("head_error", "source_head_bytes", "source_carried_bytes")}
+OF_ADAPTERS = {
+    3: ("bound",),
+    6: ("parent",),
+    7: ("head_error", "source_head_bytes", "source_carried_bytes", "head_numbers", "carried_numbers"),
+}
 """Of each adapter, by the version that they are new in."""
 
 
@@ -21,12 +25,14 @@ def older(body, version):
         name: {key: value for key, value in entry.items() if key not in of_adapter}
         for name, entry in body["adapters"].items()
     }
-    body = {**body, "adapters": adapters, "format_version": version, "fit": fit}
+    subspace = dict(body["subspace"])
+    if version < 7:
+        subspace.pop("reference_bytes", None)
+    body = {**body, "adapters": adapters, "format_version": version, "fit": fit, "subspace": subspace}
     if version < 7:
         assert body.pop("basis") is None
     if version >= 3:
         return body
-    subspace = dict(body["subspace"])
     first = next(iter(subspace["modules"].values()))["down"]["grown"]
     steps = zip(first, subspace.pop("growth"), strict=True)
     subspace["augmentations"] = [{"n_extra": n, "seed": step["seed"]} for n, step in steps]

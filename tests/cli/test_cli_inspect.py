@@ -236,8 +236,8 @@ class TestNeither:
 @pytest.mark.parametrize(
     ("options", "kinds"),
     [
-        ({"head": (40, 310)}, "49,600 of heads (modules_to_save, trained biases, resized embeddings). Tensors"),
-        ({"tensors": EMBEDDING}, "108,192 of carried tensors (modules outside the subspace, DoRA magnitudes). Tensors"),
+        ({"head": (40, 310)}, "49,600 of heads (modules_to_save, trained biases, resized embeddings). A pack"),
+        ({"tensors": EMBEDDING}, "108,192 of carried tensors (modules outside the subspace, DoRA magnitudes). A pack"),
         ({"head": (2, 31)}, None),
     ],
 )
@@ -249,4 +249,4 @@ def test_heads_and_carried_tensors_that_are_most_of_a_pack_are_told(cli, tmp_pat
             assert said == ""
         else:
             assert "% of the pack's" in said
-            assert f"bytes are stored unchanged by every fit: {kinds}" in said
+            assert f"bytes are stored exactly: {kinds}" in said

@@ -28,7 +28,9 @@ JUMPING = 0.75
 def tensor_bytes(folder):
     """All but heads."""
     found = [load_file(file) for file in folder.rglob("*.safetensors")]
-    return sum(t.nbytes for file in found for key, t in file.items() if "classifier" not in key)
+    return sum(
+        t.nbytes for file in found for key, t in file.items() if "classifier" not in key and key != "eigenlorax_heads"
+    )
 
 
 def size(pack):

@@ -35,6 +35,11 @@ def named(adapter, name, **fields):
     return from_factors(name, dict(adapter.modules), base_model="org/base", **fields)
 
 
+def distance(tensor, original):
+    """The relative error of a tensor."""
+    return float((tensor.double() - original.double()).norm() / original.double().norm())
+
+
 class TestASize:
     @pytest.mark.parametrize(
         ("name", "share"),
@@ -74,19 +79,20 @@ class TestASize:
     def test_what_is_carried_counts(self):
         originals = random_collection(4)
         carried = sum(4 * one.specs[QUERY].numbers for one in originals)
-        pack = ex.fit(originals, max_bytes=carried + 1000, exclude_modules=QUERY)
+        pack = ex.fit(originals, max_bytes=carried + 1000, head_error=0, exclude_modules=QUERY)
         assert pack.summary.bytes.carried == carried
         assert carried + 970 <= size(pack) <= carried + 1000
-        assert 1.25 <= ex.fit(originals, ratio=1.25, exclude_modules=QUERY).summary.bytes.ratio < 1.29
-        with pytest.raises(OptionError, match=f"max_bytes={carried} cannot be reached: {carried:,} bytes are carried"):
-            ex.fit(originals, max_bytes=carried, exclude_modules=QUERY)
-        with pytest.raises(OptionError, match=rf"ratio=9, which is .* bytes, cannot be reached: {carried:,} bytes are"):
-            ex.fit(originals, ratio=9.0, exclude_modules=QUERY)
+        pack = ex.fit(originals, ratio=1.25, head_error=0, exclude_modules=QUERY)
+        assert 1.25 <= pack.summary.bytes.ratio < 1.29
+        with pytest.raises(OptionError, match=f"max_bytes={carried} cannot be reached: heads .* take {carried:,} b"):
+            ex.fit(originals, max_bytes=carried, head_error=0, exclude_modules=QUERY)
+        with pytest.raises(OptionError, match=rf"ratio=9, which is .*, cannot be reached: heads .* {carried:,} b"):
+            ex.fit(originals, ratio=9.0, head_error=0, exclude_modules=QUERY)
 
-    def test_that_heads_have_does_not_count(self):
+    def test_counts_heads(self):
         head = {"base_model.model.classifier.weight": torch.ones(50, 31)}
         plain = ex.fit([random_adapter("a", 1)], max_bytes=300)
-        pack = ex.fit([random_adapter("a", 1, heads=head)], max_bytes=300)
+        pack = ex.fit([random_adapter("a", 1, heads=head)], max_bytes=6500, head_error=0)
         assert (size(pack), pack.summary.bytes.heads) == (size(plain), 6200)
 
     @pytest.mark.parametrize(
@@ -167,9 +173,10 @@ class TestGrowth:
         record = pack.add(new, carry_missing=True)
         pack.save()
         kept = ex.Pack.open(path).adapter("new", torch.float64)
-        assert torch.equal(kept.heads["base_model.model.classifier.weight"], head)
-        assert torch.equal(kept.modules["other"].down, new.modules["other"].down)
-        assert (record.modules, record.head_bytes) == (2, head.nbytes)
+        assert 0 < distance(kept.heads["base_model.model.classifier.weight"], head) <= 0.1
+        assert 0 < distance(kept.modules["other"].down, new.modules["other"].down) <= 0.002
+        assert record.modules == 2
+        assert 0 < record.head_bytes < record.source_head_bytes == head.nbytes
         assert size(ex.Pack.open(path)) == tensor_bytes(path)
 
     @pytest.mark.parametrize("extend", [1, 4])
@@ -427,8 +434,8 @@ class TestRatios:
         adapters = random_collection(2)
         carried = sum(4 * one.specs[QUERY].numbers for one in adapters)
         bound = carried + sum(2 * one.specs[name].numbers for one in adapters for name in one.specs if name != QUERY)
-        with pytest.raises(OptionError, match=f"are carried tensors, .* Pass a ratio below {bound / carried:.3g}"):
-            ex.fit(adapters, ratio=9.0, exclude_modules=QUERY)
+        with pytest.raises(OptionError, match=f"head_error or a ratio below {bound / carried:.3g}"):
+            ex.fit(adapters, ratio=9.0, head_error=0, exclude_modules=QUERY)
 
     @pytest.mark.parametrize(
         "options", [{"ratio": 2.0}, {"n_components": 4, "dtype": "float16"}], ids=["coded", "floats"]

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import OptionError
 from ..train.options import MAX_LENGTH
 from . import verbs
 
@@ -121,3 +122,28 @@ PairColumn = Annotated[
         rich_help_panel=verbs.ROWS,
     ),
 ]
+
+HeadError = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Error bound of task heads in an entropy-coded pack (default: 0.1). Biases, norms, embeddings and other "
+        "tensors outside the subspace are kept within 0.002, or X if it is smaller.",
+        rich_help_panel=verbs.KEEP,
+    ),
+]
+ExactHeads = Annotated[
+    bool,
+    typer.Option(
+        "--exact-heads",
+        help="Store heads and all other tensors outside the subspace exactly.",
+        rich_help_panel=verbs.KEEP,
+    ),
+]
+
+
+def head_error(bound: float | None, *, exact: bool) -> float | None:
+    """Return the option of `fit` for --head-error and --exact-heads."""
+    if exact and bound is not None:
+        raise OptionError(f"--exact-heads stores heads exactly, and --head-error {bound:g} does not: pass one of them.")
+    return 0.0 if exact else bound

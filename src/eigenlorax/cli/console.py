@@ -310,7 +310,7 @@ def cost_rows(figures: "Summary") -> list[tuple[str, str]]:
         *([("basis for training", _training_basis(figures.basis, b.training_basis))] if figures.basis else []),
         ("coefficient bytes", f"{b.coefficients:,}"),
         *[("carried bytes", f"{b.carried:,} (on both sides of the ratio)")] * bool(b.carried),
-        *[("head bytes", f"{b.heads:,} (kept as they are; on neither side)")] * bool(b.heads),
+        *[("head bytes", f"{b.heads:,} of {b.source_heads:,} ({_head_storage(figures)})")] * bool(b.heads),
         ("compression ratio", by_files + f"{b.ratio:.2f} with the basis counted, {b.ratio_without_basis:.2f} without"),
     ]
 
@@ -319,6 +319,12 @@ def _training_basis(basis: "TrainingBasis", size: int) -> str:
     components = max(basis.down.max, basis.up.max)
     extra = f", {basis.n_extra} of them augmented" if basis.n_extra else ""
     return f"{size:,} bytes: at most {components} components per side{extra}, stored as {basis.dtype}"
+
+
+def _head_storage(figures: "Summary") -> str:
+    if figures.fit.head_error is None:
+        return "exact; on neither side of the ratio"
+    return f"each within {figures.fit.head_error:g} of its norm; on neither side of the ratio"
 
 
 def print_sizes(figures: "Summary") -> None:
@@ -331,7 +337,7 @@ def print_sizes(figures: "Summary") -> None:
             with_reports = files.pack + files.reports
             rows.append(_size_row("files, with the report", files.sources, with_reports, files.ratio_with_reports))
     tensors = f"tensors, LoRA in {b.lora_bits} bits"
-    rows.append(_size_row(tensors, b.lora + b.heads, b.pack + b.heads, b.ratio_with_heads, b.ratio))
+    rows.append(_size_row(tensors, b.lora + b.source_heads, b.pack + b.heads, b.ratio_with_heads, b.ratio))
     header = ("bytes of", "sources", "pack", "times smaller", "without heads")
     print_table("", header, rows, numbers=(1, 2, 3, 4))
 

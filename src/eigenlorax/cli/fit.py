@@ -101,6 +101,8 @@ def fit(
             rich_help_panel=verbs.KEEP,
         ),
     ] = None,
+    head_error: arguments.HeadError = None,
+    exact_heads: arguments.ExactHeads = False,
     weighting: Annotated[
         str,
         typer.Option(
@@ -218,7 +220,7 @@ def fit(
         "ratio": ratio,
     }
     checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)
-    is_coded = Target.of(sizes, weighting, sweeps, dtype, coefficient_dtype, purpose).is_coded
+    is_coded = Target.of(sizes, weighting, sweeps, (dtype, coefficient_dtype), purpose, None).is_coded
     headline = None
     with (
         console.explain_interrupt(lambda: _state_after_interrupt(output, old_manifest, checkpoints)),
@@ -229,6 +231,7 @@ def fit(
             purpose=purpose,
             **sizes,
             basis=basis,
+            head_error=arguments.head_error(head_error, exact=exact_heads),
             weighting=weighting,
             sweeps=sweeps,
             exclude_adapters=exclude_adapter or (),

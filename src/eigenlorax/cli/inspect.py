@@ -124,7 +124,7 @@ def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, 
 def _show_pack(target: str, pack: "Pack", json: bool) -> None:
     from ..pack.summary import uncompressed_note
 
-    if (note := uncompressed_note(pack.summary.bytes)) is not None:
+    if (note := uncompressed_note(pack.summary)) is not None:
         console.note(note)
     if json:
         references = {"references": pack.references} if pack.references else {}

@@ -87,6 +87,8 @@ def refit(
             rich_help_panel=verbs.KEEP,
         ),
     ] = None,
+    head_error: arguments.HeadError = None,
+    exact_heads: arguments.ExactHeads = False,
     weighting: Annotated[
         str | None,
         typer.Option(
@@ -146,6 +148,7 @@ def refit(
             max_bytes=parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None,
             ratio=ratio,
             basis=basis,
+            head_error=arguments.head_error(head_error, exact=exact_heads),
             weighting=weighting,
             sweeps=sweeps,
             dtype=dtype,

@@ -49,6 +49,10 @@ CORE = "eigenlorax_core"
 CORES = {"full": "eigenlorax_core_full", "diagonal": "eigenlorax_core_diagonal"}
 # Tensor with all modules of an adapter, in coded packs
 CODED = "eigenlorax_coded"
+# Tensors with all coded heads, and all coded carried tensors, of an adapter in a coded pack
+CODED_HEADS, CODED_CARRIED = "eigenlorax_heads", "eigenlorax_carried"
+# Tensor with the reference tensors of coded heads, in the file of the bases
+REFERENCES = "references.coded"
 # Tensor with the fitted components of all modules, in coded packs
 CODED_COMPONENTS = "components.coded"
 # Config field: the adapter of the pack whose codes are those of this one, and their sha256

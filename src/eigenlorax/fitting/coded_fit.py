@@ -27,6 +27,7 @@ from ..pack.encoding import encoded_by_codes
 from . import equal_updates
 from .collection import AdapterModule, Collection
 from .component_fit import FittedCollection
+from .fixed_contents import FixedContents
 from .options import Execution, Target
 
 BATCH = 64
@@ -65,39 +66,39 @@ class ByteLimit:
 
     Attributes:
         total: Maximum size, in bytes.
-        carried: Bytes of tensors that are stored unchanged, and of the basis for training.
+        outside: Bytes of heads, carried tensors and reference tensors, and of the basis for training.
         lora: Bytes of the LoRAs if a ratio was passed; else None.
         name: The option as the caller passed it, for error messages.
     """
 
     total: float
-    carried: int
+    outside: int
     lora: int | None
     name: str
 
     @property
     def available(self) -> float:
         """Bytes for bases and coefficients."""
-        return self.total - self.carried
+        return self.total - self.outside
 
     def check(self) -> None:
-        """Raise `OptionError` if carried tensors alone exceed the limit."""
-        if self.total <= self.carried:
-            possible = f" Pass a ratio below {self.lora / self.carried:.3g}." if self.lora is not None else ""
+        """Raise `OptionError` if the tensors outside the subspace alone exceed the limit."""
+        if self.total <= self.outside:
+            possible = f" or a ratio below {self.lora / self.outside:.3g}" if self.lora is not None else ""
             raise OptionError(
-                f"{self.name} cannot be reached: {self.carried:,} bytes are carried tensors, which fit does not change"
-                f", and the basis for training if there is one.{possible}"
+                f"{self.name} cannot be reached: heads and other tensors outside the subspace, and the basis for "
+                f"training if there is one, take {self.outside:,} bytes. Pass a larger head_error{possible}."
             )
 
     def message(self, min_bytes: int) -> str:
         """Return the error message for a collection whose bases and coefficients take at least `min_bytes`."""
-        total = min_bytes + self.carried
+        total = min_bytes + self.outside
         largest = f"; the largest ratio is about {_round_down(self.lora / total)}" if self.lora is not None else ""
         return f"{self.name} cannot be reached: with the largest possible errors, it takes {total:,} bytes{largest}."
 
 
 def encode_collection(
-    collection: Collection, copies: Mapping[str, str], target: Target, execution: Execution, basis_bytes: int = 0
+    collection: Collection, copies: Mapping[str, str], target: Target, execution: Execution, fixed: FixedContents
 ) -> FittedCollection:
     """Fit bases and encode all adapters in as few bytes as the target allows, in this process on its CPU.
 
@@ -106,7 +107,7 @@ def encode_collection(
         copies: Those of them that get the codes of another one, as `find_equal_updates` returns them.
         target: Error bound or size.
         execution: Progress callback; other engines and devices than this process and its CPU give a note.
-        basis_bytes: Bytes of the basis for training, which count in the size.
+        fixed: Contents of the pack that are complete, and count in its size.
 
     Raises:
         OptionError: The target cannot be reached.
@@ -115,9 +116,7 @@ def encode_collection(
     # the largest tensors have as many numbers as all adapters of one module together
     with threads.suited_to(max(_numbers(members) for members in collection.modules.values())):
         distinct = equal_updates.without(collection, copies)
-        collection_encoder, encoded, carried = _encode(
-            collection, distinct, target.options, execution.progress, basis_bytes
-        )
+        collection_encoder, encoded = _encode(collection, distinct, target.options, fixed, execution.progress)
         written = _to_bytes(encoded, distinct)
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
     errors = dict(zip(distinct.weights, encoded.errors, strict=True))
@@ -135,34 +134,38 @@ def encode_collection(
         coefficient_storage=CODED,
         notes=_notes(collection_encoder, execution),
         seconds={"coding": time.perf_counter() - started},
-        frontier=_frontier(collection_encoder, max(encoded.errors), written.size, carried),
+        frontier=_frontier(collection_encoder, max(encoded.errors), written.size, fixed.size),
     )
 
 
 def _encode(
-    collection: Collection, distinct: Collection, options: FitOptions, progress: Progress, basis_bytes: int
-) -> tuple[CollectionEncoder, EncodedCollection, int]:
-    """Encode the distinct adapters within the target.
+    collection: Collection, distinct: Collection, options: FitOptions, fixed: FixedContents, progress: Progress
+) -> tuple[CollectionEncoder, EncodedCollection]:
+    """Encode the distinct adapters within the target, and return the encoder too.
 
-    Also return the encoder, and the bytes of carried tensors and of the basis for training.
+    Args:
+        collection: All adapters.
+        distinct: Those without copies of others.
+        options: Target of the fit.
+        fixed: Contents of the pack that are complete.
+        progress: Callback with the arguments (stage, done, total).
     """
     modules = _module_updates(distinct)
     norms = torch.tensor([1 / weight for weight in distinct.weights.values()], dtype=torch.float64)
-    carried = _carried_bytes(collection) + basis_bytes
     if options.max_error is not None:
         check_error_bound(options.max_error)
         numbers = max(sum(spec.numbers for spec in scanned.adapter.specs.values()) for scanned in collection.scanned)
         whole = CollectionEncoder(modules, norms, step_size_grid(options.max_error, numbers), progress)
         clustered = encoder.split_into_clusters(whole, modules, options.max_error, progress)
-        return clustered, clustered.encode(options.max_error), carried
-    limit = _byte_limit(collection, options, carried, basis_bytes)
+        return clustered, clustered.encode(options.max_error)
+    limit = _byte_limit(collection, fixed, options)
     limit.check()
     whole = CollectionEncoder(modules, norms, wide_step_size_grid(), progress)
     clustered = encoder.split_into_clusters(whole, modules, whole.error_for_bytes(limit.available), progress)
     encoded = encode_within(
         clustered, limit.available, lambda candidate: _to_bytes(candidate, distinct).size, limit.message
     )
-    return clustered, encoded, carried
+    return clustered, encoded
 
 
 def _notes(collection_encoder: CollectionEncoder, execution: Execution) -> list[str]:
@@ -196,25 +199,16 @@ def _module_updates(collection: Collection) -> list[ModuleUpdates]:
     return modules
 
 
-def _carried_bytes(collection: Collection) -> int:
-    """Return the bytes of modules outside the subspace and of tensors other than LoRA factors."""
-    carried = 0
-    for scanned in collection.scanned:
-        carried += sum(tensor.nbytes for tensor in scanned.adapter.carried.values())
-        outside = [spec for module, spec in scanned.adapter.specs.items() if module not in scanned.subspace_names]
-        carried += sum(spec.numbers * spec.dtype.itemsize for spec in outside)
-    return carried
-
-
-def _byte_limit(collection: Collection, options: FitOptions, carried: int, basis_bytes: int) -> ByteLimit:
+def _byte_limit(collection: Collection, fixed: FixedContents, options: FitOptions) -> ByteLimit:
     if options.max_bytes is not None:
-        return ByteLimit(float(options.max_bytes), carried, None, f"max_bytes={options.max_bytes}")
+        return ByteLimit(float(options.max_bytes), fixed.size, None, f"max_bytes={options.max_bytes}")
     assert options.ratio is not None
     # untrained adapters take no bytes in a pack, so counting their factors would inflate the ratio
     members = [member for members in collection.modules.values() for member in members]
-    lora = carried - basis_bytes + 2 * sum(member.spec.numbers for member in members if not member.scanned.is_untrained)
+    lora = 2 * sum(member.spec.numbers for member in members if not member.scanned.is_untrained)
+    lora += sum(each.baseline_bytes for each in fixed.outside.by_adapter.values())
     total = lora / options.ratio
-    return ByteLimit(total, carried, lora, f"ratio={options.ratio:g}, which is {total:,.0f} bytes,")
+    return ByteLimit(total, fixed.size, lora, f"ratio={options.ratio:g}, which is {total:,.0f} bytes,")
 
 
 def _round_down(ratio: float) -> str:
@@ -266,21 +260,21 @@ def _bases(name: str, encoded: EncodedCollection, spec: ModuleSpec, written: Enc
     return ModuleBases(basis(0), basis(1))
 
 
-def _frontier(collection_encoder: CollectionEncoder, error: float, size: int, carried: int) -> list[RatePoint]:
+def _frontier(collection_encoder: CollectionEncoder, error: float, size: int, outside: int) -> list[RatePoint]:
     """Return the estimated bytes of packs with errors around that of this pack.
 
     Args:
         collection_encoder: Encoder that estimates bytes.
         error: Largest error in this pack.
         size: Bytes of bases and coefficients in this pack.
-        carried: Bytes of carried tensors.
+        outside: Bytes of tensors outside the subspace.
     """
     candidates = {factor * error for factor in FRONTIER_FACTORS}
     bounds = {bound for bound in candidates if MIN_FRONTIER_ERROR <= bound <= MAX_FRONTIER_ERROR} | {error}
     estimates = {point.error: point.bytes for point in collection_encoder.frontier(sorted(bounds))}
     # the estimates are off by about the same factor at all errors
     correction = size / max(estimates[error], 1.0)
-    points = [RatePoint(bound, round(carried + correction * estimate)) for bound, estimate in estimates.items()]
+    points = [RatePoint(bound, round(outside + correction * estimate)) for bound, estimate in estimates.items()]
     return [
         point
         for index, point in enumerate(points)

@@ -25,7 +25,7 @@ from ..errors import (
 )
 from ..formats import checks, sources
 from ..formats.sources import AdapterSource, Sources
-from ..pack.encoding import ScannedAdapter
+from ..pack.scanned_adapter import ScannedAdapter
 from .auto_rank import ModuleOutline
 from .module_fitter import LoadModule, ModuleUpdate
 from .options import ReadOptions

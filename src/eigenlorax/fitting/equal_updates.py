@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from ..pack.encoding import ScannedAdapter
+from ..pack.scanned_adapter import ScannedAdapter
 from .collection import Collection
 
 

@@ -28,6 +28,7 @@ from .coded_fit import encode_collection
 from .collection import Collection, ReadCollection, read_sources, scan
 from .component_fit import FittedCollection, fit_components
 from .equal_updates import find_equal_updates
+from .fixed_contents import FixedContents, encode_outside
 from .options import Execution, ReadOptions, Target
 from .training_basis import check_basis, fit_basis
 
@@ -58,6 +59,7 @@ def fit(
     max_bytes: int | float | None = None,
     ratio: float | None = None,
     basis: int | None = None,
+    head_error: float | None = None,
     weighting: str = "delta",
     sweeps: int | None = None,
     exclude_adapters: str | Sequence[str] = (),
@@ -104,6 +106,9 @@ def fit(
         basis: Maximum number of components per side and module of a basis beside the entropy-coded adapters, in 8 bits
             per number: for training new tasks, and for serving from one basis. Its bytes are in `max_bytes` and
             `ratio`. Default: no basis.
+        head_error: Error bound of task heads in an entropy-coded pack: their relative error, at least 0 and below 1.
+            Other tensors outside the subspace (biases, norms, embeddings, DoRA magnitudes) keep a relative error of
+            0.002, or this one if it is smaller. 0 stores all of them exactly. Default: 0.1 (docs/bytes.md).
         weighting: "delta" minimises the error of the updates; "factors" stacks A and B as they are (arXiv 2502.04700).
             Default: "delta".
         sweeps: Number of alternating refinements of the "delta" fit. Default: 2.
@@ -151,7 +156,7 @@ def fit(
         "max_bytes": max_bytes,
         "ratio": ratio,
     }
-    target = Target.of(sizes, weighting, sweeps, dtype, coefficient_dtype, purpose)
+    target = Target.of(sizes, weighting, sweeps, (dtype, coefficient_dtype), purpose, head_error)
     execution = Execution.of(device, solver, engine, workers, checkpoint, progress)
     warn_above = check_warn_above(warn_above)
     target.refuse_unused(sweeps=sweeps, solver=solver if solver != "auto" else None, checkpoint=checkpoint)
@@ -170,19 +175,19 @@ def fit(
         collection = scan(sources, options, workforce, execution.progress)
         copies = find_equal_updates(collection)
         basis_pack = fit_basis(sources, collection, basis, execution, workforce) if basis is not None else None
+        fixed = FixedContents(encode_outside(collection, target.head_error, execution.progress), basis_pack)
         if target.is_coded:
-            basis_bytes = basis_pack.info.stored_bytes if basis_pack is not None else 0
-            fitted = encode_collection(collection, copies, target, execution, basis_bytes)
+            fitted = encode_collection(collection, copies, target, execution, fixed)
         else:
             fitted = fit_components(collection, target, execution, workforce)
-    pack = assemble_pack(sources, collection, fitted, target, basis_pack)
+    pack = assemble_pack(sources, collection, fitted, fixed, target)
     _warn_of_losses(pack, collection, fitted, warn_above)
     warn_of_copies(copies, as_references=pack.is_coded)
     return pack
 
 
 def assemble_pack(
-    sources: ReadCollection, collection: Collection, fitted: FittedCollection, target: Target, basis: Pack | None = None
+    sources: ReadCollection, collection: Collection, fitted: FittedCollection, fixed: FixedContents, target: Target
 ) -> Pack:
     """Return the pack of a fitted collection.
 
@@ -190,17 +195,21 @@ def assemble_pack(
         sources: Adapters and modules that were read, excluded or skipped.
         collection: The adapters of the fit.
         fitted: Bases, and every adapter encoded in them.
+        fixed: Heads and carried tensors of the adapters, and the basis for training.
         target: Size and purpose that were asked for.
-        basis: Basis for training; None if there is none.
     """
+    basis, outside = fixed.basis, fixed.outside
     subspace = Subspace(fitted.modules)
     pack = Pack(
         subspace,
-        manifest.describe(subspace, fitted.storage),
+        manifest.describe(subspace, fitted.storage, outside.references),
         share_codes(
             {
                 scanned.name: pack_adapter(
-                    scanned, fitted.encoded[scanned.name], in_fit=scanned.name in collection.weights
+                    scanned,
+                    fitted.encoded[scanned.name],
+                    outside.by_adapter[scanned.name],
+                    in_fit=scanned.name in collection.weights,
                 )
                 for scanned in collection.scanned
             }
@@ -209,6 +218,7 @@ def assemble_pack(
             **asdict(fitted.options),
             auto=target.is_auto,
             purpose=target.purpose,
+            head_error=target.head_error,
             solver="iterative" if fitted.by_iteration else "exact",
             excluded_modules=sorted(sources.excluded_modules),
             skipped=dict(sorted(collection.skipped.items())),
@@ -217,9 +227,10 @@ def assemble_pack(
         revision=sources.revision,
         coefficient_dtype=fitted.coefficient_storage.name,
         basis=basis,
+        reference_tensors=outside.references,
     )
     pack.notes.extend([*fitted.notes, *(basis.notes if basis is not None else [])])
-    note = uncompressed_note(pack.summary.bytes)
+    note = uncompressed_note(pack.summary)
     if note is not None:
         pack.notes.append(note)
     basis_seconds = basis.seconds if basis is not None else {}

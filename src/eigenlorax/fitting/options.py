@@ -12,9 +12,10 @@ from ..codec.storage.coded import NEEDS_TARGET
 from ..codec.storage.table import parse_storage
 from ..core import engine as engines
 from ..core.fit_options import BYTE_TARGETS, SWEEPS, FitOptions
-from ..core.options import check_choice, format_value
+from ..core.options import check_choice, format_value, to_float
 from ..core.progress import Progress
 from ..errors import OptionError, reason
+from ..pack.outside_tensors import HEAD_ERROR
 from . import purpose_defaults
 from .purpose_defaults import Dtype
 
@@ -55,6 +56,7 @@ class Target:
         is_coded: True if the pack is entropy-coded for an error bound or a size; False if it is fitted by components.
         purpose: Purpose that the pack records; None if a size was passed without a purpose.
         by_default: True if neither a size nor a purpose was passed.
+        head_error: Error bound of heads; None if they are stored exactly.
     """
 
     options: FitOptions
@@ -63,6 +65,7 @@ class Target:
     storage: Storage | None
     coefficient_storage: Storage | None
     is_coded: bool
+    head_error: float | None = None
     purpose: str | None = None
     by_default: bool = False
 
@@ -72,9 +75,9 @@ class Target:
         sizes: Mapping[str, Any],
         weighting: str,
         sweeps: int | None,
-        dtype: Dtype,
-        coefficient_dtype: Dtype,
-        purpose: str | None = None,
+        dtypes: tuple[Dtype, Dtype],
+        purpose: str | None,
+        head_error: float | None,
     ) -> "Target":
         """Build the target from options of `fit`.
 
@@ -82,13 +85,14 @@ class Target:
             sizes: Values of n_components, energy, max_error, max_bytes and ratio, by name.
             weighting: "delta" or "factors".
             sweeps: Number of alternating refinements; None for the default.
-            dtype: Storage of the components; None for the default.
-            coefficient_dtype: Storage of the coefficients; None for the default.
+            dtypes: Storages of the components and of the coefficients; None for the default.
             purpose: Purpose of the pack, which sets the size and the storage that are not passed.
+            head_error: Error bound of heads; 0 to store them exactly, None for the default.
 
         Raises:
             OptionError: An option is invalid, or options contradict each other.
         """
+        dtype, coefficient_dtype = dtypes
         coefficient_storage = parse_storage(coefficient_dtype)
         _refuse_cores(dtype=parse_storage(dtype), coefficient_dtype=coefficient_storage)
         completed = purpose_defaults.complete(purpose, sizes, dtype, coefficient_dtype)
@@ -101,15 +105,17 @@ class Target:
             **{**sizes, "n_components": n_components}, weighting=weighting, sweeps=SWEEPS if sweeps is None else sweeps
         )
         bounds = {name: sizes[name] for name in BYTE_TARGETS}
+        is_coded = is_entropy_coded(bounds, weighting, dtype, coefficient_dtype)
         return cls(
             options=fit_options,
             is_auto=is_auto,
             n_components=n_components if is_passed and not is_auto else None,
             storage=parse_storage(dtype),
             coefficient_storage=coefficient_storage,
-            is_coded=is_entropy_coded(bounds, weighting, dtype, coefficient_dtype),
             purpose=completed.purpose,
             by_default=completed.by_default,
+            is_coded=is_coded,
+            head_error=_head_error(head_error, is_coded=is_coded),
         )
 
     def refuse_unused(self, **options: Any) -> None:
@@ -223,6 +229,21 @@ def is_entropy_coded(
             + (", or pass a float dtype." if allows_floats else ".")
         )
     raise OptionError(f"{bound} needs weighting='delta', got {weighting!r}. Remove weighting, or pass n_components.")
+
+
+def _head_error(head_error: float | None, *, is_coded: bool) -> float | None:
+    """Return the error bound of heads, None to store them exactly."""
+    if head_error is None:
+        return HEAD_ERROR if is_coded else None
+    head_error = to_float("head_error", head_error)
+    if not 0 <= head_error < 1:
+        raise OptionError(f"head_error is a relative error, at least 0 and below 1, got {head_error}.")
+    if head_error and not is_coded:
+        raise OptionError(
+            f"head_error={head_error:g} has no effect in a pack of numbers of components, which stores heads exactly. "
+            "Remove it, or pass max_error, max_bytes or ratio."
+        )
+    return head_error or None
 
 
 def _first_option(options: Mapping[str, Any]) -> str | None:

@@ -95,6 +95,7 @@ def refit(
     max_bytes: int | float | None = None,
     ratio: float | None = None,
     basis: int | None = None,
+    head_error: float | None = None,
     weighting: str | None = None,
     sweeps: int | None = None,
     dtype: str | torch.dtype | None = None,
@@ -115,6 +116,8 @@ def refit(
         n_components, energy, max_error, max_bytes, ratio, weighting, sweeps: Options of `fit`. Default: the options
             with which the pack was fitted.
         basis: Option of `fit`. Default: that of the pack, if the new pack is entropy-coded too.
+        head_error: Option of `fit`. Default: that of the pack, if it is entropy-coded and stays so. Heads that the pack
+            codes, and whose originals are not passed, keep their codes.
         dtype, coefficient_dtype: Options of `fit`. Default: the storages of the pack, unless max_error, max_bytes or
             ratio is passed. A pack with cores becomes a pack with coefficients.
         warn_above, device, progress: Options of `fit`.
@@ -157,6 +160,7 @@ def refit(
         to_fit,
         **fit_options,
         basis=basis if basis is not None else _default_basis(pack, fit_options),
+        head_error=_head_error(pack, fit_options, head_error),
         exclude_modules=[name for name in pack.fit_info.excluded_modules if name in modules],
         same_base=True,
         warn_above=1.0,
@@ -173,6 +177,7 @@ def refit(
         revision=pack.revision,
         coefficient_dtype=fitted.coefficient_storage,
         basis=fitted.basis,
+        reference_tensors=fitted.reference_tensors,
     )
     refitted.notes.extend(fitted.notes)
     if (note := _bound_note(refitted)) is not None:
@@ -189,6 +194,17 @@ def _default_basis(pack: Pack, fit_options: Mapping[str, Any]) -> int | None:
     if pack.basis is None or not is_entropy_coded(bounds, fit_options["weighting"], *storages):
         return None
     return pack.basis.fit_info.n_components
+
+
+def _head_error(pack: Pack, fit_options: Mapping[str, Any], head_error: float | None) -> float | None:
+    """Return the option of `fit`: the argument, else the bound of a pack that stays entropy-coded, else the default."""
+    if head_error is not None or not pack.is_coded:
+        return head_error
+    bounds = {name: fit_options[name] for name in BYTE_TARGETS}
+    storages = fit_options["dtype"], fit_options["coefficient_dtype"]
+    if not is_entropy_coded(bounds, fit_options["weighting"], *storages):
+        return None
+    return pack.fit_info.head_error or 0.0
 
 
 def _bound_note(refitted: Pack) -> str | None:

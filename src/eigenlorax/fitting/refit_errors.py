@@ -80,6 +80,12 @@ def follow_record(before: Record, after: Record, squares: UpdateSquares, *, alon
         delta_error=error,
         bound=before.bound or not alone,
         untrained=before.untrained,
+        # 0 in the new pack, where codes are kept or decoded numbers are stored exactly
+        head_error=before.head_error + after.head_error * (1 + before.head_error),
+        source_head_bytes=before.source_head_bytes,
+        source_carried_bytes=before.source_carried_bytes,
+        head_numbers=before.head_numbers,
+        carried_numbers=before.carried_numbers,
         source_sha256=before.source_sha256,
         source_file_bytes=before.source_file_bytes,
     )

@@ -61,7 +61,7 @@ def fit_basis(
         engine: Open engine that runs one job per module.
     """
     sizes = {**dict.fromkeys(SIZE_OPTIONS), "n_components": n_components}
-    fitted = fit_components(collection, Target.of(sizes, "delta", None, DTYPE, None), execution, engine)
+    fitted = fit_components(collection, Target.of(sizes, "delta", None, (DTYPE, None), None, None), execution, engine)
     subspace = Subspace(fitted.modules)
     basis = Pack(
         subspace,

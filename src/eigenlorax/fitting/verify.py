@@ -1,5 +1,6 @@
 """Independent measurement of a pack's errors, from its files and the originals, in float64, without code of the fit."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ from ..core.adapter import Adapter, LoRAFactors
 from ..core.progress import Progress
 from ..errors import FormatError
 from ..formats.sources import Sources
+from ..pack.outside_tensors import carried_tensors, error_bound
 from ..pack.pack import Pack
+from ..pack.packed_adapter import PackedAdapter
 from .match_sources import match_adapters
 
 RELATIVE_TOLERANCE = 1e-4
@@ -28,17 +31,27 @@ class Verified:
         delta_error: Error measured now, against the original.
         recorded: Error that the pack records.
         bound: Error bound for which the adapter was encoded; None if there was none.
+        head_error: Largest relative error of a head or carried tensor, measured now.
+        recorded_head_error: The one that the pack records.
+        heads_hold: True if no such tensor exceeds its own error bound.
     """
 
     delta_error: float
     recorded: float
     bound: float | None
+    head_error: float
+    recorded_head_error: float
+    heads_hold: bool
 
     @property
     def holds(self) -> bool:
-        """True if the error exceeds neither the recorded error nor the error bound."""
+        """True if no error exceeds the recorded error or the error bound."""
         limit = min(self.recorded, self.bound if self.bound is not None else self.recorded)
-        return self.delta_error <= limit * (1 + RELATIVE_TOLERANCE) + ABSOLUTE_TOLERANCE
+        return (
+            _is_within(self.delta_error, limit)
+            and _is_within(self.head_error, self.recorded_head_error)
+            and self.heads_hold
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +110,11 @@ def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, *
         record = pack.records[name]
         # after a refit without originals, the bound holds against the reconstruction that was refitted
         is_bound = (record.in_fit or pack.is_coded) and not record.bound
-        error = _measure(original, pack.adapter(name, torch.float64), list(pack.packed(name).subspace_names))
-        verified[name] = Verified(error, record.delta_error, pack.fit_info.max_error if is_bound else None)
+        packed = pack.packed(name)
+        error = _measure(original, pack.adapter(name, torch.float64), list(packed.subspace_names))
+        head_error, heads_hold = _measure_outside(original, packed, None if record.bound else pack.fit_info.head_error)
+        bound = pack.fit_info.max_error if is_bound else None
+        verified[name] = Verified(error, record.delta_error, bound, head_error, record.head_error, heads_hold)
     report("measuring adapters", len(originals), len(originals))
     return Verification(verified, sorted(set(pack.names) - set(originals)))
 
@@ -110,6 +126,36 @@ def _measure(original: Adapter, reconstructed: Adapter, modules: list[str]) -> f
         total += _square(original.modules[module])
         squared_error += _square_of_difference(original.modules[module], reconstructed.modules[module])
     return (squared_error / total) ** 0.5 if total else 0.0
+
+
+def _measure_outside(original: Adapter, packed: PackedAdapter, head_error: float | None) -> tuple[float, bool]:
+    """Return the largest relative error of a head or carried tensor, and whether each is within its bound, if any.
+
+    A tensor that is missing, or of another dtype or shape, has an infinite error.
+    """
+    largest, holds = 0.0, True
+    for expected, stored, is_head in (
+        (original.heads, packed.heads, True),
+        (carried_tensors(original, packed.subspace_names), packed.carried, False),
+    ):
+        for key in expected.keys() | stored.keys():
+            error = _tensor_error(expected[key], stored[key]) if key in expected and key in stored else math.inf
+            largest = max(largest, error)
+            if head_error is not None and key in expected:
+                bound = error_bound(key, expected[key], head_error, is_head=is_head)
+                holds = holds and _is_within(error, bound)
+    return largest, holds
+
+
+def _tensor_error(expected: torch.Tensor, stored: torch.Tensor) -> float:
+    if expected.shape != stored.shape or expected.dtype != stored.dtype:
+        return math.inf
+    error, norm = float((expected.double() - stored.double()).norm()), float(expected.double().norm())
+    return error / norm if norm else (0.0 if error == 0 else math.inf)
+
+
+def _is_within(error: float, limit: float) -> bool:
+    return error <= limit * (1 + RELATIVE_TOLERANCE) + ABSOLUTE_TOLERANCE
 
 
 def _square(factors: LoRAFactors) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..codec import bitstream
 from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
 from ..codec.storage.coded import codes_digest, coefficient_metadata, with_parent_codes
+from ..codec.tensor_codes import References
 from ..core import dtypes, keys, limits
 from ..core.adapter import Origin, is_valid_kernel
 from ..core.json_dataclasses import from_json
@@ -18,6 +19,7 @@ from ..core.subspace import Subspace
 from ..formats import files as lora_files
 from ..formats import lora_config, peft, safetensors_file
 from .manifest import Entry
+from .outside_tensors import file_tensors, from_file
 from .packed_adapter import PackedAdapter, Record
 
 KEPT_FIELDS = (
@@ -52,11 +54,11 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
         stored = packed.payload if packed.payload is not None else storage.adapter_tensors(packed.coefficients)
     files = {
         keys.ADAPTER_CONFIG: _to_json(adapter_config(packed, fingerprint, storage)),
-        keys.ADAPTER_WEIGHTS: _to_safetensors({**packed.heads, **stored}),
+        keys.ADAPTER_WEIGHTS: _to_safetensors({**file_tensors(packed.heads, keys.CODED_HEADS), **stored}),
         keys.SOURCE_CONFIG: packed.source_config.encode("utf-8"),
     }
     if packed.carried:
-        files[keys.CARRIED] = _to_safetensors(packed.carried)
+        files[keys.CARRIED] = _to_safetensors(file_tensors(packed.carried, keys.CODED_CARRIED))
     if packed.origin is not None:
         files[keys.SOURCE_FILE] = _to_json(asdict(packed.origin))
     return files
@@ -99,11 +101,13 @@ class SubspaceHistory:
         lineage: Fingerprints, the current one last.
         sizes: Function of (fingerprint, name of a module in the subspace) to the sizes of its bases.
         at: Function of the fingerprint to the subspace, whose tensors it reads.
+        references: Function that reads the reference tensors of coded heads.
     """
 
     lineage: tuple[str | None, ...]
     sizes: Callable[[str, str], ModuleSizes]
     at: Callable[[str], Subspace]
+    references: Callable[[], References]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +151,12 @@ def from_files(
         parent_codes: Codes in the parent's file; None if the adapter has no parent.
     """
     tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
-    carried = safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED) if keys.CARRIED in files else {}
+    carried: Mapping[str, Tensor] = {}
+    if keys.CARRIED in files:
+        carried = _decoded(safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED), keys.CODED_CARRIED, history)
     source_config, source = limits.parse_json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
-    _check_names(config.target_modules, [*tensors, *carried])
     in_config = config.parent.get("name")
     if in_config != entry.parent:
         raise ValueError(f"the parent is {entry.parent!r} in the manifest, and {in_config!r} in {keys.ADAPTER_CONFIG}")
@@ -167,6 +172,8 @@ def from_files(
     limits.check_factor_memory(sum(factors), "the factors of the adapter")
     # removes the coefficients from `tensors`, which then contains only the heads
     coefficients, payload = storage.read_adapter(tensors, slots, lambda: history.at(fingerprint))
+    heads = _decoded(tensors, keys.CODED_HEADS, history)
+    _check_names(config.target_modules, [*heads, *carried])
     origin = None
     if keys.SOURCE_FILE in files:
         _, fields = limits.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)
@@ -175,7 +182,7 @@ def from_files(
         name=name,
         coefficients=coefficients,
         subspace_names=subspace_names,
-        heads=tensors,
+        heads=heads,
         carried=carried,
         source_config=source_config,
         record=entry.record,
@@ -185,6 +192,11 @@ def from_files(
         source_dtype=dtypes.parse(config.source_dtype),
         parent=entry.parent,
     )
+
+
+def _decoded(tensors: Mapping[str, Tensor], coded_key: str, history: SubspaceHistory) -> Mapping[str, Tensor]:
+    """Return the tensors of a file, those that are coded decoded at each access."""
+    return from_file(tensors, coded_key, history.references()) if coded_key in tensors else tensors
 
 
 def _module_slots(

@@ -24,15 +24,11 @@ from ..formats import checks
 from ..formats.sources import AdapterSource
 from .contents import PackContents
 from .copies import names_by_content
-from .encoding import (
-    EncodedAdapter,
-    ScannedAdapter,
-    encoded_by_codes,
-    pack_adapter,
-    project_module,
-)
+from .encoding import EncodedAdapter, encoded_by_codes, pack_adapter, project_module
 from .manifest import SubspaceInfo
+from .outside_tensors import OutsideCoding
 from .packed_adapter import PackedAdapter
+from .scanned_adapter import ScannedAdapter
 
 QuantisedBases = Mapping[str, tuple[QuantisedBasis, QuantisedBasis]]
 """The bases (down, up) of an entropy-coded subspace as integers, by module."""
@@ -172,6 +168,7 @@ def add_adapters(
             "ones. Fit a pack again (max_error, max_bytes or ratio), with the new adapters among the sources."
         )
     bases = quantised_bases(subspace) if pack.is_coded else {}
+    outside = OutsideCoding(pack.fit_info.head_error, pack.reference_tensors)
     by_content = names_by_content(pack)
     packed: dict[str, PackedAdapter] = {}
     copies = {}
@@ -182,12 +179,12 @@ def add_adapters(
             copies[scanned.name] = original
         if not pack.is_coded:
             encoded = project_adapter(scanned, subspace, storage_by_name(pack.coefficient_storage))
-            packed[scanned.name] = pack_adapter(scanned, encoded, in_fit=False)
+            packed[scanned.name] = pack_adapter(scanned, encoded, outside.encode(scanned), in_fit=False)
         elif original == scanned.name:
             encoded = encode_alone(scanned, subspace, bases, pack.aim)
-            packed[scanned.name] = pack_adapter(scanned, encoded, in_fit=False)
+            packed[scanned.name] = pack_adapter(scanned, encoded, outside.encode(scanned), in_fit=False)
         else:
-            packed[scanned.name] = _refer(scanned, packed.get(original) or pack.packed(original))
+            packed[scanned.name] = _refer(scanned, packed.get(original) or pack.packed(original), outside)
     progress("projecting adapters", len(new), len(new))
     return Addition(
         packed,
@@ -198,13 +195,13 @@ def add_adapters(
     )
 
 
-def _refer(scanned: ScannedAdapter, original: PackedAdapter) -> PackedAdapter:
+def _refer(scanned: ScannedAdapter, original: PackedAdapter, outside: OutsideCoding) -> PackedAdapter:
     """Return a new adapter as a reference to the codes of an adapter with the same content."""
     record = original.record
     error = AdapterError(delta_error=record.delta_error, rounding_error=record.rounding_error)
     encoded = EncodedAdapter(original.coefficients, original.payload, error)
-    packed = replace(pack_adapter(scanned, encoded, in_fit=False), subspace=original.subspace)
-    return packed.with_parent(original.parent or original.name)
+    packed = pack_adapter(scanned, encoded, outside.encode(scanned), in_fit=False)
+    return replace(packed, subspace=original.subspace).with_parent(original.parent or original.name)
 
 
 def extend_subspace(

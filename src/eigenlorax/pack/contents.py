@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..codec.encoder import RatePoint
 from ..codec.storage.table import parse_storage, storage_by_name
+from ..codec.tensor_codes import References
 from ..core import atomic_files, keys
 from ..core.adapter import Adapter
 from ..core.subspace import Subspace
@@ -19,6 +20,7 @@ from .adapter_files import SubspaceHistory
 from .folder import AdapterFolder, PackFolder
 from .manifest import Entry, FitInfo, SubspaceInfo
 from .packed_adapter import PackedAdapter, Record, unpack
+from .subspace_file import StoredSubspace
 from .summary import Summary, summarize
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class PackContents(Mapping[str, Adapter]):
 
     def __init__(
         self,
-        subspace: Subspace | Callable[[], Subspace],
+        subspace: Subspace | Callable[[], StoredSubspace],
         info: SubspaceInfo,
         adapters: Mapping[str, PackedAdapter | Entry],
         fit_info: FitInfo,
@@ -55,6 +57,7 @@ class PackContents(Mapping[str, Adapter]):
         revision: str | None,
         coefficient_dtype: str | torch.dtype,
         basis: "Pack | None" = None,
+        reference_tensors: References | None = None,
     ) -> None:
         self.info = info
         self.basis = basis
@@ -69,6 +72,7 @@ class PackContents(Mapping[str, Adapter]):
         self.frontier: list[RatePoint] = []
         self._folder: PackFolder | None = None
         self._subspace = subspace
+        self._reference_tensors = reference_tensors or References()
         self._adapters = dict(adapters)
 
     def __len__(self) -> int:
@@ -100,9 +104,21 @@ class PackContents(Mapping[str, Adapter]):
     @property
     def subspace(self) -> Subspace:
         """The bases of every module."""
-        if not isinstance(self._subspace, Subspace):
-            self._subspace = self._subspace()
+        self._read_subspace()
+        assert isinstance(self._subspace, Subspace)
         return self._subspace
+
+    @property
+    def reference_tensors(self) -> References:
+        """Tensors that coded heads of several adapters refer to."""
+        self._read_subspace()
+        return self._reference_tensors
+
+    def _read_subspace(self) -> None:
+        """Read the file of the bases, unless it was read before."""
+        if not isinstance(self._subspace, Subspace):
+            stored = self._subspace()
+            self._subspace, self._reference_tensors = stored.subspace, stored.references
 
     @property
     def dtype(self) -> torch.dtype:
@@ -194,7 +210,9 @@ class PackContents(Mapping[str, Adapter]):
         adapter = self._adapters[name]
         if isinstance(adapter, Entry):
             assert self._folder is not None
-            history = SubspaceHistory(self.info.lineage, self.info.sizes, self._subspace_at)
+            history = SubspaceHistory(
+                self.info.lineage, self.info.sizes, self._subspace_at, lambda: self.reference_tensors
+            )
             adapter = self._folder.read_adapter(name, history)
         return adapter
 

@@ -22,40 +22,12 @@ from ..core.projection import DualComponents
 from ..core.subspace import ModuleBases
 from ..errors import NonFiniteError
 from ..formats import lora_config
-from ..formats.checks import Scan
+from .outside_tensors import OutsideTensors
 from .packed_adapter import PackedAdapter, Record, coefficient_bytes
+from .scanned_adapter import ScannedAdapter
 
 FLOAT32_RANGE = 1e-36, 1e37
 """Range of factors whose products and norms float32 can represent, with a margin for smaller and larger rows."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScannedAdapter:
-    """Adapter whose tensors were scanned, and its modules that a subspace contains.
-
-    Attributes:
-        adapter: The adapter.
-        scan: Content hash and norms of its tensors.
-        subspace_names: Name in the subspace of each such module, by the adapter's own name. Other modules are stored
-            unchanged.
-    """
-
-    adapter: Adapter
-    scan: Scan
-    subspace_names: Mapping[str, str]
-
-    @property
-    def name(self) -> str:
-        return self.adapter.name
-
-    @property
-    def is_untrained(self) -> bool:
-        """True if the adapter changes no weight: every update is zero, and it carries nothing else."""
-        return not any(self.scan.delta_squares.values()) and not self.adapter.carried
-
-    def is_trained(self, module: str) -> bool:
-        """Return whether the adapter's update of this module is not zero."""
-        return self.scan.delta_squares[module] > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,21 +136,18 @@ def encoded_by_codes(
     )
 
 
-def pack_adapter(scanned: ScannedAdapter, encoded: EncodedAdapter, *, in_fit: bool) -> PackedAdapter:
-    """Return an encoded adapter with its record. Modules that were not encoded are stored unchanged.
+def pack_adapter(
+    scanned: ScannedAdapter, encoded: EncodedAdapter, outside: OutsideTensors, *, in_fit: bool
+) -> PackedAdapter:
+    """Return an encoded adapter with its record.
 
     Args:
         scanned: The adapter.
         encoded: Its coefficients.
+        outside: Its heads and carried tensors.
         in_fit: True if the subspace was fitted to it.
     """
     adapter, coefficients = scanned.adapter, encoded.coefficients
-    carried = {key: adapter.carried[key] for key in adapter.carried}
-    for module in adapter.modules:
-        if module not in coefficients:
-            for side, weight in zip(keys.SIDES, adapter.modules[module].weights, strict=True):
-                carried[keys.lora_key(module, side)] = weight
-    heads = {key: adapter.heads[key] for key in adapter.heads}
     record = Record(
         delta_error=encoded.error.delta_error,
         rounding_error=encoded.error.rounding_error,
@@ -188,19 +157,22 @@ def pack_adapter(scanned: ScannedAdapter, encoded: EncodedAdapter, *, in_fit: bo
         modules=len(coefficients),
         lora_numbers=sum(adapter.specs[module].numbers for module in coefficients),
         coefficient_bytes=coefficient_bytes(coefficients, encoded.payload),
-        carried_bytes=sum(tensor.nbytes for tensor in carried.values()),
-        head_bytes=sum(tensor.nbytes for tensor in heads.values()),
+        carried_bytes=outside.carried.size,
+        head_bytes=outside.heads.size,
         source_sha256=scanned.scan.content_hash,
         source_file_bytes=adapter.file_bytes,
-        source_head_bytes=sum(tensor.nbytes for tensor in heads.values()),
-        source_carried_bytes=sum(tensor.nbytes for tensor in carried.values()),
+        head_error=outside.error,
+        source_head_bytes=outside.heads.source_bytes,
+        source_carried_bytes=outside.carried.source_bytes,
+        head_numbers=outside.heads.numbers,
+        carried_numbers=outside.carried.numbers,
     )
     return PackedAdapter(
         name=adapter.name,
         coefficients=coefficients,
         subspace_names={module: scanned.subspace_names[module] for module in sorted(coefficients)},
-        heads=heads,
-        carried=carried,
+        heads=outside.heads.tensors,
+        carried=outside.carried.tensors,
         source_config=_source_config(adapter, coefficients),
         record=record,
         origin=adapter.origin,

@@ -20,13 +20,13 @@ from ..core.limits import (
     damaged_on_error,
     read_file,
 )
-from ..core.subspace import Subspace
 from ..errors import FormatError, PackBusyError, PackDamagedError, PackExistsError, PackMissingError
 from ..formats import safetensors_file
 from . import adapter_files, manifest_json, subspace_file
 from .adapter_files import SubspaceHistory
 from .manifest import Entry, Manifest
 from .packed_adapter import PackedAdapter
+from .subspace_file import StoredSubspace
 
 LOCK_SECONDS = 20.0
 
@@ -65,8 +65,8 @@ class PackFolder:
         """Return the folder of an adapter that the manifest lists, or of a parent."""
         return AdapterFolder(self.path, name, self.manifest.needed[name])
 
-    def read_subspace(self) -> Subspace:
-        """Read the bases, rebuild random components from their seeds, and compare both with the manifest."""
+    def read_subspace(self) -> StoredSubspace:
+        """Read the file of the bases, rebuild random components from their seeds, and compare with the manifest."""
         file, sha256, path = self.manifest.subspace_file, self.manifest.subspace_sha256, self._subspace_path
         with self._busy_if_replaced(lambda current: current.subspace_files.get(file) == sha256):
             data = self._read_subspace_bytes()

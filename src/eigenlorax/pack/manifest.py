@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from ..codec.storage.base import ModuleSizes, Storage
+from ..codec.tensor_codes import References
 from ..core import atomic_files, dtypes, keys
 from ..core.atomic_files import Files
 from ..core.basis import Basis
@@ -109,6 +110,7 @@ class SubspaceInfo:
         fingerprint: Fingerprint of the subspace.
         growth: Steps by which it grew after the fit.
         stored_bytes: Tensor bytes of its file.
+        reference_bytes: Those of them that are reference tensors of coded heads.
         modules: Sides "down" and "up" of each module, by name.
     """
 
@@ -116,6 +118,7 @@ class SubspaceInfo:
     fingerprint: str
     growth: tuple[Step, ...]
     stored_bytes: int
+    reference_bytes: int
     modules: dict[str, dict[str, SideInfo]]
 
     @property
@@ -149,12 +152,13 @@ class SubspaceInfo:
         return ModuleSizes((down, up), (sides[0].dimension, sides[1].dimension))
 
 
-def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo:
+def describe(subspace: Subspace, storage: Storage | None = None, references: References | None = None) -> SubspaceInfo:
     """Return the description of a subspace in memory.
 
     Args:
         subspace: The subspace.
         storage: Storage of its components. Default: floats of their dtype.
+        references: Reference tensors of coded heads. Default: none.
     """
     modules = {
         name: {side: _side_info(bases.side(side)) for side in keys.SIDES}
@@ -163,7 +167,9 @@ def describe(subspace: Subspace, storage: Storage | None = None) -> SubspaceInfo
     *earlier, fingerprint = subspace.lineage
     growth = tuple(Step(previous, seed) for previous, seed in zip(earlier, subspace.seeds, strict=True))
     dtype = storage.name if storage is not None else dtypes.name(subspace.dtype)
-    return SubspaceInfo(dtype, fingerprint, growth, subspace.stored_bytes, modules)
+    reference_bytes = len(references.data) if references is not None else 0
+    stored_bytes = subspace.stored_bytes + reference_bytes
+    return SubspaceInfo(dtype, fingerprint, growth, stored_bytes, reference_bytes, modules)
 
 
 def _side_info(basis: Basis) -> SideInfo:

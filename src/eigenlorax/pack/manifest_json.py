@@ -152,8 +152,14 @@ def _fit(body: dict[str, Any]) -> Any:
 
 
 def _subspace(body: dict[str, Any]) -> dict[str, Any]:
-    """Return `subspace` with the fields that formats 1 and 2 lack. Their subspaces grew by augmentations only."""
+    """Return `subspace` with the fields that earlier formats lack. Those of 1 and 2 grew by augmentations only."""
     fields = dict(from_json(dict, body.get("subspace"), "subspace"))
+    if body["format_version"] < 7:
+        if "reference_bytes" in fields:
+            raise JsonTypeError(
+                f"subspace has the field reference_bytes, which version {body['format_version']} lacks."
+            )
+        fields["reference_bytes"] = 0
     if body["format_version"] >= 3:
         return fields
     steps = from_json(tuple[Augmentation, ...], fields.pop("augmentations", ...), "subspace.augmentations")
@@ -189,6 +195,9 @@ def _entry(value: Any, where: str, version: int) -> Entry:
             "head_error": 0.0,
             "source_head_bytes": fields.get("head_bytes"),
             "source_carried_bytes": fields.get("carried_bytes"),
+            # unknown, and without effect where tensors are stored exactly
+            "head_numbers": 0,
+            "carried_numbers": 0,
         }
     early = sorted(lacking.keys() & fields.keys())
     if early:

@@ -341,7 +341,8 @@ class Pack(PackContents):
                 name: adapter if isinstance(adapter, Entry) else self._with_fingerprint(name)
                 for name, adapter in self._adapters.items()
             }
-            self._subspace, self.info = addition.subspace, manifest.describe(addition.subspace, self._storage)
+            self._subspace = addition.subspace
+            self.info = manifest.describe(addition.subspace, self._storage, self.reference_tensors)
         self._adapters |= addition.adapters
         self.base_model = self.base_model or addition.base_model
         self.revision = self.revision or addition.revision
@@ -386,13 +387,14 @@ class Pack(PackContents):
         """Return a pack in memory with these adapters, and another subspace or basis if one is passed."""
         return Pack(
             self.subspace if subspace is None else subspace,
-            self.info if subspace is None else manifest.describe(subspace, self._storage),
+            self.info if subspace is None else manifest.describe(subspace, self._storage, self.reference_tensors),
             adapters,
             self.fit_info,
             base_model=self.base_model,
             revision=self.revision,
             coefficient_dtype=self.coefficient_storage,
             basis=self.basis if basis is None else basis,
+            reference_tensors=self.reference_tensors,
         )
 
     def save(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Path:
@@ -516,8 +518,9 @@ class Pack(PackContents):
             file, sha256 = previous.subspace_file, previous.subspace_sha256
         else:
             # bases that were read from another format have other tensors there
-            self.info = replace(self.info, stored_bytes=self.subspace.stored_bytes)
-            content = subspace_file.to_bytes(self.subspace, self._storage)
+            stored_bytes = self.subspace.stored_bytes + len(self.reference_tensors.data)
+            self.info = replace(self.info, stored_bytes=stored_bytes)
+            content = subspace_file.to_bytes(self.subspace, self._storage, self.reference_tensors)
             sha256 = atomic_files.digest(content)
             file = keys.subspace_file(sha256)
             bases[file] = content

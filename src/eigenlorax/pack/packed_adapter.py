@@ -36,6 +36,8 @@ class Record:
         head_error: Largest relative error of a head or carried tensor; 0 if all of them are stored exactly.
         source_head_bytes: Tensor bytes of trained heads in the source.
         source_carried_bytes: Tensor bytes of carried tensors in the source.
+        head_numbers: Number of elements of the heads.
+        carried_numbers: Number of elements of the carried tensors.
     """
 
     delta_error: float
@@ -54,6 +56,8 @@ class Record:
     head_error: float = 0.0
     source_head_bytes: int = 0
     source_carried_bytes: int = 0
+    head_numbers: int = 0
+    carried_numbers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +68,8 @@ class PackedAdapter:
         name: Name of the adapter.
         coefficients: Coefficients, by the adapter's own module names.
         subspace_names: Names of these modules in the subspace, by the adapter's own names.
-        heads: Trained heads, stored unchanged.
-        carried: Other tensors outside the subspace, stored unchanged.
+        heads: Trained heads, decoded at each access if they are coded (`outside_tensors`).
+        carried: Other tensors outside the subspace, decoded likewise.
         source_config: The source's `adapter_config.json`.
         record: Bytes and errors.
         subspace: Fingerprint of the subspace in which the coefficients were computed; None for the current one. An
@@ -106,11 +110,9 @@ def coefficient_bytes(coefficients: Mapping[str, Coefficients], payload: Payload
 def unpack(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> Adapter:
     """Convert an adapter to an ordinary LoRA with factors in `dtype`.
 
-    Factors are computed when they are read. Heads and carried tensors are unchanged.
+    Factors are computed when they are read. Heads and carried tensors are those of the pack.
     """
-    carried = peft.from_tensors(
-        packed.name, packed.source_config, {**packed.heads, **packed.carried}, where=packed.name
-    )
+    carried = peft.from_tensors(packed.name, packed.source_config, packed.carried, where=packed.name)
     bases = {module: subspace.modules[name] for module, name in packed.subspace_names.items()}
 
     def factors(module: str) -> LoRAFactors:
@@ -140,7 +142,7 @@ def unpack(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> Ada
         base_model=carried.base_model,
         revision=carried.revision,
         heads=packed.heads,
-        carried=carried.carried,
+        carried=packed.carried if not carried.specs else carried.carried,
         source_config=packed.source_config,
         origin=packed.origin,
     )

@@ -1,7 +1,10 @@
-"""The file of a pack's subspace: bases of every module, without random components, which are rebuilt from seeds."""
+"""The file of a pack's subspace: bases of every module, and reference tensors of coded heads.
+
+Random components are rebuilt from seeds.
+"""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +13,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..codec.storage.base import Storage
+from ..codec.storage.coded import blob, tensor_bytes
 from ..codec.storage.table import storage_by_name
+from ..codec.tensor_codes import References
 from ..core import basis as bases
 from ..core import keys
 from ..core.basis import Basis
@@ -23,9 +28,24 @@ from .manifest import SOLVERS, Manifest
 _CHECK_TOLERANCE = 1e-3
 
 
-def to_bytes(subspace: Subspace, storage: Storage) -> bytes:
-    """Return the file of a subspace: components, singular values, and check sums of random components."""
+@dataclass(frozen=True, slots=True)
+class StoredSubspace:
+    """Contents of the file.
+
+    Attributes:
+        subspace: The subspace.
+        references: Reference tensors of coded heads.
+    """
+
+    subspace: Subspace
+    references: References
+
+
+def to_bytes(subspace: Subspace, storage: Storage, references: References) -> bytes:
+    """Return the file of a subspace: components, singular values, check sums of random components, references."""
     tensors = storage.subspace_tensors(subspace)
+    if references:
+        tensors[keys.REFERENCES] = blob(references.data)
     for name, pair in subspace.modules.items():
         for side in keys.SIDES:
             basis = pair.side(side)
@@ -34,12 +54,15 @@ def to_bytes(subspace: Subspace, storage: Storage) -> bytes:
     return to_safetensors(tensors, metadata={"format": "pt"})
 
 
-def from_bytes(data: bytes, manifest: Manifest, path: Path) -> Subspace:
-    """Read the bases, rebuild random components from their seeds, and compare both with the manifest.
+def from_bytes(data: bytes, manifest: Manifest, path: Path) -> StoredSubspace:
+    """Read the file, rebuild random components from their seeds, and compare the bases with the manifest.
 
     Errors of parsers are not translated here: call it within `limits.damaged_on_error`.
     """
     tensors: Mapping[str, Tensor] = from_safetensors(data)
+    references = References()
+    if keys.REFERENCES in tensors:
+        references = References.from_bytes(tensor_bytes(tensors, keys.REFERENCES))
     info, storage = manifest.subspace, storage_by_name(manifest.subspace.dtype)
     size = sum(tensor.nbytes for tensor in tensors.values())
     rebuilt = [side.dimension * info.n_extra for pair in info.modules.values() for side in pair.values()]
@@ -64,7 +87,7 @@ def from_bytes(data: bytes, manifest: Manifest, path: Path) -> Subspace:
     _check_lineage(subspace, manifest, path)
     if info.n_extra:
         _check_augmentation(subspace, tensors, path)
-    return subspace
+    return StoredSubspace(subspace, references)
 
 
 def _basis(tensors: Mapping[str, Tensor], name: str, side: str, manifest: Manifest) -> Basis:

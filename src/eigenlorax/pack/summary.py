@@ -8,6 +8,7 @@ from ..codec.storage.table import storage_by_name
 from ..core import keys
 from ..formats.image import families
 from .manifest import FitInfo, SideInfo, SubspaceInfo
+from .outside_tensors import baseline_bytes
 from .packed_adapter import Record
 
 
@@ -62,17 +63,19 @@ class Bytes:
     Untrained adapters do not count in the bytes of the LoRAs, because removing them costs nothing.
 
     Attributes:
-        lora: Bytes of the LoRA factors in `lora_bits` bits, and of carried tensors.
+        lora: Bytes of the LoRA factors in `lora_bits` bits, and of carried tensors in the source, in at most 16 bits
+            where the pack codes them.
         lora_bits: Bits of the pack's narrower dtype, or 16 for integers.
         lora_files: Bytes of the adapters' weights files.
         basis: Bytes of the bases that the adapters need.
         training_basis: Bytes of the basis for training and serving, which the adapters do not need; 0 without one.
         coefficients: Bytes of the coefficients.
-        carried: Bytes of tensors that are stored unchanged.
-        heads: Bytes of trained heads.
+        carried: Bytes of carried tensors in the pack.
+        heads: Bytes of trained heads in the pack, and of reference tensors that they share.
+        source_heads: Bytes of trained heads in the source, in at most 16 bits where the pack codes them.
         ratio: lora ÷ (basis + training_basis + coefficients + carried).
         ratio_without_basis: lora ÷ (coefficients + carried).
-        ratio_with_heads: The same as `ratio`, with the heads added on both sides.
+        ratio_with_heads: The same as `ratio`, with `source_heads` and `heads` added.
     """
 
     lora: int
@@ -83,6 +86,7 @@ class Bytes:
     coefficients: int
     carried: int
     heads: int
+    source_heads: int
     ratio: float
     ratio_without_basis: float
     ratio_with_heads: float
@@ -228,7 +232,7 @@ def summarize(
         bounds=sum(record.bound for record in records.values()),
         basis=_training_basis(basis) if basis is not None else None,
         bytes=_bytes(records, info, coefficient_dtype, basis.stored_bytes if basis is not None else 0),
-        files=_file_bytes(records, *pack_files) if pack_files is not None else None,
+        files=_file_bytes(records, info.reference_bytes, *pack_files) if pack_files is not None else None,
     )
 
 
@@ -280,30 +284,40 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
     # the narrower of the two: a ratio must not gain from LoRAs that are wider than the pack
     width = min(storage_by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
     carried = sum(record.carried_bytes for record in records.values())
+    carried_before = sum(
+        baseline_bytes(record.source_carried_bytes, record.carried_numbers, record.head_error)
+        for record in records.values()
+    )
+    heads_before = sum(
+        baseline_bytes(record.source_head_bytes, record.head_numbers, record.head_error) for record in records.values()
+    )
     coefficients = sum(record.coefficient_bytes for record in records.values())
-    lora = width * lora_numbers(records) + carried
+    lora = width * lora_numbers(records) + carried_before
     per_adapter = coefficients + carried
-    total = info.stored_bytes + training_basis + per_adapter
-    heads = sum(record.head_bytes for record in records.values())
+    basis = info.stored_bytes - info.reference_bytes
+    total = basis + training_basis + per_adapter
+    heads = info.reference_bytes + sum(record.head_bytes for record in records.values())
     return Bytes(
         lora=lora,
         lora_bits=8 * width,
         lora_files=sum(record.source_file_bytes for record in records.values() if not record.untrained),
-        basis=info.stored_bytes,
+        basis=basis,
         training_basis=training_basis,
         coefficients=coefficients,
         carried=carried,
         heads=heads,
+        source_heads=heads_before,
         ratio=lora / total if total else 1.0,
         ratio_without_basis=lora / per_adapter if per_adapter else 1.0,
-        ratio_with_heads=(lora + heads) / (total + heads) if total + heads else 1.0,
+        ratio_with_heads=(lora + heads_before) / (total + heads) if total + heads else 1.0,
     )
 
 
-def _file_bytes(records: Mapping[str, Record], pack: int, reports: int) -> FileBytes:
-    """Return the figures of files, from the bytes of the pack and of its reports on disk."""
+def _file_bytes(records: Mapping[str, Record], references: int, pack: int, reports: int) -> FileBytes:
+    """Return the figures of files, from the bytes of reference tensors, and of the pack and its reports on disk."""
     sizes = [record.source_file_bytes for record in records.values()]
-    heads = sum(record.head_bytes for record in records.values())
+    heads = references + sum(record.head_bytes for record in records.values())
+    source_heads = sum(record.source_head_bytes for record in records.values())
     # a manifest may state more bytes than the files have
     if not sizes or not all(sizes) or heads >= pack:
         return FileBytes(None, pack, reports, None, None, None)
@@ -313,13 +327,16 @@ def _file_bytes(records: Mapping[str, Record], pack: int, reports: int) -> FileB
         pack=pack,
         reports=reports,
         ratio=sources / pack,
-        ratio_without_heads=(sources - heads) / (pack - heads),
+        ratio_without_heads=(sources - source_heads) / (pack - heads),
         ratio_with_reports=sources / (pack + reports),
     )
 
 
-def uncompressed_note(sizes: Bytes) -> str | None:
-    """Return a sentence about heads and carried tensors if they are more than half of a pack, else None."""
+def uncompressed_note(summary: Summary) -> str | None:
+    """Return a sentence about heads and carried tensors if they are more than half of a pack and stored exactly."""
+    if summary.fit.head_error is not None:
+        return None
+    sizes = summary.bytes
     exact = sizes.heads + sizes.carried
     total = sizes.pack + sizes.heads
     if exact <= total / 2:
@@ -330,9 +347,8 @@ def uncompressed_note(sizes: Bytes) -> str | None:
     }
     listed = " and ".join(f"{size:,} {kind}" for kind, size in kinds.items() if size)
     return (
-        f"{exact / total:.1%} of the pack's {total:,} bytes are stored unchanged by every fit: {listed}. "
-        "Tensors in 32 bits take half as much if they are converted to 16 bits before the fit; tensors that were saved "
-        "with the adapters and not trained can be removed."
+        f"{exact / total:.1%} of the pack's {total:,} bytes are stored exactly: {listed}. A pack that is fitted for an "
+        "error bound codes them too. Tensors that were saved with the adapters and not trained can be removed."
     )
 
 

@@ -19,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from ..codec.storage.base import ModuleSlot
 from ..codec.storage.table import as_float_tensors
+from ..codec.tensor_codes import References
 from ..core import convolution, keys, module_patterns
 from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
 from ..formats import coefficients
+from ..pack.outside_tensors import decode_heads
 from . import renaming, resolve
 from .config import EigenLoraxConfig
 from .forward import AdaptedLayer, wrap_layer
@@ -326,6 +328,10 @@ def _decode(
     parent = Parent.of(config)
     if parent is not None:
         state_dict = parent.with_codes(state_dict, resolved().pack)
+    if keys.CODED_HEADS in state_dict:
+        pack = resolved().pack
+        references = pack.reference_tensors if pack is not None else References()
+        state_dict = decode_heads(state_dict, references)
     return as_float_tensors(state_dict, slots, subspace)
 
 

@@ -74,10 +74,12 @@ class CodedStorage(Storage):
         # shapes come in the order in which the bases are written
         filled = {key: shape for key, shape in shapes.items() if shape[0]}
         if keys.CODED_COMPONENTS in tensors:
-            encoded_bases = basis_bytes.split(_to_bytes(tensors, keys.CODED_COMPONENTS), len(filled))
+            encoded_bases = basis_bytes.split(tensor_bytes(tensors, keys.CODED_COMPONENTS), len(filled))
         else:
             # up to format 5, each basis had a tensor of its own
-            encoded_bases = [basis_bytes.with_length(_to_bytes(tensors, f"{key}.{basis_bytes.PART}")) for key in filled]
+            encoded_bases = [
+                basis_bytes.with_length(tensor_bytes(tensors, f"{key}.{basis_bytes.PART}")) for key in filled
+            ]
         # a small file may claim rows that take all memory: refused before anything is decoded
         numbers = sum(k * dimension for k, dimension in filled.values())
         check_coded_count(numbers, sum(map(len, encoded_bases)), "the rows of the bases")
@@ -115,7 +117,7 @@ class CodedStorage(Storage):
     ) -> tuple[Mapping[str, Coefficients], Payload | None]:
         # codes are by the modules' names in the subspace, which the adapter's own may differ from
         payload = {keys.CODED: tensors.pop(keys.CODED)}
-        data, modules = _to_bytes(payload, keys.CODED), subspace().modules
+        data, modules = tensor_bytes(payload, keys.CODED), subspace().modules
         layouts = _adapter_layouts(data, {name: modules[name] for name in (s.subspace_module for s in slots.values())})
         codes = bitstream.decode_adapter(data, layouts, {slot.subspace_module: slot.rank for slot in slots.values()})
         return CodedCoefficients(codes, layouts, slots), payload
@@ -255,7 +257,8 @@ def blob(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
 
 
-def _to_bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
+def tensor_bytes(tensors: Mapping[str, Tensor], name: str) -> bytes:
+    """Return the bytes that `blob` made a tensor of; `ValueError` for a tensor of another form."""
     tensor = tensors[name]
     if tensor.dtype != torch.uint8 or tensor.dim() != 1:
         raise ValueError(f"{name} is {tuple(tensor.shape)}, {tensor.dtype}, and should be bytes")

@@ -1,0 +1,339 @@
+"""Tensors beside LoRA factors as integers: heads, biases, norms, embeddings (docs/pack-format.md, "Coded tensors").
+
+A tensor is the sum of a reference tensor, if it has one, and of integers times a quantisation step size. References are
+tensors that several adapters resemble.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import dtypes
+from ..core.json_dataclasses import from_json
+from ..core.limits import MAX_JSON_BYTES, check_coded_count
+from ..errors import FormatError
+from . import entropy, varint
+from .logistic import classes_of_spread, code_bits
+
+MANTISSA_BITS = 10
+"""Bits of the mantissa of a step size. A step size that is rounded down to them costs 0.001 bit per number at most."""
+MAX_TURNS = 16
+"""Maximum number of step sizes that are tried for a tensor."""
+CLOSE = 0.985
+"""Share of the error bound that ends the search for a step size."""
+_LARGEST_INTEGER = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """A quantisation step size: mantissa · 2^exponent, exact in float64."""
+
+    mantissa: int
+    exponent: int
+
+    @classmethod
+    def at_most(cls, size: float) -> "StepSize":
+        """Return the largest step size with `MANTISSA_BITS` bits that is not above a positive number."""
+        fraction, exponent = math.frexp(size)
+        return cls(int(math.ldexp(fraction, MANTISSA_BITS)), exponent - MANTISSA_BITS)
+
+    def __float__(self) -> float:
+        return math.ldexp(self.mantissa, self.exponent)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedTensor:
+    """A tensor as integers.
+
+    Attributes:
+        dtype: Dtype of the tensor.
+        shape: Shape of the tensor, of at least one number.
+        step_size: Quantisation step size.
+        reference: Number of the reference that the integers are added to; None for none.
+        classes: Class of each row's integers (`entropy`), one byte per row.
+        stream: Entropy-coded integers; empty if all of them are 0.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    step_size: StepSize
+    reference: int | None
+    classes: bytes
+    stream: bytes
+
+    @property
+    def size(self) -> int:
+        """Number of bytes, without the header."""
+        return len(self.classes) + len(self.stream)
+
+    def referring_to(self, reference: int) -> "CodedTensor":
+        """Return the same integers beside another reference."""
+        return replace(self, reference=reference)
+
+    def decode(self, references: Sequence[Tensor]) -> Tensor:
+        """Return the tensor.
+
+        Args:
+            references: The reference tensors of the pack.
+
+        Raises:
+            FormatError: The stream does not fit the shape, or the reference does not.
+            ValueError: A number is not finite.
+        """
+        if self.reference is None:
+            rows = torch.zeros(self.shape, dtype=torch.float64)
+        elif self.reference < len(references) and references[self.reference].shape == self.shape:
+            rows = references[self.reference].double()
+        else:
+            raise FormatError(f"a tensor of shape {self.shape} refers to reference {self.reference}.")
+        if self.stream:
+            classes = np.frombuffer(self.classes, np.uint8)
+            per_number = np.repeat(classes, rows.numel() // len(classes))
+            (integers,) = entropy.decode([(self.stream, per_number)])
+            rows = rows + torch.from_numpy(integers).reshape(self.shape).double() * float(self.step_size)
+        decoded = rows.to(self.dtype)
+        if not bool(decoded.isfinite().all()):
+            raise ValueError("a number of a coded tensor is not finite")
+        return decoded
+
+
+class References(Sequence[Tensor]):
+    """Reference tensors of a pack, decoded when they are first used.
+
+    Args:
+        coded: The tensors, none of which has a reference itself.
+    """
+
+    def __init__(self, coded: Sequence[CodedTensor] = ()) -> None:
+        self.coded = tuple(coded)
+        self._decoded: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.coded)
+
+    def __getitem__(self, index: Any) -> Any:
+        number = range(len(self.coded))[index]
+        if number not in self._decoded:
+            self._decoded[number] = self.coded[number].decode(())
+        return self._decoded[number]
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "References":
+        """Read the references that `to_bytes` wrote; `FormatError` for invalid bytes."""
+        coded = [tensor for _, tensor in from_bytes(data)]
+        if any(tensor.reference is not None for tensor in coded):
+            raise FormatError("a reference tensor has a reference.")
+        return cls(coded)
+
+    @cached_property
+    def data(self) -> bytes:
+        """The references as bytes; empty if there are none."""
+        return to_bytes([("", tensor) for tensor in self.coded]) if self.coded else b""
+
+
+def encode_tensor(
+    tensor: Tensor, bound: float, reference: tuple[int, Tensor] | None
+) -> tuple[CodedTensor, float] | None:
+    """Quantise a tensor as coarsely as an error bound allows, and encode its integers.
+
+    Args:
+        tensor: Finite floating-point numbers.
+        bound: Largest relative error ‖decoded − tensor‖ / ‖tensor‖, in its dtype.
+        reference: Number and values of a reference of the same shape; None for none.
+
+    Returns:
+        The coded tensor and its relative error, or None if the bound cannot be met, or not in fewer bytes.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return None
+    number, prediction = (None, None) if reference is None else reference
+    quantised = _search_step_size(tensor, bound, prediction)
+    if quantised is None:
+        return None
+    step_size, integers, error = quantised
+    classes, stream = b"", b""
+    if bool(integers.any()):
+        rows = integers.reshape(_row_count(tensor.shape), -1)
+        row_classes = _row_classes(rows)
+        flat = rows.numpy().ravel()
+        (stream,) = entropy.encode([(flat, np.repeat(row_classes, rows.shape[1]))])
+        classes = row_classes.astype(np.uint8).tobytes()
+    coded = CodedTensor(tensor.dtype, tuple(tensor.shape), step_size, number, classes, stream)
+    if coded.size >= tensor.nbytes or not _is_readable(coded):
+        return None
+    return coded, error
+
+
+def estimated_bits(tensor: Tensor, bound: float, prediction: Tensor | None) -> float:
+    """Return about how many bits `encode_tensor` takes; infinity if it cannot meet the bound."""
+    quantised = _search_step_size(tensor, bound, prediction)
+    if quantised is None:
+        return math.inf
+    integers = quantised[1].reshape(_row_count(tensor.shape), -1)
+    classes = torch.from_numpy(_row_classes(integers))[:, None]
+    return float(code_bits(integers.to(torch.float64), classes).sum())
+
+
+def _search_step_size(tensor: Tensor, bound: float, prediction: Tensor | None) -> tuple[StepSize, Tensor, float] | None:
+    """Return the largest step size that was found within the bound, its integers (int64), and the relative error."""
+    exact = tensor.to(torch.float64)
+    predicted = torch.zeros_like(exact) if prediction is None else prediction.to(torch.float64)
+    difference = exact - predicted
+    limit = bound * float(exact.norm())
+
+    def error(decoded: Tensor) -> float:
+        return float((decoded.to(tensor.dtype).to(torch.float64) - exact).norm())
+
+    unchanged = error(predicted)
+    if unchanged <= limit:
+        zeros = torch.zeros(tensor.shape, dtype=torch.int64)
+        return StepSize.at_most(1.0), zeros, unchanged / max(float(exact.norm()), 1e-300)
+    largest = float(difference.abs().max())
+    # uniform noise of a step size s has the mean square s² / 12; no useful step size is above twice the largest number
+    size, too_large = limit * (12 / tensor.numel()) ** 0.5, 2 * largest
+    size = min(size, largest)
+    best: tuple[StepSize, Tensor, float] | None = None
+    for _ in range(MAX_TURNS):
+        if not size > 1e-290 or largest / size >= _LARGEST_INTEGER:
+            break
+        step_size = StepSize.at_most(size)
+        integers = (difference / float(step_size)).round()
+        found = error(predicted + integers * float(step_size))
+        if found <= limit:
+            best = step_size, integers.to(torch.int64), found / float(exact.norm())
+            if found >= CLOSE * limit:
+                break
+            smallest = float(step_size)
+            proposed = size * min(0.9995 * limit / max(found, 1e-300), 4.0)
+            size = proposed if proposed < too_large else (smallest * too_large) ** 0.5
+        else:
+            too_large = size
+            proposed = size * 0.9995 * limit / found
+            size = proposed if best is None else max(proposed, (float(best[0]) * too_large) ** 0.5)
+    return best
+
+
+def _row_count(shape: Sequence[int]) -> int:
+    """Return the number of rows whose integers have a class each: the first dimension of a matrix, 1 for a vector."""
+    return shape[0] if len(shape) > 1 else 1
+
+
+def _row_classes(rows: Tensor) -> np.ndarray:
+    """Return the class of each row of integers, from their root mean square."""
+    spread = rows.to(torch.float64).square().mean(1).sqrt()
+    classes: np.ndarray = classes_of_spread(spread).numpy()
+    return classes
+
+
+def _is_readable(coded: CodedTensor) -> bool:
+    try:
+        _check(coded)
+    except (FormatError, ValueError):
+        return False
+    return True
+
+
+def _check(coded: CodedTensor) -> None:
+    """Raise `FormatError` or `ValueError` unless shape, classes and stream belong together, before memory is taken."""
+    numbers = math.prod(coded.shape)
+    if not all(size > 0 for size in coded.shape) or coded.dtype not in dtypes.STORED:
+        raise FormatError(f"a coded tensor has the shape {coded.shape} and the dtype {coded.dtype}.")
+    expected = _row_count(coded.shape) if coded.stream else 0
+    if len(coded.classes) != expected:
+        raise FormatError(f"a coded tensor has {len(coded.classes)} classes, and should have {expected}.")
+    if not 0 < coded.step_size.mantissa < 2**MANTISSA_BITS or abs(coded.step_size.exponent) > 1000:
+        raise FormatError(f"a coded tensor has the step size {coded.step_size}.")
+    # zeros beside a reference are as large as the reference, which was checked
+    if coded.stream or coded.reference is None:
+        check_coded_count(numbers, len(coded.stream), "a coded tensor")
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Fields of a coded tensor in the header, in this order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    mantissa: int
+    exponent: int
+    reference: int | None
+    classes: int
+    stream: int
+
+
+def to_bytes(tensors: Iterable[tuple[str, CodedTensor]]) -> bytes:
+    """Return coded tensors and their names as bytes: a header, the classes of all rows, and the streams."""
+    listed = list(tensors)
+    header = [
+        [
+            name,
+            dtypes.name(tensor.dtype),
+            list(tensor.shape),
+            tensor.step_size.mantissa,
+            tensor.step_size.exponent,
+            tensor.reference,
+            len(tensor.classes),
+            len(tensor.stream),
+        ]
+        for name, tensor in listed
+    ]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    parts = [_deflate(text), _deflate(b"".join(tensor.classes for _, tensor in listed))]
+    return b"".join([*(varint.encode(len(part)) + part for part in parts), *(tensor.stream for _, tensor in listed)])
+
+
+def from_bytes(data: bytes) -> list[tuple[str, CodedTensor]]:
+    """Read the names and coded tensors that `to_bytes` wrote. No tensor is decoded for it.
+
+    Raises:
+        FormatError, ValueError: The bytes are not valid, or stand for more numbers than they explain.
+    """
+    header, at = _inflate(data, 0, MAX_JSON_BYTES)
+    rows = json.loads(header)
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise FormatError("the header of coded tensors is not a list of lists.")
+    fields = list(_Header.__dataclass_fields__)
+    headers = [from_json(_Header, dict(zip(fields, row, strict=True)), "the header of coded tensors") for row in rows]
+    if any(min(entry.classes, entry.stream) < 0 or (entry.reference or 0) < 0 for entry in headers):
+        raise FormatError("the header of coded tensors has a negative number.")
+    all_classes, at = _inflate(data, at, sum(entry.classes for entry in headers))
+    tensors, start = [], 0
+    for entry in headers:
+        dtype = dtypes.parse(entry.dtype)
+        assert dtype is not None
+        classes, stream = all_classes[start : start + entry.classes], data[at : at + entry.stream]
+        step_size = StepSize(entry.mantissa, entry.exponent)
+        tensor = CodedTensor(dtype, entry.shape, step_size, entry.reference, classes, stream)
+        if len(stream) != entry.stream:
+            raise FormatError("the bytes of coded tensors end too early.")
+        _check(tensor)
+        tensors.append((entry.name, tensor))
+        start, at = start + entry.classes, at + entry.stream
+    if start != len(all_classes) or at != len(data):
+        raise FormatError("the bytes of coded tensors are followed by more.")
+    return tensors
+
+
+def _deflate(data: bytes) -> bytes:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return compressor.compress(data) + compressor.flush()
+
+
+def _inflate(data: bytes, at: int, limit: int) -> tuple[bytes, int]:
+    """Return a deflated part that begins with its length, of at most `limit` bytes, and the index after it."""
+    size, at = varint.decode(data, at)
+    part = data[at : at + size]
+    decompressor = zlib.decompressobj(-15)
+    inflated = decompressor.decompress(part, limit + 1)
+    if len(part) != size or len(inflated) > limit or not decompressor.eof or decompressor.unused_data:
+        raise FormatError("a deflated part of coded tensors is damaged.")
+    return inflated, at + size

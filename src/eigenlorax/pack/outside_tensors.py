@@ -1,0 +1,360 @@
+"""Heads and carried tensors of an adapter, outside the subspace: stored exactly, or coded within an error bound."""
+
+import math
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..codec import tensor_codes
+from ..codec.storage import coded
+from ..codec.tensor_codes import CodedTensor, References
+from ..core import keys
+from ..core.adapter import Adapter, LazyMapping
+from ..core.limits import PARSE_FAILURES, damaged_on_error
+from ..errors import FormatError, PackDamagedError, reason
+from .scanned_adapter import ScannedAdapter
+
+HEAD_ERROR = 0.1
+"""Default error bound of heads (docs/bytes.md gives the measurements)."""
+PRETRAINED_ERROR = 0.002
+"""Error bound of tensors that are close to those of the base model: about the precision of bfloat16.
+
+An error relative to such a tensor is many times larger relative to what training has changed."""
+MIN_REFERENCE_NUMBERS = 256
+"""Number of elements of a tensor below which no reference is made for it."""
+SAMPLED_NUMBERS = 4096
+"""Number of elements by which tensors are compared with each other."""
+REFERENCE_SHARE = 0.7
+"""Error of a reference, relative to the smallest error that a tensor which refers to it may have."""
+_EMBEDDING = re.compile(r"embed\w*|\w*_embeddings|wte|wpe|shared|lm_head")
+
+
+class DecodedTensors(LazyMapping[Tensor]):
+    """Tensors by key, of which those with codes are decoded at each access.
+
+    Args:
+        exact: Tensors that are stored exactly.
+        codes: Codes of the other tensors.
+        references: Reference tensors that the codes refer to.
+    """
+
+    __slots__ = ("blob", "codes", "exact", "references")
+
+    def __init__(self, exact: Mapping[str, Tensor], codes: Mapping[str, CodedTensor], references: References) -> None:
+        self.exact, self.codes, self.references = exact, codes, references
+        self.blob = coded.blob(tensor_codes.to_bytes(sorted(codes.items())))
+
+        def read(key: str) -> Tensor:
+            if key in exact:
+                return exact[key]
+            with damaged_on_error(f"tensor {key} of a coded adapter"):
+                return codes[key].decode(references)
+
+        super().__init__(dict.fromkeys(sorted([*exact, *codes])), read)
+
+    def reference(self, key: str) -> CodedTensor | None:
+        """Return the reference of a tensor, itself as a code; None if it has none."""
+        number = self.codes[key].reference
+        return None if number is None else self.references.coded[number]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensors:
+    """The heads, or the carried tensors, of an adapter as they are stored.
+
+    Attributes:
+        tensors: The tensors by PEFT's keys, decoded at each access where they are coded.
+        error: Largest relative error of a coded tensor.
+        source_bytes: Bytes of the tensors in the source.
+        numbers: Number of their elements.
+    """
+
+    tensors: Mapping[str, Tensor]
+    error: float
+    source_bytes: int
+    numbers: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors in a pack."""
+        return sum(tensor.nbytes for tensor in file_tensors(self.tensors, "").values())
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideTensors:
+    """Heads and carried tensors of an adapter.
+
+    Attributes:
+        heads: Task heads, trained biases and saved embeddings.
+        carried: Tensors that change the model, and that a subspace cannot represent.
+    """
+
+    heads: StoredTensors
+    carried: StoredTensors
+
+    @property
+    def error(self) -> float:
+        """Largest relative error of a coded tensor."""
+        return max(self.heads.error, self.carried.error)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors in a pack."""
+        return self.heads.size + self.carried.size
+
+    @property
+    def baseline_bytes(self) -> int:
+        """Bytes of all tensors in an uncompressed adapter, with which a compression ratio compares."""
+        return sum(baseline_bytes(each.source_bytes, each.numbers, self.error) for each in (self.heads, self.carried))
+
+
+def baseline_bytes(source_bytes: int, numbers: int, error: float) -> int:
+    """Return the bytes of tensors in an uncompressed adapter: in 16 bits at most, unless they are stored exactly."""
+    return min(source_bytes, 2 * numbers) if error else source_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideCoding:
+    """How tensors outside the subspace are stored.
+
+    Attributes:
+        head_error: Error bound of heads; None to store all tensors exactly.
+        references: Reference tensors of the pack.
+    """
+
+    head_error: float | None = None
+    references: References = field(default_factory=References)
+
+    def encode(self, scanned: ScannedAdapter) -> OutsideTensors:
+        """Return the heads and carried tensors of an adapter as they are stored."""
+        return OutsideTensors(
+            self._encode_all(scanned.adapter.heads, is_head=True),
+            self._encode_all(carried_tensors(scanned.adapter, scanned.subspace_names), is_head=False),
+        )
+
+    def _encode_all(self, tensors: Mapping[str, Tensor], *, is_head: bool) -> StoredTensors:
+        exact: dict[str, Tensor] = {}
+        codes: dict[str, CodedTensor] = {}
+        errors, source_bytes, numbers = [0.0], 0, 0
+        for key in tensors:
+            tensor = tensors[key]
+            source_bytes, numbers = source_bytes + tensor.nbytes, numbers + tensor.numel()
+            encoded = None
+            if self.head_error is not None:
+                bound = error_bound(key, tensor, self.head_error, is_head=is_head)
+                encoded = self._known_code(tensors, key) or self._encode_tensor(tensor, bound)
+            if encoded is None:
+                exact[key] = tensor
+            else:
+                codes[key], error = encoded
+                errors.append(error)
+        stored = DecodedTensors(exact, codes, self.references) if codes else exact
+        return StoredTensors(stored, max(errors), source_bytes, numbers)
+
+    def _known_code(self, tensors: Mapping[str, Tensor], key: str) -> tuple[CodedTensor, float] | None:
+        """Return the code of a tensor that was decoded from a pack, which adds no error, and an error of 0."""
+        if not isinstance(tensors, DecodedTensors) or key not in tensors.codes:
+            return None
+        code, reference = tensors.codes[key], tensors.reference(key)
+        if reference is None:
+            return code, 0.0
+        if reference not in self.references.coded:
+            return None
+        return code.referring_to(self.references.coded.index(reference)), 0.0
+
+    def _encode_tensor(self, tensor: Tensor, bound: float) -> tuple[CodedTensor, float] | None:
+        """Encode a tensor, by itself or as the difference to the closest reference, whichever takes fewer bytes."""
+        encoded = [tensor_codes.encode_tensor(tensor, bound, None)]
+        closest = self._closest_reference(tensor)
+        if closest is not None:
+            encoded.append(tensor_codes.encode_tensor(tensor, bound, (closest, self.references[closest])))
+        candidates = [candidate for candidate in encoded if candidate is not None]
+        return min(candidates, key=lambda candidate: candidate[0].size, default=None)
+
+    def _closest_reference(self, tensor: Tensor) -> int | None:
+        """Return the number of the reference that a tensor resembles most; None if it resembles none."""
+        sample = sample_elements(tensor)
+        distances = {
+            number: float((sample_elements(self.references[number]) - sample).norm())
+            for number, reference in enumerate(self.references.coded)
+            if reference.shape == tuple(tensor.shape)
+        }
+        closest = min(distances, key=lambda number: distances[number], default=None)
+        return closest if closest is not None and distances[closest] < float(sample.norm()) else None
+
+
+def carried_tensors(adapter: Adapter, subspace_modules: Container[str]) -> Mapping[str, Tensor]:
+    """Return the carried tensors of an adapter, and the LoRA weights of its modules outside the subspace.
+
+    Args:
+        adapter: The adapter.
+        subspace_modules: Its modules that the subspace contains, by its own names.
+    """
+    weights = {
+        keys.lora_key(module, side): (module, number)
+        for module in adapter.modules
+        if module not in subspace_modules
+        for number, side in enumerate(keys.SIDES)
+    }
+    if not weights:
+        return adapter.carried
+
+    def read(key: str) -> Tensor:
+        if key in adapter.carried:
+            return adapter.carried[key]
+        module, number = weights[key]
+        return adapter.modules[module].weights[number]
+
+    return LazyMapping(dict.fromkeys([*adapter.carried, *weights]), read)
+
+
+def error_bound(key: str, tensor: Tensor, head_error: float, *, is_head: bool) -> float:
+    """Return the relative error that a tensor outside the subspace may have.
+
+    Weights of a task head may have `head_error`. All other tensors may have `PRETRAINED_ERROR` at most: vectors,
+    embeddings, layers of the base model, and carried tensors.
+
+    Args:
+        key: PEFT's key of the tensor.
+        tensor: The tensor.
+        head_error: Error bound of heads.
+        is_head: False for a carried tensor.
+    """
+    names = key.removeprefix(keys.MODEL_PREFIX).split(".")
+    # `classifier.dense.weight` is a head; `encoder.layer.3.output.dense.weight` is a layer of the base model
+    is_task_head = is_head and tensor.ndim > 1 and len(names) <= 3
+    if is_task_head and not any(_EMBEDDING.fullmatch(name) for name in names):
+        return head_error
+    return min(head_error, PRETRAINED_ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A tensor of a collection, read at each access.
+
+    Attributes:
+        tensors: Tensors of its adapter.
+        key: Key of the tensor.
+        is_head: False for a carried tensor.
+    """
+
+    tensors: Mapping[str, Tensor]
+    key: str
+    is_head: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.tensors[self.key]
+
+
+def choose_references(collection: Sequence[ScannedAdapter], head_error: float) -> References:
+    """Return reference tensors for tensors of a collection that resemble each other, where they save bytes.
+
+    Tensors are alike if their difference is smaller than they are, as after training from the same start. The reference
+    of a group is its mean.
+
+    Args:
+        collection: The adapters, in an order that does not depend on that of the arguments.
+        head_error: Error bound of heads.
+    """
+    references: list[CodedTensor] = []
+    members: dict[tuple[str, tuple[int, ...]], list[_Member]] = {}
+    for scanned in collection:
+        carried = carried_tensors(scanned.adapter, scanned.subspace_names)
+        for is_head, tensors in ((True, scanned.adapter.heads), (False, carried)):
+            for key in tensors:
+                if isinstance(tensors, DecodedTensors) and key in tensors.codes:
+                    known = tensors.reference(key)
+                    if known is not None and known not in references:
+                        references.append(known)
+                    continue
+                member = _Member(tensors, key, is_head)
+                tensor = member.tensor
+                if tensor.is_floating_point() and tensor.numel() >= MIN_REFERENCE_NUMBERS:
+                    members.setdefault((key, tuple(tensor.shape)), []).append(member)
+    for _, candidates in sorted(members.items()):
+        for group in _groups(candidates):
+            reference = _reference(group, head_error)
+            if reference is not None:
+                references.append(reference)
+    return References(references)
+
+
+def sample_elements(tensor: Tensor) -> Tensor:
+    """Return at most about `SAMPLED_NUMBERS` elements of a tensor, evenly spaced, in float64."""
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLED_NUMBERS)].double()
+
+
+def _groups(members: Sequence[_Member]) -> Iterator[list[_Member]]:
+    """Yield groups of at least two tensors that resemble the first one of their group."""
+    groups: list[tuple[Tensor, list[_Member]]] = []
+    for member in members:
+        sample = sample_elements(member.tensor)
+        square = float(sample.square().sum())
+        for first, group in groups:
+            if float((sample - first).square().sum()) < 0.5 * min(square, float(first.square().sum())):
+                group.append(member)
+                break
+        else:
+            groups.append((sample, [member]))
+    return (group for _, group in groups if len(group) > 1)
+
+
+def _reference(group: Sequence[_Member], head_error: float) -> CodedTensor | None:
+    """Return the mean of a group as a reference; None if it takes more bytes than it saves."""
+    mean = group[0].tensor.double()
+    for member in group[1:]:
+        mean = mean + member.tensor.double()
+    mean = mean / len(group)
+    saved_bits, allowed = 0.0, math.inf
+    for member in group:
+        exact = member.tensor.double()
+        square = float(exact.square().sum())
+        error = error_bound(member.key, exact, head_error, is_head=member.is_head) ** 2 * square
+        difference = max(float((exact - mean).square().sum()), error)
+        # half a bit per number for every factor of 2 in the mean square
+        saved_bits += 0.5 * math.log2(square / difference)
+        allowed = min(allowed, REFERENCE_SHARE**2 * error)
+    square = float(mean.square().sum())
+    if not 0 < allowed < square or saved_bits <= 0.5 * math.log2(square / allowed):
+        return None
+    encoded = tensor_codes.encode_tensor(mean.float(), math.sqrt(allowed / square), None)
+    return encoded[0] if encoded is not None else None
+
+
+def file_tensors(tensors: Mapping[str, Tensor], coded_key: str) -> dict[str, Tensor]:
+    """Return tensors as they are in a file: exact ones by their keys, and all coded ones together by `coded_key`."""
+    if isinstance(tensors, DecodedTensors):
+        return {**tensors.exact, coded_key: tensors.blob}
+    return dict(tensors)
+
+
+def decode_heads(tensors: Mapping[str, Tensor], references: References) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file with its heads decoded.
+
+    Raises:
+        FormatError: The codes are not valid, or refer to a tensor that is not among the references.
+    """
+    try:
+        return dict(from_file(tensors, keys.CODED_HEADS, references))
+    except PackDamagedError as error:
+        raise FormatError(f"the adapter's heads cannot be decoded: {error}") from error
+    except PARSE_FAILURES as error:
+        raise FormatError(f"the adapter's heads cannot be decoded: {reason(error)}.") from error
+
+
+def from_file(tensors: Mapping[str, Tensor], coded_key: str, references: References) -> Mapping[str, Tensor]:
+    """Return the tensors of a file that `file_tensors` returned, with coded tensors.
+
+    Raises:
+        FormatError, ValueError: The codes are not valid, or a tensor is there twice.
+    """
+    exact = {key: tensor for key, tensor in tensors.items() if key != coded_key}
+    listed = tensor_codes.from_bytes(coded.tensor_bytes(tensors, coded_key))
+    codes = dict(listed)
+    if len(codes) != len(listed) or codes.keys() & exact.keys():
+        raise ValueError(f"a tensor of {coded_key} is there twice")
+    return DecodedTensors(exact, codes, references)
