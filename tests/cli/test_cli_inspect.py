@@ -36,6 +36,7 @@ class TestAPack:
             "carried": 0,
             "coefficients": 3 * coefficients,
             "heads": 0,
+            "source_heads": 0,
             "lora": 3 * lora,
             "lora_bits": 8 * FLOAT,
             "lora_files": sum((pack.parent / "in" / n / "adapter_model.safetensors").stat().st_size for n in NAMES),
