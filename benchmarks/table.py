@@ -284,18 +284,33 @@ def tuner_table(tuner: Json) -> str:
 def figures_table(run: Json, demo: Json) -> str:
     """The README's figures: what the demo found, and how the fit compares."""
     summary, outcomes, where = demo["summary"], demo["outcomes"], demo["environment"]
-    fitted, left_out = ([one for one in outcomes if one["in_fit"] == wanted] for wanted in (True, False))
+    subspace, planted = demo["subspace"], demo["planted"]
     attempts = {one["method"]: one for one in demo["new_task"]}
-    k = summary["fit"]["n_components"]
-    cost = summary["bytes"]
+    k = subspace["n_components"]
+    cost, files = summary["bytes"], summary["files"]
+    (left_out,) = planted["check"]["left_out"].values()
     rows = [
         [
-            f"bytes: {len(outcomes)} LoRAs → pack of k = {k}, {summary['dtype']}, task heads aside",
-            f"{cost['lora']:,} → {cost['basis']:,} of basis + {cost['coefficients']:,} of coefficients",
+            f"{len(outcomes)} adapters by `eigenlorax fit`: files, task heads included",
+            f"{files['sources']:,} → {files['pack']:,} bytes, {files['ratio']:.2f} times smaller",
         ],
-        ["compression ratio", f"{cost['ratio']:.2f} with the basis counted, {cost['ratio_without_basis']:.2f} without"],
-        *outcome_rows(f"{len(fitted)} adapters of the fit", fitted),
-        *outcome_rows(f"{len(left_out)} adapters left out of it, then projected", left_out),
+        [
+            "tensors, task heads aside, LoRAs in 16 bits",
+            f"{cost['lora']:,} → {cost['basis'] + cost['coefficients'] + cost['carried']:,} bytes, "
+            f"**{cost['ratio']:.2f} times smaller**",
+        ],
+        *outcome_rows(outcomes),
+        [
+            f"a basis of k = {k} for training, fitted to {len(subspace['fitted'])} of them: delta error, mean / worst",
+            f"{mean_worst(subspace['fitted'])} of these, {mean_worst(subspace['left_out'])} of the "
+            f"{len(subspace['left_out'])} left out",
+        ],
+        [
+            f"{planted['adapters']} planted adapters that share {planted['shared']} directions per side, in a basis "
+            f"fitted to {len(planted['check']['fitted'])} of them",
+            f"{mean_worst(planted['check']['fitted'])} of these, {left_out:.3f} of the one left out; all of them by "
+            f"`eigenlorax fit`: **{planted['ratio']:.1f} times smaller** at {planted['worst']:.3f}",
+        ],
         [
             f"a new task, {attempts['coefficients']['trained_numbers']:,} coefficients: accuracy on "
             "120 messages after training on 200",
@@ -350,19 +365,22 @@ def run_rows(run: Json, k: int) -> list[list[str]]:
     return rows
 
 
-def outcome_rows(who: str, outcomes: Sequence[Json]) -> list[list[str]]:
+def outcome_rows(outcomes: Sequence[Json]) -> list[list[str]]:
     def mean(field: str) -> float:
         return sum(one[field] for one in outcomes) / len(outcomes)
 
-    worst = max(one["delta_error"] for one in outcomes)
     return [
-        [f"{who}: delta error, mean / worst", f"{mean('delta_error'):.3f} / {worst:.3f}"],
+        ["delta error, mean / worst", mean_worst({one["name"]: one["delta_error"] for one in outcomes})],
         [
-            f"{who}: accuracy on {outcomes[0]['sentences']} sentences each",
-            f"{mean('original'):.3f} original → {mean('recycled'):.3f} recycled; {mean('without_update'):.3f} without "
+            f"accuracy on {outcomes[0]['sentences']} sentences each",
+            f"{mean('original'):.3f} original → {mean('recycled'):.3f} exported; {mean('without_update'):.3f} without "
             f"any update; the same answer on {mean('agreement'):.3f}",
         ],
     ]
+
+
+def mean_worst(errors: dict[str, float]) -> str:
+    return f"{sum(errors.values()) / len(errors):.3f} / {max(errors.values()):.3f}"
 
 
 def mean_and_worst(row: Json, method: str) -> str:

@@ -19,6 +19,7 @@ import eigenlorax
 import eigenlorax as ex
 from adapters import make_adapter
 from children import at_change, buffered_environment, command, needs_fork
+from eigenlorax.cli.demo import NEXT
 from eigenlorax.cli.goals import GOALS
 from eigenlorax.cli.main import app, main
 from eigenlorax.cli.verbs import FOLDERS
@@ -162,6 +163,14 @@ def test_the_examples_of_a_verb_run(cli, demo_folder, monkeypatch, verb):
         shutil.rmtree("demo")
     for arguments in example_arguments(verb):
         succeeded(cli(*arguments))
+
+
+@pytest.mark.slow
+def test_commands_that_the_demo_suggests_run(cli, demo_folder):
+    shutil.rmtree("pack")
+    assert len(NEXT) == 3
+    for line in NEXT:
+        succeeded(cli(*shlex.split(line)[1:]))
 
 
 @pytest.mark.slow

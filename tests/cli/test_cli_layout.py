@@ -208,13 +208,14 @@ def test_figures_of_trainings_are_whole(trained, line):
 def test_figures_of_the_demo_are_whole(place):
     from eigenlorax.cli import demo
     from eigenlorax.train.demo import HELD_OUT, Demo, Outcome, descriptions
+    from eigenlorax.train.demo_subspaces import Planted, SubspaceCheck
     from eigenlorax.train.new_task import Attempt
 
-    outcomes = [
-        Outcome(name, "task", name not in HELD_OUT, 30, 0.867, 0.9, 0.625, 0.875, 0.1) for name in descriptions()
-    ]
+    outcomes = [Outcome(name, "task", 30, 0.867, 0.9, 0.625, 0.875, 0.1) for name in descriptions()]
     attempts = [Attempt("coefficients of the pack", 73_728, 0.925, 12.5), Attempt("LoRA", 1_234_567, 0.9, 100.0)]
-    found = Demo(place / "pack", ex.Pack.open("pack").summary, outcomes, attempts)
+    check = SubspaceCheck(32, {"a": 0.241}, dict.fromkeys(HELD_OUT, 0.954))
+    planted = Planted(32, 24, 0.05, SubspaceCheck(32, {"a": 0.06}, {"b": 0.073}), 20.803, 0.0999)
+    found = Demo(place / "pack", ex.Pack.open("pack").summary, outcomes, check, planted, attempts)
     assert_whole(lambda width: terminals.shown(lambda: demo._print(found, 61.5), columns=width)[0])
 
 

@@ -1,4 +1,4 @@
-"""`eigenlorax demo`: fit, export, compare and train on real adapters, offline."""
+"""`eigenlorax demo`: store, export, compare and train on real adapters, offline."""
 
 import os
 import tempfile
@@ -18,11 +18,18 @@ from .env import collect
 
 if TYPE_CHECKING:
     from ..train.demo import Demo, Outcome
+    from ..train.new_task import Attempt
 
 EXAMPLES = """
 eigenlorax demo
 eigenlorax demo --data demo/
 """
+NEXT = (
+    "eigenlorax fit demo/adapters -o small/",
+    "eigenlorax inspect small/ --verify demo/adapters",
+    "eigenlorax fit demo/adapters -o pack/ --for training",
+)
+"""Commands that the demo suggests at its end. They read the files that `eigenlorax demo --data demo/` writes."""
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +55,13 @@ def demo(
         ),
     ] = None,
     n_components: Annotated[
-        int, typer.Option("--n-components", "-k", metavar="K", help="Maximum number of components per module and side.")
+        int,
+        typer.Option(
+            "--n-components",
+            "-k",
+            metavar="K",
+            help="Maximum number of components per module and side, in the basis for the new task.",
+        ),
     ] = 32,
     training: Annotated[
         bool, typer.Option("--training/--no-training", help="Train a new task too, which takes most of the time.")
@@ -56,7 +69,7 @@ def demo(
     overwrite: arguments.Overwrite = False,
     json: arguments.Json = False,
 ) -> None:
-    """Fit a pack to sixteen LoRA adapters of a MiniLM, compare predictions, and train a new task in their subspace."""
+    """Store sixteen LoRA adapters of a MiniLM, compare answers, check their subspace, and train a new task in it."""
     if data is not None and keep is not None:
         raise OptionError("--data only writes files, so that there is nothing to keep. Pass either --data or --keep.")
     if data is not None:
@@ -97,6 +110,8 @@ def demo(
                 "kept": str(keep) if keep else None,
                 "summary": asdict(demo_run.summary),
                 "outcomes": [asdict(outcome) for outcome in demo_run.outcomes],
+                "subspace": asdict(demo_run.subspace),
+                "planted": asdict(demo_run.planted),
                 "new_task": [asdict(attempt) for attempt in demo_run.attempts],
             }
         )
@@ -130,46 +145,65 @@ def _write_data(directory: Path, overwrite: bool, json: bool) -> None:
 
 
 def _print(result: "Demo", seconds: float) -> None:
-    fitted = [outcome for outcome in result.outcomes if outcome.in_fit]
-    projected = [outcome for outcome in result.outcomes if not outcome.in_fit]
-    rows = [_row(outcome) for outcome in fitted]
-    rows.append(_mean_row(f"mean of {len(fitted)} fitted", fitted))
-    rows += [_row(outcome) for outcome in projected]
-    rows.append(_mean_row(f"mean of {len(projected)} left out", projected))
-    header = ("adapter", "in fit", "delta error", "original", "recycled", "agree", "no update")
+    console.say("1. Sixteen adapters in one pack, as `eigenlorax fit adapters/ -o pack/` makes it")
+    console.print_sizes(result.summary)
+    rows = [*(_row(outcome) for outcome in result.outcomes), _mean_row(result.outcomes)]
+    header = ("adapter", "delta error", "original", "exported", "agree", "no update")
     console.print_table(
         "Accuracy on sentences written for the demo: of the original adapter, of the one exported from the pack, and "
-        "of its head without any update",
+        "of its head without any update; agree: fraction of equal answers",
         header,
         rows,
-        numbers=(2, 3, 4, 5, 6),
+        numbers=(1, 2, 3, 4, 5),
     )
-    attempts = [
-        (attempt.method, f"{attempt.trained_numbers:,}", f"{attempt.accuracy:.3f}", f"{attempt.seconds:.0f}")
-        for attempt in result.attempts
-    ]
-    if attempts:
-        console.print_table(
-            "A new task, trained on 200 messages written for the demo: accuracy on 120 others",
-            ("method", "trained parameters", "accuracy", "seconds"),
-            attempts,
-            numbers=(1, 2, 3),
-        )
-    console.print_rows("Size", [*console.cost_rows(result.summary), ("seconds", f"{seconds:.1f}")])
-    console.say(
-        "Delta error is the relative error of an adapter's update. An adapter that was not in the fit keeps only its "
-        "part in the subspace of the others. If its error is too large, fit the pack again with it."
-    )
+    _print_subspaces(result)
+    if result.attempts:
+        _print_new_task(result.attempts)
+    console.say(f"That took {seconds:.0f} seconds. Try next, after `eigenlorax demo --data demo/`:")
+    for command in NEXT:
+        console.print_command(f"  {command}")
 
 
 def _row(outcome: "Outcome") -> tuple[str, ...]:
     shares = (outcome.original, outcome.recycled, outcome.agreement, outcome.without_update)
-    in_fit = "yes" if outcome.in_fit else "no"
-    return (outcome.name, in_fit, console.format_error(outcome.delta_error), *(f"{share:.3f}" for share in shares))
+    return (outcome.name, console.format_error(outcome.delta_error), *(f"{share:.3f}" for share in shares))
 
 
-def _mean_row(label: str, outcomes: "Sequence[Outcome]") -> tuple[str, ...]:
-    fields = ("original", "recycled", "agreement", "without_update")
+def _mean_row(outcomes: "Sequence[Outcome]") -> tuple[str, ...]:
     error = fmean(outcome.delta_error for outcome in outcomes)
+    fields = ("original", "recycled", "agreement", "without_update")
     means = (fmean(getattr(outcome, field) for outcome in outcomes) for field in fields)
-    return (label, "", console.format_error(error), *(f"{mean:.3f}" for mean in means))
+    return (f"mean of {len(outcomes)}", console.format_error(error), *(f"{mean:.3f}" for mean in means))
+
+
+def _print_subspaces(result: "Demo") -> None:
+    check, planted = result.subspace, result.planted
+    fitted, left_out = fmean(check.fitted.values()), fmean(check.left_out.values())
+    console.say(
+        f"2. Do they share a subspace? Hardly: a basis of {check.n_components} components per side, fitted to "
+        f"{len(check.fitted)} of them, gives these a mean error of {fitted:.3f}, and the {len(check.left_out)} others "
+        f"one of {left_out:.3f}. The pack above needs no shared subspace."
+    )
+    console.say()
+    (error,) = planted.check.left_out.values()
+    console.say(
+        f"3. Adapters that do share one: {planted.adapters} of the same shapes, not trained but planted at random in "
+        f"{planted.shared} directions per side, with {planted.noise:.0%} noise. A basis fitted to "
+        f"{len(planted.check.fitted)} of them gives the other one an error of {error:.3f}. The pack of all is "
+        f"{planted.ratio:.1f} times smaller at a worst error of {planted.worst:.3f}."
+    )
+    console.say()
+
+
+def _print_new_task(attempts: "Sequence[Attempt]") -> None:
+    rows = [
+        (attempt.method, f"{attempt.trained_numbers:,}", f"{attempt.accuracy:.3f}", f"{attempt.seconds:.0f}")
+        for attempt in attempts
+    ]
+    console.print_table(
+        "4. A new task, trained in the basis of 2 on 200 messages written for the demo, beside a LoRA: accuracy on 120 "
+        "others",
+        ("method", "trained parameters", "accuracy", "seconds"),
+        rows,
+        numbers=(1, 2, 3),
+    )

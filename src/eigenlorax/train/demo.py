@@ -1,7 +1,7 @@
-"""The demo: packs, exports and evaluates the shipped LoRA adapters of a MiniLM, and trains a new task.
+"""The demo: stores the shipped LoRA adapters of a MiniLM, checks their subspace, and trains a new task in it.
 
-Some adapters are left out of the fit and only projected on the subspace of the others. Three versions of each adapter
-classify the same sentences: the original, the adapter exported from the pack, and its head without the update.
+Three versions of each adapter classify the same sentences: the original, the adapter exported from the pack, and its
+head without the update.
 """
 
 import json
@@ -17,17 +17,19 @@ import torch
 from ..core.progress import Progress
 from ..errors import MissingExtraError
 from ..fitting.fit import fit
+from ..pack.pack import Pack
 from ..pack.summary import Summary
-from . import models, new_task
+from . import demo_subspaces, models, new_task
 from .adapter_versions import without_updates
+from .demo_subspaces import Planted, SubspaceCheck
 from .new_task import Attempt
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 HELD_OUT = ("acl-arc-b", "clinc-travel", "banking77-c")
-"""Adapters that are left out of the fit. The fit has another adapter for the task of the first one, no adapter for the
-domain of the second one, and two other adapters for the task of the third one."""
+"""Adapters that are left out of the basis for the new task. It is fitted to another adapter for the task of the first
+one, no adapter for the domain of the second one, and two other adapters for the task of the third one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +39,16 @@ class Outcome:
     Attributes:
         name: Name of the adapter.
         task: Name of its task.
-        in_fit: Whether the subspace was fitted to the adapter.
         sentences: Number of sentences of the task.
-        delta_error: Relative error of the recycled adapter.
+        delta_error: Relative error of the exported adapter.
         original: Accuracy of the original adapter.
-        recycled: Accuracy of the recycled adapter.
-        agreement: Fraction of sentences with the same prediction by the recycled and the original adapter.
+        recycled: Accuracy of the exported adapter.
+        agreement: Fraction of sentences with the same prediction by the exported and the original adapter.
         without_update: Accuracy of the adapter's head with its LoRA disabled.
     """
 
     name: str
     task: str
-    in_fit: bool
     sentences: int
     delta_error: float
     original: float
@@ -62,15 +62,19 @@ class Demo:
     """Result of the demo.
 
     Attributes:
-        pack: Folder of the pack.
-        summary: Figures of the pack.
-        outcomes: One outcome per adapter; adapters in the fit come first.
+        pack: Folder of the pack for storage.
+        summary: Figures of that pack.
+        outcomes: One outcome per adapter.
+        subspace: Errors of the adapters in a basis that was fitted without some of them.
+        planted: The same of adapters that share a subspace by construction.
         attempts: One attempt per method on the new task; empty if it was not trained.
     """
 
     pack: Path
     summary: Summary
     outcomes: list[Outcome]
+    subspace: SubspaceCheck
+    planted: Planted
     attempts: list[Attempt]
 
 
@@ -114,11 +118,11 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Demo:
-    """Run the demo: fit, project, save, export and evaluate the adapters, and train the new task.
+    """Run the demo: store, export and evaluate the adapters, check their subspace, and train the new task in it.
 
     Args:
         directory: Folder for the pack and the exported LoRAs.
-        n_components: Maximum number of components per module and side.
+        n_components: Maximum number of components per module and side, for the basis of the new task.
         training: Whether to train the new task, which takes most of the time.
         overwrite: Whether to replace a pack and LoRAs in `directory`.
         progress: Function that is called with (stage, done, total).
@@ -130,40 +134,37 @@ def run(
     base_folder = model_folder()
     report = progress or (lambda stage, done, total: None)
     adapters = shipped()
-    pack = fit(
-        {name: path for name, path in adapters.items() if name not in HELD_OUT},
-        n_components=n_components,
-        progress=progress,
-    )
-    for name in HELD_OUT:
-        pack.add(adapters[name], name=name)
-    pack.save(directory / "pack", overwrite=overwrite)
+    fit(adapters, progress=progress).save(directory / "pack", overwrite=overwrite)
+    # the pack on disk also knows the bytes of its files
+    pack = Pack.open(directory / "pack")
     exported = pack.export(directory / "loras", overwrite=overwrite)
-    outcomes = []
-    order = sorted(adapters, key=lambda name: (name in HELD_OUT, name))
     with models.quiet():
-        for done, name in enumerate(order):
-            report("classifying sentences", done, len(order))
-            task = descriptions()[name]["task"]
-            record = pack.records[name]
-            predictions = _predict(base_folder, adapters[name], exported[name], name)
-            labels = [sentence.label for sentence in sentences(task)]
-            outcomes.append(
-                Outcome(
-                    name=name,
-                    task=task,
-                    in_fit=record.in_fit,
-                    sentences=len(labels),
-                    delta_error=record.delta_error,
-                    original=_agreement(predictions.original, labels),
-                    recycled=_agreement(predictions.recycled, labels),
-                    agreement=_agreement(predictions.recycled, predictions.original),
-                    without_update=_agreement(predictions.without_update, labels),
-                )
-            )
-        report("classifying sentences", len(order), len(order))
-        attempts = new_task.run(pack, base_folder, report) if training else []
-    return Demo(directory / "pack", pack.summary, outcomes, attempts)
+        outcomes = []
+        for done, (name, original) in enumerate(adapters.items()):
+            report("classifying sentences", done, len(adapters))
+            outcomes.append(_outcome(base_folder, name, original, exported[name], pack.records[name].delta_error))
+        report("classifying sentences", len(adapters), len(adapters))
+        basis, subspace = demo_subspaces.fit_without(adapters, HELD_OUT, n_components)
+        planted = demo_subspaces.check_planted(basis.info, n_components, report)
+        attempts = new_task.run(basis, base_folder, report) if training else []
+    return Demo(directory / "pack", pack.summary, outcomes, subspace, planted, attempts)
+
+
+def _outcome(base_folder: Path, name: str, original: Path, exported: Path, delta_error: float) -> Outcome:
+    """Classify the sentences of an adapter's task with its versions."""
+    task = descriptions()[name]["task"]
+    predictions = _predict(base_folder, original, exported, name)
+    labels = [sentence.label for sentence in sentences(task)]
+    return Outcome(
+        name=name,
+        task=task,
+        sentences=len(labels),
+        delta_error=delta_error,
+        original=_agreement(predictions.original, labels),
+        recycled=_agreement(predictions.recycled, labels),
+        agreement=_agreement(predictions.recycled, predictions.original),
+        without_update=_agreement(predictions.without_update, labels),
+    )
 
 
 def _agreement(predictions: Sequence[int], references: Sequence[int]) -> float:
