@@ -235,7 +235,7 @@ class TestWhatIsNotServed:
         (line,) = (line for line in run.out.splitlines() if line.startswith("Not served with a shared basis: "))
         assert "3 adapters (a, b, c): the model has no linear layer" in line
         assert "for 1 of the 5 modules of the subspace, such as 'lm_head'" in line
-        assert "(eigenlorax fit … --exclude-module lm_head)" in line
+        assert "(eigenlorax fit … --for serving --exclude-module lm_head)" in line
         assert "EIGENLORAX_SHARED_BASIS" not in run.out
 
     def test_an_adapter_that_fitting_again_would_not_help_has_its_own_reason(self, cli, tmp_path, model):

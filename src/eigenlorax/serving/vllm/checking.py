@@ -342,7 +342,7 @@ def _shared_basis_reason(match: _ModuleMatch) -> str | None:
     return (
         f"the model has no linear layer, as bases need it, for {len(match.not_held)} of the "
         f"{len(match.cores)} modules of the subspace, such as {match.not_held[0]!r}; exclude them when fitting "
-        f"(eigenlorax fit … {options}), and adapters that have no LoRA there will be served"
+        f"(eigenlorax fit … --for serving {options}), and adapters that have no LoRA there will be served"
     )
 
 
