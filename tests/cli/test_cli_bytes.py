@@ -58,6 +58,17 @@ class TestFit:
         assert errors == sorted(errors)
         assert sizes == sorted(sizes, reverse=True)
 
+    def test_the_frontier_counts_heads(self, cli, tmp_path):
+        for seed, name in enumerate(("one", "other")):
+            make_adapter(tmp_path / "in" / name, seed=seed, rank=3, head=(40, 310))
+        done = succeeded(cli("fit", tmp_path / "in", "-o", tmp_path / "out"))
+        figures = json_of(cli("inspect", tmp_path / "out", "--json"))
+        used = figures["bytes"]["basis"] + figures["bytes"]["coefficients"] + figures["bytes"]["heads"]
+        (own,) = (row for row in frontier(done.out) if row[:2] == ["this", "pack"])
+        assert float(own[2]) == pytest.approx(0.1, abs=1e-3)
+        assert int(own[3].replace(",", "")) == used
+        assert float(own[4]) == pytest.approx(figures["bytes"]["ratio_with_heads"], abs=0.05)
+
     def test_as_json(self, cli, place):
         found = json_of(cli("fit", place / "in", "-o", place / "out", "--ratio", 4, "--json"))
         assert 4 <= found["bytes"]["ratio"] < 4.15

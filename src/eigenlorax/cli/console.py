@@ -383,16 +383,16 @@ def format_error(error: float) -> str:
 
 
 def print_frontier(pack: "Pack") -> None:
-    """Print the sizes that other error bounds would give, and the pack's own."""
+    """Print the sizes that other error bounds would give, and the pack's own, heads included."""
     sizes = pack.summary.bytes
-    size = sizes.pack
+    size = sizes.pack + sizes.heads
     nearest = min(pack.frontier, key=lambda point: abs(point.bytes - size))
     rows = [
         (
             "this pack" if point is nearest else "",
             f"{point.error:.3g}",
             f"{'' if point is nearest else 'about '}{point.bytes:,.0f}",
-            f"{sizes.lora / max(point.bytes, 1):.1f}",
+            f"{(sizes.lora + sizes.source_heads) / max(point.bytes, 1):.1f}",
         )
         for point in sorted(pack.frontier, key=lambda point: point.error)
     ]
