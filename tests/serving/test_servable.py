@@ -174,7 +174,9 @@ def test_a_rest_has_no_place_between_shared_bases(plain):
     assert refusal(found, shared=False) is None
     assert refusal(found, shared=True) == (
         f"adapter 'alpha' cannot be served: it has a residual in {module!r} and 1 more modules, "
-        "which the cores of a shared basis cannot represent; without a shared basis it can be served."
+        "which the cores of a shared basis cannot represent; without a shared basis it can be served. A pack that is "
+        "fitted for serving (purpose='serving', --for serving) represents it, and one with a basis of few components "
+        "(basis=32, --basis 32) may."
     )
 
 

@@ -90,7 +90,7 @@ class EigenLoraxModel(BaseTuner):
             raise OptionError(
                 "the subspace has no component in any of these modules, so there is nothing to train: its pack was "
                 "fitted for an error bound or a size, and components saved no bytes. Fit the pack with a basis for "
-                "training, basis=32 (--basis 32), or a pack for training alone with n_components=32 (-k 32); or add "
+                "training, basis=32 (--basis 32), or for training alone, purpose='training' (--for training); or add "
                 "random components (n_extra=32)."
             )
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):

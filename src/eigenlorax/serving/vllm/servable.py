@@ -135,7 +135,8 @@ def _residual_reason(modules: Collection[str]) -> str | None:
         return None
     return (
         f"it has a residual in {min(modules)!r}{_others(modules, 'modules')}, which the cores of a shared basis cannot "
-        "represent; without a shared basis it can be served, and in a pack that is fitted with --basis 32 it may be"
+        "represent; without a shared basis it can be served. A pack that is fitted for serving (purpose='serving', "
+        "--for serving) represents it, and one with a basis of few components (basis=32, --basis 32) may"
     )
 
 
