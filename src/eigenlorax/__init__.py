@@ -96,4 +96,4 @@ import_hook.call_after_import("peft", _register_with_peft)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)

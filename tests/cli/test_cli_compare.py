@@ -105,7 +105,7 @@ BAD = {
     "a file in the way": (
         f"{QUICK} -o odd.jsonl",
         4,
-        "odd.jsonl exists. Choose another file, or continue it with resume=True (--resume)",
+        "odd.jsonl exists. Choose another file, or continue it with --resume",
     ),
     "a folder in the way": (f"{QUICK} -o empty", 3, "empty is a folder. Name a file for the results"),
     "a file in a file": (f"{QUICK} -o odd.jsonl/out.json", 4, "odd.jsonl exists and is not a folder"),

@@ -65,8 +65,8 @@ BROKEN = {
     "no tensor": (lambda f: save_file({}, f / WEIGHTS), ["no LoRA tensor"]),
     "config cut short": (config_text(b'{"peft_type": "LO'), [CONFIG, "not valid JSON"]),
     "config empty": (config_text(b""), [CONFIG, "not valid JSON"]),
-    "config is a list": (config_text(b"[1, 2]"), [CONFIG, "JSON list"]),
-    "config is a text": (config_text(b'"LORA"'), [CONFIG, "JSON str"]),
+    "config is a list": (config_text(b"[1, 2]"), [CONFIG, "contains an array"]),
+    "config is a text": (config_text(b'"LORA"'), [CONFIG, 'contains "LORA"']),
     "config is binary": (config_text(bytes(range(256))), [CONFIG, "not valid JSON"]),
     "config is UTF-16": (config_text('{"peft_type": "LORA"}'.encode("utf-16")), [CONFIG, "not valid JSON"]),
     "config nested without end": (config_text(b"[" * 100_000), [CONFIG]),
@@ -164,12 +164,12 @@ class TestABrokenAdapter:
     def test_without_a_config_it_is_passed_over_by_name(self, cli, pair):
         (pair / "beta" / CONFIG).unlink()
         done = succeeded(cli("fit", pair, "-o", pair.parent / "pack", "-k", 3))
-        assert done.err == f"note: {pair / 'beta'} was passed over: it holds {WEIGHTS} but no {CONFIG}.\n"
+        assert done.err.startswith(f"note: {pair / 'beta'} was passed over: it holds {WEIGHTS} but no {CONFIG}.\n")
 
     def test_notes_come_before_an_error_too(self, cli, pair):
         (pair / "beta" / CONFIG).unlink()
         done = cli("fit", pair, "-o", pair.parent / "pack", "-k", 30)
-        assert_refused(done, 3, "n_components=30")
+        assert_refused(done, 3, "-k 30")
         assert done.err.startswith(f"note: {pair / 'beta'} was passed over")
 
 
@@ -278,7 +278,7 @@ class TestAdaptersThatDoNotBelongTogether:
     def test_a_base_model_that_is_not_stated_is_noted(self, cli, pair):
         make_adapter(pair / "beta", seed=2, base=None)
         done = succeeded(cli("fit", pair, "-o", pair.parent / "pack", "-k", 4))
-        assert done.err.startswith("note: no base model is stated by 'beta'")
+        assert done.err.startswith("note: no base model is stated by adapter 'beta'")
         assert "base model" in done.err
         assert ex.Pack.open(pair.parent / "pack").base_model == "org/base"
 
@@ -360,9 +360,7 @@ class TestNames:
 
     def test_to_exclude_that_fit_none(self, cli, pair):
         done = cli("fit", pair, "-o", pair.parent / "pack", "--exclude-adapter", "gamma")
-        assert_refused(
-            done, 3, "no adapter named 'gamma' in the sources (exclude_adapters, --exclude-adapter)", "alpha, beta"
-        )
+        assert_refused(done, 3, "no adapter named 'gamma' in the sources (--exclude-adapter)", "alpha, beta")
 
 
 class TestWhereAdaptersAre:
@@ -423,30 +421,30 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "parts"),
         [
-            (["-k", 0], ["n_components must be at least 1, got 0"]),
-            (["-k", -3], ["n_components must be at least 1, got -3"]),
-            (["-k", 30], ["n_components=30", "Pass 29, the largest dimension"]),
+            (["-k", 0], ["-k must be at least 1, got 0"]),
+            (["-k", -3], ["-k must be at least 1, got -3"]),
+            (["-k", 30], ["-k 30 exceeds", "Pass 29, the largest dimension"]),
             (["-k", 10**30], ["Pass 29, the largest dimension"]),
             (["--energy", 1.5], ["energy", "at most 1", "1.5"]),
             (["--energy", 0], ["energy", "above 0", "0.0"]),
             (["--energy", "nan"], ["energy", "nan"]),
-            (["--energy", 0.9, "-k", 4], ["pass exactly one of n_components, energy", "n_components=4, energy=0.9"]),
-            (["--max-error", 1], ["max_error", "above 0 and below 1", "1.0"]),
-            (["--max-error", 0.3, "--energy", 0.9], ["energy=0.9, max_error=0.3"]),
-            (["--max-error", 1e-9], ["max_error=1e-09 is less than numbers in float32 can keep", "--dtype float64"]),
-            (["-k", "auto"], ["n_components='auto'", "needs at least 3 trained ones, got 2"]),
+            (["--energy", 0.9, "-k", 4], ["pass exactly one of -k, --energy", "-k 4, --energy 0.9"]),
+            (["--max-error", 1], ["--max-error", "above 0 and below 1", "1.0"]),
+            (["--max-error", 0.3, "--energy", 0.9], ["--energy 0.9, --max-error 0.3"]),
+            (["--max-error", 1e-9], ["--max-error 1e-09 is less than numbers in float32 can keep", "--dtype float64"]),
+            (["-k", "auto"], ["-k auto leaves out", "needs at least 3 trained ones, got 2"]),
             (
                 ["-k", "auto", "--max-error", 0.3],
-                ["n_components='auto' chooses a number by itself, and so does max_error=0.3. Pass one of them."],
+                ["-k auto chooses a number by itself, and so does --max-error 0.3. Pass one of them."],
             ),
-            (["-k", 4, "--warn-above", 2], ["warn_above", "0 to 1", "2.0"]),
+            (["-k", 4, "--warn-above", 2], ["--warn-above", "0 to 1", "2.0"]),
             (["-k", 4, "--weighting", "pca"], ["weighting", "delta, factors", "'pca'"]),
             (["-k", 4, "--sweeps", -1], ["sweeps", "-1"]),
             (["-k", 4, "--dtype", "int3"], ["float64, float32, float16, bfloat16, int8, int4", "int3"]),
             (["-k", 4, "--coefficient-dtype", "half"], ["float16", "half"]),
             (
                 ["-k", 4, "--exclude-module", "key"],
-                ["'key' matches no module (exclude_modules, --exclude-module)", QUERY],
+                ["'key' matches no module (--exclude-module)", QUERY],
             ),
             (["-k", 4, "--exclude-module", "*"], ["No module is left to fit"]),
         ],
@@ -467,7 +465,7 @@ class TestOptions:
     def test_a_number_that_is_found_and_why(self, cli, pack):
         done = succeeded(cli("fit", pack.parent / "in", "-o", pack.parent / "two", "-k", "auto", "--warn-above", 1))
         k = ex.Pack.open(pack.parent / "two").fit_info.n_components
-        assert re.fullmatch(rf"note: n_components={k} was chosen: adapters left out of the fit .*\.\n", done.err)
+        assert re.fullmatch(rf"note: -k {k} was chosen: adapters left out of the fit .*\.\n", done.err)
         assert f"at most {k} components (auto)" in done.out
 
     def test_why_is_in_the_json(self, cli, pack):

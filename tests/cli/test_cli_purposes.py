@@ -47,10 +47,10 @@ def test_a_size_without_a_purpose_has_none(cli, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--for", "serve"), "purpose must be one of storage, training, serving, got 'serve'"),
-        (("--for", "training", "--ratio", 18), "ratio=18 means entropy coding, which gives no basis for training"),
-        (("--for", "serving", "--max-bytes", "2MB"), "max_bytes=2000000 means entropy coding"),
-        (("--dtype", "int8"), "dtype int8 needs a number of components: pass n_components=32 (-k 32)"),
+        (("--for", "serve"), "--for must be one of storage, training, serving, got 'serve'"),
+        (("--for", "training", "--ratio", 18), "--ratio 18 means entropy coding, which gives no basis for training"),
+        (("--for", "serving", "--max-bytes", "2MB"), "--max-bytes 2000000 means entropy coding"),
+        (("--dtype", "int8"), "dtype int8 needs a number of components: pass -k 32"),
     ],
 )
 def test_what_contradicts_itself_is_refused(cli, folder, tmp_path, options, message):

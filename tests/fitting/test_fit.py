@@ -174,7 +174,7 @@ class TestBaseModels:
             ex.fit(adapters, n_components=32)
 
     def test_a_base_that_is_not_stated_is_warned_of(self):
-        with pytest.warns(UnknownBaseWarning, match="no base model is stated by 'b'"):
+        with pytest.warns(UnknownBaseWarning, match="no base model is stated by adapter 'b'"):
             pack = ex.fit([random_adapter("a", 1), random_adapter("b", 2, base=None)], n_components=32)
         assert pack.base_model == "org/base"
 

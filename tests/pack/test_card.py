@@ -117,7 +117,7 @@ def test_of_adapters_of_one_name_each_has_its_reason(tmp_path):
         pack = ex.fit([*(tmp_path / parent / "one" for parent in "abc"), sound], n_components=2, skip_bad=True)
     skipped = pack.summary.fit.skipped
     assert [*skipped] == ["one", "one (2)", "one (3)"]
-    assert skipped["one (3)"].startswith("one/adapter_config.json contains a JSON list")
+    assert skipped["one (3)"].startswith("one/adapter_config.json contains an array")
 
 
 def test_an_adapter_that_is_not_there_is_left_out_under_its_own_name(tmp_path):

@@ -126,14 +126,14 @@ CLAIMS = {
     "a config that is null": (
         "float32",
         lambda pack: null(pack, SOURCE),
-        "source_config.json contains a JSON NoneType",
+        "source_config.json contains null",
     ),
     "a config that is a list": (
         "coded, sharing much",
         change_json(SOURCE, lambda body: [body]),
-        "source_config.json contains a JSON list",
+        "source_config.json contains an array",
     ),
-    "an adapter config that is null": ("float32", lambda pack: null(pack, CONFIG), "contains a JSON NoneType"),
+    "an adapter config that is null": ("float32", lambda pack: null(pack, CONFIG), "contains null"),
     "modules that are no names": (
         "float32",
         change_json(CONFIG, lambda body: body.update(target_modules=[1, 2])),

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -399,12 +401,15 @@ class TestWhatCannotBeCompared:
         ):
             compare(pack, originals, files, model=other)
 
-    def test_a_model_that_has_other_modules(self, place, made_of_gpt2, base):
+    def test_a_model_that_has_other_modules(self, place, made_of_gpt2, tmp_path):
         pack, originals = made_of_gpt2
+        decoder = Path(shutil.copytree(place / "bert", tmp_path / "decoder"))
+        config = json.loads((decoder / "config.json").read_text("utf-8"))
+        (decoder / "config.json").write_text(json.dumps({**config, "is_decoder": True}), "utf-8")
         with pytest.raises(
             FormatError, match="PEFT cannot load adapter 'a1' .* not found .* Does it belong to another base mod"
         ):
-            compare(pack, originals, [("a1", place / "lm-eval.jsonl")], model=str(base), task="causal-lm")
+            compare(pack, originals, [("a1", place / "lm-eval.jsonl")], model=str(decoder), task="causal-lm")
 
     def test_a_head_is_not_for_language(self, tmp_path, base, rows):
         quiet = made("quiet", 3, 5, base, task_type=None)

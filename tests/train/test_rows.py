@@ -74,7 +74,7 @@ class TestReading:
         [
             ("a.txt", "x", "JSON lines (.jsonl, .json, .ndjson), .csv, or a folder"),
             ("a.jsonl", '{"text": "x"}\n{"text": ', "a.jsonl, line 2 is not JSON"),
-            ("a.jsonl", "[1]\n", "line 1 is a JSON list; an object was expected"),
+            ("a.jsonl", "[1]\n", "line 1 is an array; an object was expected"),
             ("a.jsonl", "\n", "has no rows"),
             ("a.jsonl", b'{"text": "\xff"}', "is not text in UTF-8"),
             ("a.csv", "", "the first line has to name the columns"),

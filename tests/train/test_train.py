@@ -536,6 +536,14 @@ class TestWhatCannotBe:
         with pytest.raises(OptionError, match=re.escape(match)):
             classify(place, **fields)
 
+    def test_an_encoder_is_no_language_model(self, place):
+        match = (
+            r"is a bert model, an encoder, .* Pass task='text-classification' \(--task text-classification\), or a dec"
+        )
+        with pytest.raises(OptionError, match=match):
+            train(place / "pack", model_language(place), place / "out")
+        assert not (place / "out").exists()
+
     def test_a_training_that_diverges_adds_nothing(self, place):
         with pytest.raises(NonFiniteError, match="diverged.*--learning-rate"):
             train(place / "pack", classify(place, learning_rate=1e30), place / "out")

@@ -177,7 +177,7 @@ def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, l
 
 
 def _print_scores(comparison: "ComparisonResult") -> None:
-    from ..train.comparison_summary import plural
+    from ..reports.numbers import plural
 
     header = [
         "method",
@@ -218,7 +218,7 @@ def _score_row(summary: "MethodSummary") -> list[str]:
 
 
 def _print_curves(comparison: "ComparisonResult") -> None:
-    from ..train.comparison_summary import plural
+    from ..reports.numbers import plural
 
     points = _shown_points(comparison.points)
     subset = (

@@ -14,7 +14,7 @@ import typer
 
 from ..core import printable
 from ..errors import EigenloraxWarning, shortened
-from . import durations
+from . import durations, spelling
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,13 +94,13 @@ def _width(console: "Console") -> int | None:
 
 
 def error(message: str) -> None:
-    """Print an error to stderr."""
-    _print(f" {shortened(message)}", "error:", "bold red", stderr=True)
+    """Print an error of the library to stderr, with options of the command line in place of Python's keywords."""
+    _print(f" {spelling.on_command_line(shortened(message))}", "error:", "bold red", stderr=True)
 
 
 def note(message: str) -> None:
-    """Print a note to stderr."""
-    _print(f" {shortened(message)}", "note:", "yellow", stderr=True)
+    """Print a note to stderr, with options of the command line in place of Python's keywords."""
+    _print(f" {spelling.on_command_line(shortened(message))}", "note:", "yellow", stderr=True)
 
 
 def interrupted(message: str) -> None:

@@ -59,7 +59,7 @@ def _weights_bytes(source: str) -> int:
         return path.stat().st_size
     # adapters in a folder, or in the folders of a parent folder
     files = [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")] if path.is_dir() else []
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 class StageTimes:

@@ -58,9 +58,12 @@ def export(
     json: arguments.Json = False,
 ) -> None:
     """Write adapters of a pack as ordinary LoRAs, for PEFT, vLLM, diffusers or a web UI."""
+    from ..errors import OptionError
     from ..pack.pack import Pack
 
     opened = Pack.from_pretrained(pack, adapters=names or None, revision=revision)
+    if not opened.names:
+        raise OptionError(f"{pack} has no adapters to export. Add some with `eigenlorax add`.")
     records = {name: record for name, record in opened.records.items() if not names or name in names}
     with console.working("The export", durations.export_seconds(records, is_coded=opened.is_coded)) as progress:
         written = opened.export(
@@ -87,12 +90,11 @@ def export(
                 console.format_error(errors[name].delta_error),
                 console.format_error(errors[name].rounding),
                 console.format_error(errors[name].bound),
-                str(path),
             )
-            for name, path in written.items()
+            for name in written
         ]
-        header = ("adapter", "dtype", "delta error", "rounding", "error at most", "written to")
-        console.print_table("", header, rows, numbers=(2, 3, 4))
+        header = ("adapter", "dtype", "delta error", "rounding", "error at most")
+        console.print_table(f"written to {output}", header, rows, numbers=(2, 3, 4))
     if (note := _bound_note(errors, opened.fit_info.max_error)) is not None:
         console.note(note)
 

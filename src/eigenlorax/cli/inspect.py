@@ -53,10 +53,7 @@ def inspect(
     if Path(target).is_dir() and not any(
         (Path(target) / name).is_file() for name in (keys.MANIFEST, keys.ADAPTER_CONFIG, keys.LORA_FILE)
     ):
-        raise FormatError(
-            f"{target} is neither a pack nor an adapter: it has no {keys.MANIFEST} and no {keys.ADAPTER_CONFIG}. "
-            "Pass a folder that has one of them."
-        )
+        raise FormatError(_describe_folder(target))
     if remote.is_pack(target, revision=revision):
         with console.working():
             pack = Pack.from_pretrained(target, revision=revision)
@@ -78,6 +75,23 @@ def inspect(
                 revision=revision,
             )
         _show_adapter(target, adapter, json)
+
+
+def _describe_folder(target: str) -> str:
+    """Return the text of the error about a folder that is neither a pack nor an adapter."""
+    from ..core import keys
+    from ..errors import FormatError
+    from ..formats import sources
+
+    neither = f"{target} is neither a pack nor an adapter: it has no {keys.MANIFEST} and no {keys.ADAPTER_CONFIG}."
+    try:
+        adapters = sources.find_adapters(target)
+    except FormatError as error:
+        return f"{neither} {error}"
+    return (
+        f"{target} is a folder of {len(adapters)} adapters. Make a pack of them: `eigenlorax fit {target} -o PACK`. Or "
+        f"inspect one of them: `eigenlorax inspect {adapters[0].source}`."
+    )
 
 
 def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, **options: Any) -> None:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import BaselineError
-from ..train.options import DEFAULTS, HEAD_LEARNING_RATE, MIN_STEPS, TASKS, Columns, Training
+from ..errors import BaselineError, OptionError
+from ..train.options import DEFAULTS, HEAD_LEARNING_RATE, MIN_STEPS, RANK, TASKS, Columns, Training
 from . import arguments, console, verbs
 from .evaluate import figure_rows, print_confusion
 
@@ -65,13 +65,13 @@ def train(
         ),
     ] = None,
     rank: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="R",
-            help="Rank of the update. A higher rank trains more parameters.",
+            help=f"Rank of the update. A higher rank trains more parameters (default: {RANK}).",
             rich_help_panel=verbs.TRAINED,
         ),
-    ] = 8,
+    ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -183,6 +183,8 @@ def train(
     from ..train import train as training
     from ..train import trainer
 
+    if core and rank is not None:
+        raise OptionError(f"--core trains one k × k matrix per module, whatever --rank says. Remove --rank {rank}.")
     with console.working() as progress:
         trained = training.train(
             pack,
@@ -191,7 +193,7 @@ def train(
                 train=rows,
                 evaluation=evaluation,
                 model=model,
-                rank=rank,
+                rank=RANK if rank is None else rank,
                 alpha=alpha,
                 core=core,
                 start=start,

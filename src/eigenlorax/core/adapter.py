@@ -198,6 +198,12 @@ class Adapter:
     subspace: str | None = None
     origin: Origin | None = None
 
+    def __repr__(self) -> str:
+        parts = [f"{self.name!r}", f"base_model={self.base_model!r}", f"modules={len(self.specs)}"]
+        parts.append(f"ranks={list(self.ranks)}")
+        parts += [f"{group}={len(getattr(self, group))}" for group in ("heads", "carried") if getattr(self, group)]
+        return f"Adapter({', '.join(parts)})"
+
     @property
     def config(self) -> dict[str, Any]:
         """Parsed `adapter_config.json`; empty for an adapter that was made in memory."""

@@ -40,7 +40,7 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
         value = float(value) if abs(value) < LARGEST_EXACT_INTEGER else value
     # not isinstance: True is an int to Python, and not to JSON
     if type(value) is not kind:
-        raise JsonTypeError(f"{where} is {_describe(value)}; {kind.__name__} was expected.")
+        raise JsonTypeError(f"{where} is {describe(value)}; {kind.__name__} was expected.")
     return value
 
 
@@ -68,8 +68,8 @@ def _sequence_from_json(kind: Any, value: Any, where: str) -> Any:
 _type_hints = cache(get_type_hints)
 
 
-def _describe(value: Any) -> str:
-    """Describe a value briefly, since an object or array may be as large and as deep as its file."""
+def describe(value: Any) -> str:
+    """Describe a value of a JSON document briefly, since an object or array may be as large and as deep as its file."""
     if value is ...:
         return "missing"
     if isinstance(value, dict | list):

@@ -31,6 +31,8 @@ SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
+MAGNITUDE = "lora_magnitude_vector"
+"""Name of the tensor of a module with DoRA."""
 SOURCE_CONFIG = "source_config.json"
 # Format and metadata of the single file that an adapter was read from (`adapter.Origin`)
 SOURCE_FILE = "source_file.json"
@@ -241,7 +243,8 @@ def check_name(name: str) -> str:
     if not _NAME.fullmatch(name) or name.endswith("."):
         raise AdapterNameError(
             f"adapter name {name!r} is not allowed: 1 to 96 letters, digits, '.', '_' or '-', starting with a letter "
-            "or digit and not ending with '.'. Set another name with NAME=PATH."
+            "or digit and not ending with '.'. Set another name: NAME=PATH for an adapter to read, name= (--name) for "
+            "one to train."
         )
     return name
 

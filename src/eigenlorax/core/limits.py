@@ -18,6 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..errors import EigenloraxError, FormatError, PackDamagedError, PackError, reason
+from .json_dataclasses import describe
 
 # Largest width of a row that is read: ten times the width of the widest linear layers in use, which have one row per
 # token of a vocabulary.
@@ -137,7 +138,7 @@ def parse_json_object(data: bytes, where: str) -> tuple[str, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where} is not valid JSON: {reason(error).rstrip('.')}.") from error
     if not isinstance(document, dict):
-        raise FormatError(f"{where} contains a JSON {type(document).__name__}; an object was expected.")
+        raise FormatError(f"{where} contains {describe(document)}; an object was expected.")
     check_depth(document, where)
     return text, document
 

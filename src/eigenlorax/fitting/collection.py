@@ -24,6 +24,7 @@ from ..errors import (
     UntrainedAdapterWarning,
 )
 from ..formats import checks, sources
+from ..formats.checks import StatedBase
 from ..formats.sources import AdapterSource, Sources
 from ..pack.scanned_adapter import ScannedAdapter
 from .auto_rank import ModuleOutline
@@ -160,12 +161,15 @@ def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
     skipped: dict[str, str] = {}
     read = []
     for source, name in zip(adapter_sources, names, strict=True):
-        if name not in options.exclude_adapters and (adapter := _read_source(source, options, skipped)) is not None:
+        if (
+            name not in options.exclude_adapters
+            and (adapter := _read_source(source, options, skipped, is_only=len(names) == 1)) is not None
+        ):
             read.append(adapter)
     checks.check_names(adapter.name for adapter in read)
     if not read:
         raise OptionError(NONE_LEFT)
-    base_model, revision = checks.check_one_base(read, options.same_base)
+    base_model, revision = checks.check_one_base([StatedBase.of(adapter) for adapter in read], options.same_base)
     checks.check_one_family(read)
     names_in_subspace = module_names.canonical_names(adapter.specs for adapter in read)
     excluded = checks.excluded(names_in_subspace.values(), options.exclude_modules)
@@ -177,7 +181,9 @@ def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
     return ReadCollection(read, names_in_subspace, excluded, skipped, base_model, revision, shapes)
 
 
-def _read_source(source: AdapterSource, options: ReadOptions, skipped: dict[str, str]) -> Adapter | None:
+def _read_source(
+    source: AdapterSource, options: ReadOptions, skipped: dict[str, str], *, is_only: bool
+) -> Adapter | None:
     """Return an adapter without its tensors. Warn and return None if it is broken and may be skipped."""
     if isinstance(source.source, Adapter):
         checks.check_in_memory(source.source)
@@ -187,7 +193,7 @@ def _read_source(source: AdapterSource, options: ReadOptions, skipped: dict[str,
     except (FormatError, ShapeError, NonFiniteError) as error:
         name = sources.default_name(source)
         if not options.skip_bad:
-            raise type(error)(f"{error} {_how_to_skip(name)}") from error
+            raise type(error)(f"{error}{'' if is_only else _how_to_skip(name)}") from error
         _skip(name, error, source.source, skipped, stacklevel=6)
         return None
 
@@ -215,7 +221,8 @@ def scan(collection: ReadCollection, options: ReadOptions, engine: Engine, progr
         outcome = next(scans)
         if isinstance(outcome, NonFiniteError):
             if not options.skip_bad:
-                raise NonFiniteError(f"{outcome} {_how_to_skip(adapter.name)}") from outcome
+                advice = "" if len(adapters) == 1 else _how_to_skip(adapter.name)
+                raise NonFiniteError(f"{outcome}{advice}") from outcome
             _skip(adapter.name, outcome, None, skipped, stacklevel=5)
         else:
             names = collection.subspace_names
@@ -245,9 +252,9 @@ def _scan_adapter(adapters: SharedValue[Sequence[Adapter]], index: int) -> check
 
 
 def _how_to_skip(name: str) -> str:
-    """Return a sentence on how to fit without an adapter."""
+    """Return a sentence on how to fit without an adapter, to append to an error."""
     return (
-        f"Leave it out with exclude_adapters=[{name!r}] (--exclude-adapter {name}), or all broken adapters with "
+        f" Leave it out with exclude_adapters=[{name!r}] (--exclude-adapter {name}), or all broken adapters with "
         "skip_bad=True (--skip-bad)."
     )
 

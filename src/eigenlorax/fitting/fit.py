@@ -22,7 +22,7 @@ from ..pack.encoding import pack_adapter
 from ..pack.loss_warnings import check_warn_above, lossy, warn_of_losses
 from ..pack.manifest import FitInfo
 from ..pack.pack import Pack
-from ..pack.summary import uncompressed_note
+from ..pack.summary import larger_note, uncompressed_note
 from . import remedy
 from .coded_fit import encode_collection
 from .collection import Collection, ReadCollection, read_sources, scan
@@ -182,7 +182,7 @@ def fit(
             fitted = fit_components(collection, target, execution, workforce)
     pack = assemble_pack(sources, collection, fitted, fixed, target)
     _warn_of_losses(pack, collection, fitted, warn_above)
-    warn_of_copies(copies, as_references=pack.is_coded)
+    warn_of_copies(copies, pack.records, as_references=pack.is_coded)
     return pack
 
 
@@ -230,9 +230,8 @@ def assemble_pack(
         reference_tensors=outside.references,
     )
     pack.notes.extend([*fitted.notes, *(basis.notes if basis is not None else [])])
-    note = uncompressed_note(pack.summary)
-    if note is not None:
-        pack.notes.append(note)
+    summary = pack.summary
+    pack.notes.extend(note for note in (uncompressed_note(summary), larger_note(summary.bytes)) if note is not None)
     basis_seconds = basis.seconds if basis is not None else {}
     pack.seconds.update({"scanning": collection.seconds, **basis_seconds, **fitted.seconds})
     pack.frontier.extend(fitted.frontier)

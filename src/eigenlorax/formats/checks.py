@@ -156,42 +156,57 @@ def check_names(names: Iterable[str]) -> None:
         seen[name.lower()] = name
 
 
-THE_PACK = "the pack"
+@dataclass(frozen=True, slots=True)
+class StatedBase:
+    """Base model that an adapter or a pack states.
+
+    Attributes:
+        owner: Who states it, for messages, such as "adapter 'sst2'".
+        base_model: Name or path of the base model; None if it states none.
+        revision: Revision of the base model, likewise.
+    """
+
+    owner: str
+    base_model: str | None
+    revision: str | None
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> "StatedBase":
+        """Return the base model that an adapter states."""
+        return cls(f"adapter {adapter.name!r}", adapter.base_model, adapter.revision)
 
 
-def check_one_base(adapters: Sequence[Adapter], same_base: bool = False) -> tuple[str | None, str | None]:
+def check_one_base(stated: Sequence[StatedBase], same_base: bool = False) -> tuple[str | None, str | None]:
     """Return the base model that all adapters were trained on, and its revision.
 
     An adapter without a base model is assumed to have the base model of the others, with a warning.
 
     Args:
-        adapters: The adapters.
+        stated: Base models of the adapters.
         same_base: Whether several base models or revisions are accepted as names of one model. The most common one is
             returned.
 
     Raises:
         BaseModelError: Two adapters have different base models or revisions.
     """
-    without_base = [adapter.name for adapter in adapters if adapter.base_model is None]
-    if without_base and len(without_base) < len(adapters):
+    without_base = [each.owner for each in stated if each.base_model is None]
+    if without_base and len(without_base) < len(stated):
         warnings.warn(
-            f"no base model is stated by {_listing(without_base)}; assuming the base model of the other adapters.",
+            f"no base model is stated by {_shortened(without_base)}; assuming the base model of the other adapters.",
             UnknownBaseWarning,
             stacklevel=3,
         )
     for field in ("base_model", "revision"):
-        stated = [(getattr(adapter, field), adapter.name) for adapter in adapters if getattr(adapter, field)]
-        for value, name in stated:
-            if value != stated[0][0] and not same_base:
+        named = [(getattr(each, field), each.owner) for each in stated if getattr(each, field)]
+        for value, owner in named:
+            if value != named[0][0] and not same_base:
                 label = "base models" if field == "base_model" else "revisions of the base model"
-                first, first_name = stated[0]
-                # `Pack.add` passes the pack as if it were an adapter
-                owner = first_name if first_name == THE_PACK else f"adapter {first_name!r}"
+                first, first_owner = named[0]
                 raise BaseModelError(
-                    f"different {label}: adapter {name!r} has {value!r}, and {owner} has {first!r}. Fit them "
+                    f"different {label}: {owner} has {value!r}, and {first_owner} has {first!r}. Fit them "
                     "separately, or pass same_base=True (--same-base) if both names mean one model."
                 )
-    return _most_common(a.base_model for a in adapters), _most_common(a.revision for a in adapters)
+    return _most_common(each.base_model for each in stated), _most_common(each.revision for each in stated)
 
 
 def family(adapter: Adapter) -> str | None:
@@ -377,5 +392,8 @@ def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
 
 
 def _listing(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return _shortened([repr(name) for name in names])
+
+
+def _shortened(words: Sequence[str]) -> str:
+    return ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")

@@ -132,6 +132,9 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
             )
         if isinstance(folder, RemoteFolder):
             _check_is_folder(folder)
+        weights = folders.weights_without_config(folder)
+        if weights is not None:
+            raise FormatError(folders.missing_config(folder, weights))
         raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
     text, config = limits.parse_json_object(folder.read(keys.ADAPTER_CONFIG, limits.MAX_JSON_BYTES), path)
     if config.get("peft_type") == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
@@ -163,6 +166,12 @@ def check_config(config: dict[str, Any], path: str, peft_types: Sequence[str] = 
     for field in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(field), str | None):
             raise FormatError(f"{path}: {field} is {config[field]!r}; a string or null was expected.")
+    targets = config.get("target_modules")
+    if not isinstance(targets, str | list | None) or any(not isinstance(target, str) for target in targets or ()):
+        raise FormatError(
+            f"{path}: target_modules is {targets!r}; a list of module names, a pattern as a string, or null was "
+            "expected."
+        )
     for field in ("modules_to_save", "target_parameters"):
         names = config.get(field) or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

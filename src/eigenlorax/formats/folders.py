@@ -261,6 +261,20 @@ def holds_lora_file(folder: Folder) -> bool:
     return not is_adapter(folder) and not is_pack(folder) and folder.is_file(keys.LORA_FILE)
 
 
+def weights_without_config(folder: Folder) -> str | None:
+    """Return the name of PEFT's weights file in a folder without `adapter_config.json`; None if it has neither."""
+    names = (keys.ADAPTER_WEIGHTS, keys.ADAPTER_PICKLE)
+    return None if is_adapter(folder) else next((name for name in names if folder.is_file(name)), None)
+
+
+def missing_config(folder: Folder, weights: str) -> str:
+    """Return the text of the error about a folder with weights, whose `adapter_config.json` is missing."""
+    return (
+        f"{folder} has no {keys.ADAPTER_CONFIG} beside {weights}. The config states the scaling and the base model. "
+        "PEFT's save_pretrained writes both files: copy the config, too."
+    )
+
+
 def is_file_name(source: str | Path) -> bool:
     """Return whether a path or URL has the suffix of a safetensors file."""
     return str(source).lower().endswith(keys.LORA_SUFFIX)

@@ -88,7 +88,7 @@ def _adapter(name: str, config_text: str, tensors: Mapping[str, Tensor], where: 
     files.check_config(json.loads(config_text), f"the config of {where}")
     keys.check_tensor_names(tensors, where)
     adapter = peft.from_tensors(name, config_text, tensors, where=where)
-    peft.check_not_empty(adapter, where)
+    peft.check_complete(adapter, where)
     return replace(adapter, file_bytes=sum(tensor.nbytes for tensor in tensors.values()))
 
 

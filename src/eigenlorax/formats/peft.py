@@ -81,14 +81,28 @@ def read(
     # PEFT itself writes "format" only; the origin preserves other metadata
     if set(weights.metadata) - {"format"}:
         adapter = replace(adapter, origin=Origin("peft", (), dict(sorted(weights.metadata.items()))))
-    check_not_empty(adapter, weights.path)
+    check_complete(adapter, weights.path)
     return adapter
 
 
-def check_not_empty(adapter: Adapter, where: str) -> None:
-    """Raise `FormatError` if an adapter has neither factors nor carried tensors. where: its source, for the message."""
+def check_complete(adapter: Adapter, where: str) -> None:
+    """Raise `FormatError` if an adapter has no tensors, or lacks the magnitudes of DoRA that its config promises.
+
+    Args:
+        adapter: The adapter.
+        where: Its source, for the message.
+    """
     if not adapter.specs and not adapter.carried:
         raise FormatError(f"{where} has no LoRA tensor at all.")
+    if not adapter.config.get("use_dora"):
+        return
+    magnitudes = [key.partition(f".{keys.MAGNITUDE}")[0] for key in adapter.carried if keys.MAGNITUDE in key]
+    missing = sorted(adapter.specs.keys() - {key.removeprefix(keys.MODEL_PREFIX) for key in magnitudes})
+    if missing:
+        raise FormatError(
+            f"{where}: use_dora is true in {keys.ADAPTER_CONFIG}, but {len(missing)} of {len(adapter.specs)} modules, "
+            f"such as {missing[0]}, have no {keys.MAGNITUDE}. Correct use_dora, or take a complete file."
+        )
 
 
 @dataclass(frozen=True, slots=True)

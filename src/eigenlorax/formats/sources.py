@@ -120,6 +120,9 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     folder = _folder(source, revision, token)
     if folder is None or folders.is_adapter(folder) or folders.is_pack(folder) or folders.holds_lora_file(folder):
         return [AdapterSource(name, source)]
+    incomplete = folders.weights_without_config(folder)
+    if incomplete is not None:
+        raise FormatError(folders.missing_config(folder, incomplete))
     children = folder.folders()
     adapters = [child for child in children if folders.is_adapter(child) or folders.holds_lora_file(child)]
     files = [file for file in folder.files() if folders.is_file_name(file) and not file.startswith(".")]

@@ -21,6 +21,7 @@ from ..core.progress import Progress
 from ..core.subspace import Subspace
 from ..errors import AdapterNameError, ModuleNameError, NothingSharedWarning, OptionError, ShapeError
 from ..formats import checks
+from ..formats.checks import StatedBase
 from ..formats.sources import AdapterSource
 from .contents import PackContents
 from .copies import names_by_content
@@ -108,8 +109,8 @@ def _read(source: AdapterSource, pack: PackContents, options: AddOptions) -> Sca
             "(NAME=PATH, name=), or remove the old one first."
         )
     if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
-        present = Adapter(checks.THE_PACK, {}, {}, base_model=pack.base_model, revision=pack.revision)
-        checks.check_one_base([present, adapter], options.same_base)
+        present = StatedBase("the pack", pack.base_model, pack.revision)
+        checks.check_one_base([present, StatedBase.of(adapter)], options.same_base)
     widths = ((module, sides["down"].dimension) for module, sides in pack.info.modules.items())
     checks.check_family(adapter, widths)
     subspace_names = _match_modules(adapter, pack.info, options.carry_missing)

@@ -7,7 +7,7 @@ from ..codec.storage.coded import codes_digest
 from ..core import keys
 from ..errors import DuplicateAdapterWarning
 from .contents import PackContents
-from .packed_adapter import PackedAdapter
+from .packed_adapter import PackedAdapter, Record
 
 NAMED = 5
 """Maximum number of copies of one adapter that a warning names."""
@@ -43,26 +43,42 @@ def names_by_content(pack: PackContents) -> dict[str, str]:
     }
 
 
-def warn_of_copies(copies: Mapping[str, str], *, as_references: bool) -> None:
+def warn_of_copies(copies: Mapping[str, str], records: Mapping[str, Record], *, as_references: bool) -> None:
     """Issue one `DuplicateAdapterWarning` if there are copies.
 
     It is attributed to the line that called `fit` or `Pack.add`.
 
     Args:
         copies: For each adapter whose update is that of another one, the name of that.
+        records: Records of all adapters, by name.
         as_references: True if they are stored as references.
     """
     by_original: dict[str, list[str]] = {}
     for name, original in sorted(copies.items()):
         by_original.setdefault(original, []).append(name)
     sentences = [_sentence(names, original, as_references) for original, names in sorted(by_original.items())]
-    more = f" There are copies of {len(sentences) - NAMED} more adapters." if len(sentences) > NAMED else ""
+    if len(sentences) > NAMED:
+        sentences[NAMED:] = [f"There are copies of {len(sentences) - NAMED} more adapters."]
+    different = sorted(name for name, original in copies.items() if not _is_equal(records[name], records[original]))
+    if different:
+        sentences.append(f"Only the updates are equal: heads or other tensors differ in {_shortened(different)}.")
     if sentences:
-        warnings.warn(" ".join(sentences[:NAMED]) + more, DuplicateAdapterWarning, stacklevel=4)
+        warnings.warn(" ".join(sentences), DuplicateAdapterWarning, stacklevel=4)
+
+
+def _is_equal(record: Record, original: Record) -> bool:
+    """Return whether two adapters have equal contents, heads and carried tensors included."""
+    return record.source_sha256 == original.source_sha256 or not (
+        record.head_bytes or record.carried_bytes or original.head_bytes or original.carried_bytes
+    )
 
 
 def _sentence(names: list[str], original: str, as_references: bool) -> str:
-    listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    listed = _shortened(names)
     if len(names) == 1:
         return f"{listed} has the same update as {original}{'; it is stored as a reference' * as_references}."
     return f"{listed} have the same update as {original}{'; they are stored as references' * as_references}."
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -334,7 +334,7 @@ class Pack(PackContents):
                 stacklevel=3,
             )
         warn_of_losses(records, warn_above, stacklevel=4)
-        warn_of_copies(addition.copies, as_references=self.is_coded)
+        warn_of_copies(addition.copies, self.records | records, as_references=self.is_coded)
         if addition.subspace is not self.subspace:
             # adapters in memory were encoded in the subspace before the extension
             self._adapters = {

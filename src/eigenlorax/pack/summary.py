@@ -352,6 +352,17 @@ def uncompressed_note(summary: Summary) -> str | None:
     )
 
 
+def larger_note(sizes: Bytes) -> str | None:
+    """Return a sentence about a pack that is larger than its adapters, else None."""
+    if sizes.ratio >= 1 or not sizes.basis:
+        return None
+    return (
+        f"The pack is {1 / sizes.ratio:.2f} times larger than the LoRAs: too few adapters share its basis of "
+        f"{sizes.basis:,} bytes. Fewer components (-k, n_components) make it smaller; for storage alone, use "
+        "max_error=0.1 (--max-error 0.1)."
+    )
+
+
 def lora_numbers(records: Mapping[str, Record]) -> int:
     """Return the number of elements of all LoRA factors. Untrained adapters do not count."""
     return sum(record.lora_numbers for record in records.values() if not record.untrained)

@@ -33,7 +33,7 @@ SHARING_METHODS = {
 }
 METHODS = {
     PACK: "this pack",
-    CODEC: "fit --max-error, estimated",
+    CODEC: "the codec at other error bounds, estimated",
     ROUNDED: "each LoRA rounded to few bits",
     CUT_BY_ENERGY: "each LoRA truncated by SVD, 16 bits",
     BOTH: "each LoRA truncated and rounded",

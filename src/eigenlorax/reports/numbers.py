@@ -93,6 +93,7 @@ def shortened(name: str, max_length: int) -> str:
     return f"{name[:head]}…{name[len(name) - (max_length - 1 - head) :]}"
 
 
-def plural(number: int, noun: str) -> str:
-    """Return a count with its noun, such as "1 adapter" or "1,000 adapters"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def plural(number: float, noun: str) -> str:
+    """Return a number with its noun, such as "1 adapter", "1,000 adapters" or "2.5 epochs"."""
+    is_whole = number == int(number)
+    return f"{int(number) if is_whole else number:{',' if is_whole else 'g'}} {noun}{'' if number == 1 else 's'}"

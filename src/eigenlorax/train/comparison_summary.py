@@ -251,12 +251,6 @@ def join_words(phrases: Sequence[str]) -> str:
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def plural(number: int | float, noun: str) -> str:
-    """Return a number with its noun, with a plural s unless the number is 1."""
-    is_whole = number == int(number)
-    return f"{int(number) if is_whole else number:{',' if is_whole else 'g'}} {noun}{'' if number == 1 else 's'}"
-
-
 def format_points(change: Difference) -> str:
     """Return a difference in percentage points, signed, with its interval."""
     return f"{100 * change.value:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import limits
+from ..core.json_dataclasses import describe
 from ..core.options import suggestion
 from ..errors import FormatError, MissingExtraError, OptionError, RowsWarning, reason
 from .options import Columns
@@ -90,7 +91,7 @@ def _json_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{path}, line {line_number} is not JSON: {problem}. Each line has to be one JSON object."
             ) from error
         if not isinstance(row, dict):
-            raise FormatError(f"{path}, line {line_number} is a JSON {type(row).__name__}; an object was expected.")
+            raise FormatError(f"{path}, line {line_number} is {describe(row)}; an object was expected.")
         limits.check_depth(row, f"{path}, line {line_number}")
         yield line_number, row
 

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from ..core.progress import Progress
 from ..errors import EigenloraxWarning, NonFiniteError, OptionError
 from ..pack.pack import Pack
+from ..reports.numbers import plural
 from . import (
     comparison_run,
     comparison_summary,
@@ -31,7 +32,7 @@ from . import (
     row_split,
 )
 from .comparison_run import Recipe, RunData
-from .comparison_summary import MethodRun, MethodSummary, plural
+from .comparison_summary import MethodRun, MethodSummary
 from .data import Labels
 from .examples import Collate
 from .method_presets import Preset

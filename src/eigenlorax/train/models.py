@@ -96,9 +96,12 @@ def load_model(model: str, revision: str | None, labels: Labels | None, tokenize
     Raises:
         FormatError: The folder is not a model that transformers can load.
         HubError: The model could not be loaded from the Hub.
+        OptionError: The model is an encoder, and no classes were passed.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    if labels is None:
+        check_is_decoder(model, load_config(model, revision))
     with _loading(model) as network:
         if labels is None:
             loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, adapter_kwargs=network, **network)
@@ -118,6 +121,31 @@ def load_model(model: str, revision: str | None, labels: Labels | None, tokenize
         # decoders with a classification head use it to find the last token of a padded row
         loaded.config.pad_token_id = tokenizer.pad_token_id
     return loaded
+
+
+def check_is_decoder(model: str, config: Any) -> None:
+    """Raise `OptionError` if a model cannot be a causal language model.
+
+    transformers loads encoders such as BERT as language models, too. Their tokens see those that they should predict,
+    so that a trained adapter is useless.
+
+    Args:
+        model: Folder or Hub id of the model, for the message.
+        config: Its config.
+    """
+    from transformers.models.auto import modeling_auto
+
+    model_type = config.model_type
+    has_causal_class = model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    # decoders have no class for masked tokens; encoders that were made decoders say so
+    is_encoder = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.is_decoder
+    if has_causal_class and not (is_encoder and not config.is_encoder_decoder):
+        return
+    raise OptionError(
+        f"{model} is a {model_type} model, an encoder, whose tokens see those that come after them: it cannot be used "
+        "for causal-lm. Pass task='text-classification' (--task text-classification), or a decoder such as GPT-2 or "
+        "Llama as model= (--model)."
+    )
 
 
 @contextmanager

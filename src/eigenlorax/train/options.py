@@ -12,6 +12,8 @@ from typing import Any
 from ..core.options import suggestion
 from ..errors import OptionError
 
+RANK = 8
+"""Default rank of an update."""
 TASKS = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 """Task → PEFT's task type."""
 
@@ -88,7 +90,7 @@ class Training:
     train: Path
     evaluation: Path | None = None
     model: str | None = None
-    rank: int = 8
+    rank: int = RANK
     alpha: float | None = None
     core: bool = False
     start: str = "zero"
