@@ -401,9 +401,9 @@ class TestWhatCannotBeCompared:
         ):
             compare(pack, originals, files, model=other)
 
-    def test_a_model_that_has_other_modules(self, place, made_of_gpt2, tmp_path):
+    def test_a_model_that_has_other_modules(self, place, made_of_gpt2, base, tmp_path):
         pack, originals = made_of_gpt2
-        decoder = Path(shutil.copytree(place / "bert", tmp_path / "decoder"))
+        decoder = Path(shutil.copytree(base, tmp_path / "decoder"))
         config = json.loads((decoder / "config.json").read_text("utf-8"))
         (decoder / "config.json").write_text(json.dumps({**config, "is_decoder": True}), "utf-8")
         with pytest.raises(
