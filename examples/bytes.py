@@ -15,8 +15,9 @@ OUT = Path("bytes")
 adapters = sorted(path.parent for path in (demo.data() / "adapters").glob("*/adapter_config.json"))
 *first, late = adapters[:7]
 
-pack = ex.fit(first, ratio=20.0)
-print(f"{pack.summary.bytes.ratio:.1f} times smaller; delta error at most {pack.summary.in_fit.worst:.3f}")
+pack = ex.fit(first, ratio=10.0)
+summary = pack.summary
+print(f"{summary.bytes.ratio_with_heads:.1f} times smaller, with heads; delta error at most {summary.in_fit.worst:.3f}")
 for point in pack.frontier:
     print(f"  at most {point.error:.3f} would take about {point.bytes:,.0f} bytes")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 eigenlorax fit demo/adapters -o small/
-eigenlorax fit demo/adapters -o smaller/ --ratio 18
+eigenlorax fit demo/adapters -o smaller/ --ratio 10
 eigenlorax fit demo/adapters -o pack/ --for training
 eigenlorax fit demo/adapters -o auto/ -k auto
 eigenlorax fit demo/adapters -o pack/ --energy 0.95 --dtype float16 --overwrite

@@ -24,7 +24,7 @@ DEFAULT_SIZES: Mapping[str, Mapping[str, Any]] = {
 FLOAT_STORAGE = "float16"
 """Storage of packs for training and serving. Its rounding errors are below 1e-3, and it takes half of float32."""
 CODED_SIZES = ("max_bytes", "ratio")
-"""Size options that can only be reached by entropy coding, which gives no basis to train on or to serve from."""
+"""Size options that can only be reached by entropy coding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,8 @@ def complete(purpose: str | None, sizes: Mapping[str, Any], dtype: Dtype, coeffi
     if coded:
         raise OptionError(
             f"{coded[0]} means entropy coding, which gives no basis for {options.purpose}. Pass n_components (-k), "
-            "energy or max_error, and a float dtype or none; or purpose='storage' (--for storage)."
+            "energy or max_error, and a float dtype or none; or purpose='storage' (--for storage), with basis=32 "
+            "(--basis 32) for a basis beside the coded adapters."
         )
     return options if dtype is not None else replace(options, dtype=FLOAT_STORAGE)
 
