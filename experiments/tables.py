@@ -21,6 +21,7 @@ def main() -> int:
     from harness import (
         cell_tables,
         drawing_tables,
+        head_tables,
         language_tables,
         pages,
         record,
@@ -54,6 +55,7 @@ def main() -> int:
         **vision_tables.blocks(configs["vision"]),
         **drawing_tables.blocks(configs["diffusion"]),
         **same_bytes_tables.blocks(configs["bytes"]),
+        **head_tables.blocks(),
     }
     records.check_bases(
         sorted(f"{folder.parent.name}/{folder.name}" for folder in record.RESULTS.glob("*/*") if folder.is_dir())
