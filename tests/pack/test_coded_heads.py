@@ -57,7 +57,7 @@ def outside(of):
 
 
 def fitted(originals, path, **options):
-    return ex.Pack.open(ex.fit(originals, **{"max_error": 0.2, **options}).save(path))
+    return ex.Pack.open(ex.fit(originals, **{"max_error": 0.1, **options}).save(path))
 
 
 class TestBounds:
@@ -113,6 +113,30 @@ class TestBounds:
     def test_that_cannot_be(self, options, message):
         with pytest.raises(OptionError, match=message):
             ex.fit([adapter("a", 1)], **{"max_error": 0.2, **options})
+
+
+class TestDefaults:
+    @pytest.mark.parametrize(("max_error", "head_error"), [(0.02, 0.1), (0.2, 0.2), (0.6, 0.3)])
+    def test_follow_the_error_bound(self, tmp_path, max_error, head_error):
+        pack = fitted([adapter("a", 1)], tmp_path / "pack", max_error=max_error, warn_above=1.0)
+        assert pack.fit_info.head_error == head_error
+        assert 0.9 * head_error < pack.records["a"].head_error <= head_error
+
+    def test_for_a_size_are_those_of_the_updates(self, tmp_path):
+        # a head as large as the LoRA
+        originals = [random_adapter(f"a{n}", n, heads={CLASSIFIER: gauss(n + 50, 20, 40).float()}) for n in range(3)]
+        found = {}
+        for ratio in (4.0, 7.0, 12.0):
+            pack = fitted(originals, tmp_path / str(ratio), max_error=None, ratio=ratio, warn_above=1.0)
+            found[ratio] = pack.fit_info.head_error
+            b = pack.summary.bytes
+            assert b.ratio_with_heads >= ratio
+            worst = pack.summary.in_fit.worst
+            assert pack.fit_info.head_error == 0.3 or worst <= 1.25 * pack.fit_info.head_error
+        assert found[4.0] < found[12.0] == 0.3
+
+    def test_without_heads_is_the_smallest(self):
+        assert ex.fit([random_adapter("a", 1)], max_bytes=300, warn_above=1.0).fit_info.head_error == 0.1
 
 
 class TestSizes:

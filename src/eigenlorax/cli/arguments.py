@@ -127,8 +127,9 @@ HeadError = Annotated[
     float | None,
     typer.Option(
         metavar="X",
-        help="Error bound of task heads in an entropy-coded pack (default: 0.1). Biases, norms, embeddings and other "
-        "tensors outside the subspace are kept within 0.002, or X if it is smaller.",
+        help="Error bound of task heads in an entropy-coded pack (default: that of the updates, from 0.1 to 0.3). "
+        "Biases, norms, embeddings and other tensors outside the subspace are kept within 0.002, or X if it is "
+        "smaller.",
         rich_help_panel=verbs.KEEP,
     ),
 ]

@@ -27,8 +27,8 @@ from ..pack.encoding import encoded_by_codes
 from . import equal_updates
 from .collection import AdapterModule, Collection
 from .component_fit import FittedCollection
-from .fixed_contents import FixedContents
 from .options import Execution, Target
+from .stored_outside import StoredOutside, encode_for_size, encode_outside
 
 BATCH = 64
 """Number of adapters that are encoded to bytes together."""
@@ -98,8 +98,8 @@ class ByteLimit:
 
 
 def encode_collection(
-    collection: Collection, copies: Mapping[str, str], target: Target, execution: Execution, fixed: FixedContents
-) -> FittedCollection:
+    collection: Collection, copies: Mapping[str, str], target: Target, execution: Execution, training_basis: int
+) -> tuple[FittedCollection, StoredOutside]:
     """Fit bases and encode all adapters in as few bytes as the target allows, in this process on its CPU.
 
     Args:
@@ -107,7 +107,10 @@ def encode_collection(
         copies: Those of them that get the codes of another one, as `find_equal_updates` returns them.
         target: Error bound or size.
         execution: Progress callback; other engines and devices than this process and its CPU give a note.
-        fixed: Contents of the pack that are complete, and count in its size.
+        training_basis: Bytes of the basis for training, which count in the size.
+
+    Returns:
+        Bases and adapters, and the heads and carried tensors.
 
     Raises:
         OptionError: The target cannot be reached.
@@ -116,7 +119,7 @@ def encode_collection(
     # the largest tensors have as many numbers as all adapters of one module together
     with threads.suited_to(max(_numbers(members) for members in collection.modules.values())):
         distinct = equal_updates.without(collection, copies)
-        collection_encoder, encoded = _encode(collection, distinct, target.options, fixed, execution.progress)
+        collection_encoder, encoded, outside = _encode(collection, distinct, target, training_basis, execution.progress)
         written = _to_bytes(encoded, distinct)
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
     errors = dict(zip(distinct.weights, encoded.errors, strict=True))
@@ -126,7 +129,7 @@ def encode_collection(
         adapters[scanned.name] = encoded_by_codes(
             scanned, written.codes[name], written.layouts[name], written.adapters[name], errors.get(name, 0.0)
         )
-    return FittedCollection(
+    fitted = FittedCollection(
         modules=bases,
         encoded=adapters,
         options=target.options,
@@ -134,38 +137,49 @@ def encode_collection(
         coefficient_storage=CODED,
         notes=_notes(collection_encoder, execution),
         seconds={"coding": time.perf_counter() - started},
-        frontier=_frontier(collection_encoder, max(encoded.errors), written.size, fixed.size),
+        frontier=_frontier(collection_encoder, max(encoded.errors), written.size, outside.size + training_basis),
     )
+    return fitted, outside
 
 
 def _encode(
-    collection: Collection, distinct: Collection, options: FitOptions, fixed: FixedContents, progress: Progress
-) -> tuple[CollectionEncoder, EncodedCollection]:
-    """Encode the distinct adapters within the target, and return the encoder too.
+    collection: Collection, distinct: Collection, target: Target, training_basis: int, progress: Progress
+) -> tuple[CollectionEncoder, EncodedCollection, StoredOutside]:
+    """Encode the distinct adapters, and the heads of all, within the target, and return the encoder too.
 
     Args:
         collection: All adapters.
         distinct: Those without copies of others.
-        options: Target of the fit.
-        fixed: Contents of the pack that are complete.
+        target: Target of the fit.
+        training_basis: Bytes of the basis for training.
         progress: Callback with the arguments (stage, done, total).
     """
-    modules = _module_updates(distinct)
+    modules, options = _module_updates(distinct), target.options
     norms = torch.tensor([1 / weight for weight in distinct.weights.values()], dtype=torch.float64)
     if options.max_error is not None:
         check_error_bound(options.max_error)
         numbers = max(sum(spec.numbers for spec in scanned.adapter.specs.values()) for scanned in collection.scanned)
         whole = CollectionEncoder(modules, norms, step_size_grid(options.max_error, numbers), progress)
         clustered = encoder.split_into_clusters(whole, modules, options.max_error, progress)
-        return clustered, clustered.encode(options.max_error)
-    limit = _byte_limit(collection, fixed, options)
-    limit.check()
+        assert target.head_error is not None
+        outside = encode_outside(collection, target.head_error, progress)
+        return clustered, clustered.encode(options.max_error), outside
     whole = CollectionEncoder(modules, norms, wide_step_size_grid(), progress)
+    if target.head_error is None:
+        outside = encode_for_size(
+            collection,
+            lambda stored: whole.error_for_bytes(_byte_limit(collection, stored, training_basis, options).available),
+            progress,
+        )
+    else:
+        outside = encode_outside(collection, target.head_error, progress)
+    limit = _byte_limit(collection, outside, training_basis, options)
+    limit.check()
     clustered = encoder.split_into_clusters(whole, modules, whole.error_for_bytes(limit.available), progress)
     encoded = encode_within(
         clustered, limit.available, lambda candidate: _to_bytes(candidate, distinct).size, limit.message
     )
-    return clustered, encoded
+    return clustered, encoded, outside
 
 
 def _notes(collection_encoder: CollectionEncoder, execution: Execution) -> list[str]:
@@ -199,16 +213,17 @@ def _module_updates(collection: Collection) -> list[ModuleUpdates]:
     return modules
 
 
-def _byte_limit(collection: Collection, fixed: FixedContents, options: FitOptions) -> ByteLimit:
+def _byte_limit(collection: Collection, outside: StoredOutside, training_basis: int, options: FitOptions) -> ByteLimit:
+    fixed = outside.size + training_basis
     if options.max_bytes is not None:
-        return ByteLimit(float(options.max_bytes), fixed.size, None, f"max_bytes={options.max_bytes}")
+        return ByteLimit(float(options.max_bytes), fixed, None, f"max_bytes={options.max_bytes}")
     assert options.ratio is not None
     # untrained adapters take no bytes in a pack, so counting their factors would inflate the ratio
     members = [member for members in collection.modules.values() for member in members]
     lora = 2 * sum(member.spec.numbers for member in members if not member.scanned.is_untrained)
-    lora += sum(each.baseline_bytes for each in fixed.outside.by_adapter.values())
+    lora += sum(each.baseline_bytes for each in outside.by_adapter.values())
     total = lora / options.ratio
-    return ByteLimit(total, fixed.size, lora, f"ratio={options.ratio:g}, which is {total:,.0f} bytes,")
+    return ByteLimit(total, fixed, lora, f"ratio={options.ratio:g}, which is {total:,.0f} bytes,")
 
 
 def _round_down(ratio: float) -> str:

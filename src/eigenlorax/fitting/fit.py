@@ -28,8 +28,8 @@ from .coded_fit import encode_collection
 from .collection import Collection, ReadCollection, read_sources, scan
 from .component_fit import FittedCollection, fit_components
 from .equal_updates import find_equal_updates
-from .fixed_contents import FixedContents, encode_outside
 from .options import Execution, ReadOptions, Target
+from .stored_outside import StoredOutside, store_exactly
 from .training_basis import check_basis, fit_basis
 
 
@@ -108,7 +108,8 @@ def fit(
             `ratio`. Default: no basis.
         head_error: Error bound of task heads in an entropy-coded pack: their relative error, at least 0 and below 1.
             Other tensors outside the subspace (biases, norms, embeddings, DoRA magnitudes) keep a relative error of
-            0.002, or this one if it is smaller. 0 stores all of them exactly. Default: 0.1 (docs/bytes.md).
+            0.002, or this one if it is smaller. 0 stores all of them exactly. Default: the error bound of the updates,
+            at least 0.1 and at most 0.3 (docs/bytes.md).
         weighting: "delta" minimises the error of the updates; "factors" stacks A and B as they are (arXiv 2502.04700).
             Default: "delta".
         sweeps: Number of alternating refinements of the "delta" fit. Default: 2.
@@ -175,19 +176,25 @@ def fit(
         collection = scan(sources, options, workforce, execution.progress)
         copies = find_equal_updates(collection)
         basis_pack = fit_basis(sources, collection, basis, execution, workforce) if basis is not None else None
-        fixed = FixedContents(encode_outside(collection, target.head_error, execution.progress), basis_pack)
         if target.is_coded:
-            fitted = encode_collection(collection, copies, target, execution, fixed)
+            basis_bytes = basis_pack.info.stored_bytes if basis_pack is not None else 0
+            fitted, outside = encode_collection(collection, copies, target, execution, basis_bytes)
         else:
             fitted = fit_components(collection, target, execution, workforce)
-    pack = assemble_pack(sources, collection, fitted, fixed, target)
+            outside = store_exactly(collection)
+    pack = assemble_pack(sources, collection, fitted, outside, target, basis_pack)
     _warn_of_losses(pack, collection, fitted, warn_above)
     warn_of_copies(copies, pack.records, as_references=pack.is_coded)
     return pack
 
 
 def assemble_pack(
-    sources: ReadCollection, collection: Collection, fitted: FittedCollection, fixed: FixedContents, target: Target
+    sources: ReadCollection,
+    collection: Collection,
+    fitted: FittedCollection,
+    outside: StoredOutside,
+    target: Target,
+    basis: Pack | None = None,
 ) -> Pack:
     """Return the pack of a fitted collection.
 
@@ -195,10 +202,10 @@ def assemble_pack(
         sources: Adapters and modules that were read, excluded or skipped.
         collection: The adapters of the fit.
         fitted: Bases, and every adapter encoded in them.
-        fixed: Heads and carried tensors of the adapters, and the basis for training.
+        outside: Heads and carried tensors of the adapters.
         target: Size and purpose that were asked for.
+        basis: Basis for training; None if there is none.
     """
-    basis, outside = fixed.basis, fixed.outside
     subspace = Subspace(fitted.modules)
     pack = Pack(
         subspace,
@@ -218,7 +225,7 @@ def assemble_pack(
             **asdict(fitted.options),
             auto=target.is_auto,
             purpose=target.purpose,
-            head_error=target.head_error,
+            head_error=outside.head_error,
             solver="iterative" if fitted.by_iteration else "exact",
             excluded_modules=sorted(sources.excluded_modules),
             skipped=dict(sorted(collection.skipped.items())),

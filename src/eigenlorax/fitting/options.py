@@ -15,7 +15,7 @@ from ..core.fit_options import BYTE_TARGETS, SWEEPS, FitOptions
 from ..core.options import check_choice, format_value, to_float
 from ..core.progress import Progress
 from ..errors import OptionError, reason
-from ..pack.outside_tensors import HEAD_ERROR
+from ..pack.outside_tensors import MAX_HEAD_ERROR, MIN_HEAD_ERROR
 from . import purpose_defaults
 from .purpose_defaults import Dtype
 
@@ -56,7 +56,7 @@ class Target:
         is_coded: True if the pack is entropy-coded for an error bound or a size; False if it is fitted by components.
         purpose: Purpose that the pack records; None if a size was passed without a purpose.
         by_default: True if neither a size nor a purpose was passed.
-        head_error: Error bound of heads; None if they are stored exactly.
+        head_error: Error bound of heads; 0 to store them exactly, None to choose it together with the bytes.
     """
 
     options: FitOptions
@@ -115,7 +115,7 @@ class Target:
             purpose=completed.purpose,
             by_default=completed.by_default,
             is_coded=is_coded,
-            head_error=_head_error(head_error, is_coded=is_coded),
+            head_error=_head_error(head_error, sizes["max_error"], is_coded=is_coded),
         )
 
     def refuse_unused(self, **options: Any) -> None:
@@ -231,10 +231,13 @@ def is_entropy_coded(
     raise OptionError(f"{bound} needs weighting='delta', got {weighting!r}. Remove weighting, or pass n_components.")
 
 
-def _head_error(head_error: float | None, *, is_coded: bool) -> float | None:
-    """Return the error bound of heads, None to store them exactly."""
+def _head_error(head_error: float | None, max_error: float | None, *, is_coded: bool) -> float | None:
+    """Return the error bound of heads, 0 to store them exactly, None to choose it together with the bytes."""
     if head_error is None:
-        return HEAD_ERROR if is_coded else None
+        if not is_coded:
+            return 0.0
+        # heads need not be closer to their originals than the updates
+        return min(max(max_error, MIN_HEAD_ERROR), MAX_HEAD_ERROR) if max_error is not None else None
     head_error = to_float("head_error", head_error)
     if not 0 <= head_error < 1:
         raise OptionError(f"head_error is a relative error, at least 0 and below 1, got {head_error}.")
@@ -243,7 +246,7 @@ def _head_error(head_error: float | None, *, is_coded: bool) -> float | None:
             f"head_error={head_error:g} has no effect in a pack of numbers of components, which stores heads exactly. "
             "Remove it, or pass max_error, max_bytes or ratio."
         )
-    return head_error or None
+    return head_error
 
 
 def _first_option(options: Mapping[str, Any]) -> str | None:

@@ -16,8 +16,8 @@ from ..core.limits import PARSE_FAILURES, damaged_on_error
 from ..errors import FormatError, PackDamagedError, reason
 from .scanned_adapter import ScannedAdapter
 
-HEAD_ERROR = 0.1
-"""Default error bound of heads (docs/bytes.md gives the measurements)."""
+MIN_HEAD_ERROR, MAX_HEAD_ERROR = 0.1, 0.3
+"""Range of default error bounds of heads, within which answers stay the same (docs/bytes.md, "Heads")."""
 PRETRAINED_ERROR = 0.002
 """Error bound of tensors that are close to those of the base model: about the precision of bfloat16.
 
