@@ -43,7 +43,15 @@ def shortened(message: str) -> str:
 
 
 class EigenloraxError(Exception):
-    """Base class of all errors that this package raises on purpose. Their text is at most `MAX_MESSAGE` long."""
+    """Base class of all errors that this package raises on purpose. Their text is at most `MAX_MESSAGE` long.
+
+    Example:
+        >>> try:
+        ...     eigenlorax.Pack.open("nowhere/")
+        ... except eigenlorax.EigenloraxError as error:
+        ...     print(f"exit with {error.exit_code}")
+        exit with 4
+    """
 
     exit_code = 3
 

@@ -56,6 +56,11 @@ class LoRAFactors:
     Raises:
         FormatError: A factor is not a tensor, or its dtype is not in `dtypes.STORED`.
         ShapeError: The factors do not share a rank, or the kernel does not divide `in`.
+
+    Example:
+        >>> factors = eigenlorax.LoRAFactors(torch.zeros(4, 32), torch.zeros(16, 4), scaling=2.0)
+        >>> factors.spec.rank
+        4
     """
 
     down: Float[Tensor, "r n_in"]
@@ -100,6 +105,15 @@ class LoRAFactors:
             down: Weight of the down layer, (r, in), or (r, channels, height, width) of a convolution.
             up: Weight of the up layer, (out, r), or (out, r, 1, 1).
             scaling: LoRA scaling.
+
+        Raises:
+            FormatError: A weight is not a tensor of a float dtype.
+            ShapeError: The weights do not fit each other.
+
+        Example:
+            >>> conv = eigenlorax.LoRAFactors.from_weights(torch.zeros(4, 8, 3, 3), torch.zeros(16, 4, 1, 1), 2.0)
+            >>> conv.kernel
+            (3, 3)
         """
         return cls(down.flatten(1), up.flatten(1), scaling, tuple(down.shape[2:]))
 
@@ -184,6 +198,10 @@ class Adapter:
         file_bytes: Size of the adapter's file.
         subspace: Fingerprint of the subspace that the adapter was trained in, if any.
         origin: The file that the adapter was read from, if that is not a PEFT file or has metadata to write again.
+
+    Example:
+        >>> eigenlorax.read_adapter("adapters/a")
+        Adapter('a', base_model='org/base', modules=3, ranks=[3])
     """
 
     name: str

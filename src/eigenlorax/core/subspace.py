@@ -57,6 +57,11 @@ class Subspace:
 
     Raises:
         OptionError: The bases have not grown by the same steps.
+
+    Example:
+        >>> bases = pack.subspace.modules["encoder.layer.0.query"]
+        >>> bases.shape, bases.down.k, bases.up.k
+        ((17, 11), 4, 4)
     """
 
     modules: Mapping[str, ModuleBases]
@@ -129,7 +134,12 @@ class Subspace:
         return tuple(fingerprints)
 
     def at(self, fingerprint: str) -> "Subspace | None":
-        """Return the state with this fingerprint as a view of this subspace; None if there is none."""
+        """Return the state with this fingerprint as a view of this subspace; None if there is none.
+
+        Example:
+            >>> pack.subspace.at(pack.info.fingerprint) is pack.subspace
+            True
+        """
         # computed once: it hashes all components
         lineage = self.lineage
         if fingerprint not in lineage:
@@ -137,7 +147,12 @@ class Subspace:
         return self.before(lineage.index(fingerprint))
 
     def before(self, step: int) -> "Subspace":
-        """Return the state before growth step `step` as a view; itself after the last step."""
+        """Return the state before growth step `step` as a view; itself after the last step.
+
+        Example:
+            >>> pack.augment(2, seed=7).subspace.before(0).fingerprint == pack.subspace.fingerprint
+            True
+        """
         if step == len(self.seeds):
             return self
         return Subspace({name: ModuleBases(b.down.before(step), b.up.before(step)) for name, b in self.modules.items()})

@@ -69,6 +69,11 @@ class Refit:
     Attributes:
         pack: The new pack, in memory.
         changes: Changes of each adapter, by name.
+
+    Example:
+        >>> refitted = eigenlorax.refit(pack, "adapters/", n_components=3)
+        >>> refitted.pack.names, refitted.changes["a"].from_original
+        (['a', 'b', 'c'], True)
     """
 
     pack: Pack

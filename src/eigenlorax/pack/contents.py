@@ -205,6 +205,10 @@ class PackContents(Mapping[str, Adapter]):
         Raises:
             AdapterNameError: The name is unknown.
             PackDamagedError: A file of the adapter was changed.
+
+        Example:
+            >>> pack.packed("a").record.delta_error < 0.01
+            True
         """
         self._check_has(name)
         adapter = self._adapters[name]
@@ -241,6 +245,11 @@ class PackContents(Mapping[str, Adapter]):
         Raises:
             AdapterNameError: The name is unknown.
             PackDamagedError: A file of the adapter was changed.
+
+        Example:
+            >>> adapter = pack.adapter("a")
+            >>> adapter.ranks
+            (3,)
         """
         return unpack(self.packed(name), self.subspace, dtype or self.lossless_dtype)
 
@@ -275,7 +284,15 @@ class PackContents(Mapping[str, Adapter]):
         return self._folder, self._folder.adapter(name)
 
     def verify(self) -> None:
-        """Read every byte of a pack on disk; `PackDamagedError` names the first file that was changed."""
+        """Read every byte of a pack on disk, and compare it with the manifest.
+
+        Raises:
+            PackDamagedError: A file was changed; the message names the first one.
+
+        Example:
+            >>> path = pack.save("pack/")
+            >>> pack.verify()
+        """
         if self._folder is not None:
             self._folder.verify()
 

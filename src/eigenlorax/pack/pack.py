@@ -40,6 +40,11 @@ class Pack(PackContents):
 
     `add`, `add_all` and `remove` change only this object; `save` writes it. A pack from disk reads its tensors when
     they are used, and checks their bytes against the manifest.
+
+    Example:
+        >>> pack = eigenlorax.fit("adapters/", max_error=0.1)
+        >>> list(pack), pack["a"].ranks
+        (['a', 'b', 'c'], (3,))
     """
 
     @classmethod
@@ -52,6 +57,11 @@ class Pack(PackContents):
         Raises:
             PackMissingError: The folder contains no pack.
             PackDamagedError, PackVersionError: The manifest cannot be read.
+
+        Example:
+            >>> path = pack.save("pack/")
+            >>> eigenlorax.Pack.open("pack/").names
+            ['a', 'b', 'c']
         """
         return cls._from_folder(folder.open_pack(Path(path)))
 
@@ -94,6 +104,11 @@ class Pack(PackContents):
             PackMissingError: There is no pack.
             PackDamagedError, PackVersionError: The pack cannot be read.
             AdapterNameError: The pack has no adapter of a name in `adapters`.
+
+        Example:
+            >>> path = pack.save_pretrained("pack/")
+            >>> eigenlorax.Pack.from_pretrained("pack/", adapters=["a"]).names
+            ['a']
         """
         source = os.fspath(source)
         adapters = name_list(adapters) if adapters is not None else None
@@ -108,6 +123,10 @@ class Pack(PackContents):
 
         Fingerprints that the subspace had before it was augmented or extended are registered as well, and so are those
         of `basis`.
+
+        Example:
+            >>> pack.remember()
+            >>> config = eigenlorax.EigenLoraxConfig(subspace_fingerprint=pack.info.fingerprint)
         """
         for fingerprint in self.info.lineage:
             if fingerprint is not None:
@@ -122,7 +141,12 @@ class Pack(PackContents):
         return self.basis if self.basis is not None else self
 
     def with_subspace(self, fingerprint: str) -> "Pack | None":
-        """Return the pack or its basis, the one that has or had the subspace of this fingerprint; None if neither."""
+        """Return the pack or its basis, the one that has or had the subspace of this fingerprint; None if neither.
+
+        Example:
+            >>> pack.with_subspace(pack.info.fingerprint) is pack
+            True
+        """
         if fingerprint in self.info.lineage:
             return self
         return self.basis.with_subspace(fingerprint) if self.basis is not None else None
@@ -169,6 +193,18 @@ class Pack(PackContents):
 
         Args:
             path: Folder of the pack.
+
+        Raises:
+            PackMissingError: The folder contains no pack.
+            PackBusyError: Another process is writing to the pack.
+            OptionError: The folder is a cache of the Hub.
+
+        Example:
+            >>> path = pack.save("pack/")
+            >>> with eigenlorax.Pack.edit("pack/") as edited:
+            ...     edited.remove("a")
+            >>> eigenlorax.Pack.open("pack/").names
+            ['b', 'c']
         """
         folder.open_pack(Path(path))
         writer.check_no_cache(Path(path))
@@ -215,6 +251,11 @@ class Pack(PackContents):
             ModuleNameError: The format cannot name a module.
             NonFiniteError: Numbers are outside the range of the dtype.
             PackExistsError, FileExistsError: A path exists, and `overwrite` is not set.
+
+        Example:
+            >>> paths = pack.export("loras/", ["a", "b"], dtype="float16")
+            >>> paths["a"].name
+            'a'
         """
         wanted = list(dict.fromkeys(name_list(names))) if names is not None else self.names
         parsed = dtypes.parse(dtype)
@@ -240,6 +281,14 @@ class Pack(PackContents):
         Args:
             name: Name of the adapter.
             dtype: Dtype of the factors, as in `export`.
+
+        Raises:
+            AdapterNameError: The pack has no adapter of this name.
+            OptionError: The dtype is not a float dtype.
+
+        Example:
+            >>> pack.export_rounding("a", "float16") < 0.001
+            True
         """
         return self.export_errors(name, dtype).rounding
 
@@ -249,6 +298,15 @@ class Pack(PackContents):
         Args:
             name: Name of the adapter.
             dtype: Dtype of the factors, as in `export`.
+
+        Raises:
+            AdapterNameError: The pack has no adapter of this name.
+            OptionError: The dtype is not a float dtype.
+
+        Example:
+            >>> errors = pack.export_errors("a", "bfloat16")
+            >>> errors.dtype, errors.bound < 0.01
+            ('bfloat16', True)
         """
         return export.export_errors(self, name, dtypes.parse(dtype))
 
@@ -279,6 +337,11 @@ class Pack(PackContents):
             AdapterNameError: The pack already has an adapter of this name.
             BaseModelError, ModuleNameError, ShapeError: The adapter does not belong to the pack.
             OptionError: An option is invalid.
+
+        Example:
+            >>> pack.remove("a")
+            >>> pack.add("adapters/a", name="again").delta_error < 0.01
+            True
         """
         (record,) = self._add(
             [sources.single(name, source)],
@@ -309,6 +372,12 @@ class Pack(PackContents):
 
         Raises:
             AdapterNameError, BaseModelError, ModuleNameError, ShapeError, OptionError: As `add`.
+
+        Example:
+            >>> pack.remove("a", "b")
+            >>> records = pack.add_all(["adapters/a", "adapters/b"])
+            >>> sorted(records)
+            ['a', 'b']
         """
         adapter_sources = sources.find_adapters(adapters, **options)
         report = progress or (lambda stage, done, total: None)
@@ -349,7 +418,19 @@ class Pack(PackContents):
         return records
 
     def remove(self, *names: str) -> None:
-        """Remove adapters, but no components; `AdapterNameError`, and no change, if a name is unknown."""
+        """Remove adapters, but no components.
+
+        Args:
+            names: Names of the adapters.
+
+        Raises:
+            AdapterNameError: A name is unknown. No adapter is removed then.
+
+        Example:
+            >>> pack.remove("a")
+            >>> pack.names
+            ['b', 'c']
+        """
         for name in names:
             self._check_has(name)
         removed = set(names)
@@ -371,6 +452,15 @@ class Pack(PackContents):
         Args:
             n_extra: Number of random components per side.
             seed: Seed of the components.
+
+        Raises:
+            OptionError: The seed was used before.
+            ShapeError: A basis would have more components than dimensions.
+
+        Example:
+            >>> wider = pack.augment(2, seed=7)
+            >>> wider.info.n_extra
+            2
         """
         adapters = {name: self._with_fingerprint(name) for name in self.names}
         if self.basis is not None:
@@ -408,6 +498,11 @@ class Pack(PackContents):
             PackExistsError: The folder contains another pack and `overwrite` is not set, or it contains other files.
             PackBusyError: Another process changed this pack since it was opened.
             OptionError: The path is missing, or cannot be used for this pack.
+
+        Example:
+            >>> path = pack.save("pack/")
+            >>> sorted(pack.names) == sorted(child.name for child in (path / "adapters").iterdir())
+            True
         """
         target = Path(path) if path is not None else self.path
         if target is None:
@@ -444,6 +539,11 @@ class Pack(PackContents):
         Raises:
             PackExistsError: The folder contains other files than those of a pack.
             PackBusyError: Another process changed this pack since it was opened.
+
+        Example:
+            >>> path = pack.save_pretrained("pack/")
+            >>> len(eigenlorax.Pack.from_pretrained("pack/"))
+            3
         """
         if not push_to_hub and (repo_id is not None or hub_options):
             unused = ["repo_id"] if repo_id is not None else sorted(hub_options)
@@ -468,6 +568,12 @@ class Pack(PackContents):
             OptionError: The object is not a `PeftModel`, or has adapters of other types.
             AdapterNameError: A name is unknown, or the model already has an adapter of that name.
             ModuleNameError: The model lacks a module of an adapter.
+
+        Example:
+            >>> import peft
+            >>> peft_model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+            >>> eigenlorax.Pack.open("lm-pack/").load_into(peft_model, "a0")
+            >>> peft_model.set_adapter("a0")
         """
         wanted = list(dict.fromkeys(name_list(names))) if names is not None else self.names
         for name in wanted:
@@ -566,6 +672,10 @@ class Pack(PackContents):
 
         Raises:
             AdapterNameError: The pack has no adapter of a name in `adapters`.
+
+        Example:
+            >>> path = pack.save("pack/")
+            >>> commit = pack.push_to_hub("org/my-pack", private=True)  # doctest: +SKIP
         """
         names = self.names if adapters is None else sorted(set(name_list(adapters)))
         for name in names:

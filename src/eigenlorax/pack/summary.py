@@ -161,6 +161,10 @@ class Summary:
         basis: Basis for training and serving; None if there is none.
         bytes: Tensor bytes.
         files: Bytes of files; None if the pack is not on disk, or has changed since it was read.
+
+    Example:
+        >>> pack.summary.adapters, pack.summary.in_fit.worst < 0.01
+        (3, True)
     """
 
     base_model: str | None

@@ -51,6 +51,11 @@ def report(
     Raises:
         OptionError: An option is out of range, or an adapter of the fit is not among `adapters`.
         TypeError: An option is unknown.
+
+    Example:
+        >>> report = eigenlorax.report(pack, "adapters/")
+        >>> report.verdict.headline.startswith("These 3 adapters")
+        True
     """
     originals.check_options(options)
     seed = to_int("seed", seed)

@@ -18,7 +18,13 @@ from .render import markdown, page
 
 @dataclass(frozen=True, slots=True)
 class Report(ReportData):
-    """Report of a pack, from `eigenlorax.report`, with methods to save and load it."""
+    """Report of a pack, from `eigenlorax.report`, with methods to save and load it.
+
+    Example:
+        >>> report = eigenlorax.report(pack)
+        >>> report.collection.adapters
+        3
+    """
 
     def save(self, path: str | Path) -> None:
         """Write the report to a file. An existing report is replaced.
@@ -29,12 +35,27 @@ class Report(ReportData):
         Raises:
             OptionError: The suffix is unknown, or packs use this name.
             PackExistsError: The file exists and is no report.
+
+        Example:
+            >>> eigenlorax.report(pack).save("report.md")
         """
         write(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Report":
-        """Read a report from JSON; `FormatError` if the file is no report, or has another schema version."""
+        """Read a report from JSON.
+
+        Args:
+            path: File that `save` wrote as JSON.
+
+        Raises:
+            FormatError: The file is no report, or has another schema version.
+
+        Example:
+            >>> eigenlorax.report(pack).save("report.json")
+            >>> eigenlorax.Report.load("report.json").collection.adapters
+            3
+        """
         return read(path)
 
 

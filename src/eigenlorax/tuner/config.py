@@ -103,6 +103,14 @@ class EigenLoraxConfig(PeftConfig):
             Written on saving: the number of components (down, up) of each embedded module.
         carried (`bool`):
             Written by packs: whether the adapter has tensors that coefficients cannot express.
+
+    Raises:
+        OptionError: A field is out of range, or two fields contradict each other.
+
+    Example:
+        >>> import eigenlorax, peft
+        >>> config = eigenlorax.EigenLoraxConfig(subspace="lm-pack/", r=4)
+        >>> peft_model = peft.get_peft_model(model, config)
     """
 
     # the order matters: transformers' argument parser uses the second type of a union
@@ -226,7 +234,14 @@ class EigenLoraxConfig(PeftConfig):
         """Raise `OptionError` if the adapter cannot be saved from the model. Here it can; subclasses override this."""
 
     def use_subspace(self, subspace: os.PathLike[str] | str | Pack | None) -> None:
-        """Set the subspace to the subspace of a pack: a folder, a repository on the Hub, or a `Pack`."""
+        """Set the subspace to the subspace of a pack: a folder, a repository on the Hub, or a `Pack`.
+
+        Example:
+            >>> config = eigenlorax.EigenLoraxConfig(r=4)
+            >>> config.use_subspace(pack)
+            >>> config.subspace_fingerprint == pack.info.fingerprint
+            True
+        """
         if isinstance(subspace, Pack):
             subspace.remember()
             self.subspace_fingerprint = subspace.training_pack.info.fingerprint
@@ -256,6 +271,11 @@ class EigenLoraxConfig(PeftConfig):
                 The directory to save to.
             kwargs:
                 Passed to [`PeftConfig.save_pretrained`].
+
+        Example:
+            >>> eigenlorax.EigenLoraxConfig(subspace="lm-pack/", r=4).save_pretrained("trained/")
+            >>> eigenlorax.EigenLoraxConfig.from_pretrained("trained/").r
+            4
         """
         saved = copy.copy(self)
         saved.start = "zero"
@@ -280,6 +300,14 @@ class EigenLoraxConfig(PeftConfig):
                 The pack of the adapter, if it is not the pack in its configuration.
             kwargs:
                 Passed to [`PeftConfig.from_pretrained`].
+
+        Raises:
+            OptionError: The adapter belongs to another subspace than that of the pack in `subspace`.
+
+        Example:
+            >>> config = eigenlorax.EigenLoraxConfig.from_pretrained("lm-pack/adapters/a0")
+            >>> config.subspace
+            'lm-pack'
         """
         subspace = kwargs.pop("subspace", None)
         config: EigenLoraxConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

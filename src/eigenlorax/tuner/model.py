@@ -49,6 +49,16 @@ class EigenLoraxModel(BaseTuner):
         config ([`EigenLoraxConfig`]): The configuration.
         adapter_name (`str`): The name of the adapter, defaults to `"default"`.
         low_cpu_mem_usage (`bool`): Create empty coefficients on the meta device. Bases are never on it.
+
+    Raises:
+        ModuleNameError: The model lacks the modules of the subspace.
+        OptionError: The subspace cannot be found, or has no components to train.
+
+    Example:
+        >>> import eigenlorax, peft
+        >>> peft_model = peft.get_peft_model(model, eigenlorax.EigenLoraxConfig(subspace="lm-pack/", r=4))
+        >>> isinstance(peft_model.base_model, eigenlorax.EigenLoraxModel)
+        True
     """
 
     prefix = "eigenlorax_"

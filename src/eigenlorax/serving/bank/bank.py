@@ -53,6 +53,18 @@ class AdapterBank:
         basis_dtype (`str` or `torch.dtype`, *optional*):
             "int8" stores the bases in 8 bits per entry and a scale per row. The pack's own bases are then only kept in
             memory if the pack is passed as a `Pack`. By default the bases are floats.
+
+    Raises:
+        AdapterNameError: The pack has no adapter of a name in `adapters`.
+        ModuleNameError: The model lacks a module of the pack.
+        OptionError: An adapter has tensors that a bank cannot apply, or an option is invalid.
+        ShapeError: A module of the model has another shape than that of the pack.
+
+    Example:
+        >>> import eigenlorax, transformers
+        >>> model = transformers.AutoModelForCausalLM.from_pretrained("model/")
+        >>> bank = eigenlorax.AdapterBank(model, "lm-pack/")
+        >>> output = bank(torch.tensor([[3, 4], [5, 6]]), adapter_names=["a0", "a1"])
     """
 
     def __init__(
@@ -156,6 +168,14 @@ class AdapterBank:
         Args:
             name (`str`, *optional*):
                 The name of the adapter; None or "__base__" for the base model.
+
+        Raises:
+            AdapterNameError: The bank has no adapter of this name.
+
+        Example:
+            >>> bank.set_adapter("a0")
+            >>> bank.active_adapter
+            'a0'
         """
         name = None if name == BASE else name
         with self._lock:
@@ -169,6 +189,14 @@ class AdapterBank:
             adapter_names (`str` or `Sequence[str]`):
                 One adapter for all rows, or one per row. "__base__" is the base model. The adapters are looked up when
                 this is called, not when the context is entered.
+
+        Raises:
+            AdapterNameError: The bank has no adapter of a name.
+            OptionError: `adapter_names` is empty.
+
+        Example:
+            >>> with bank.using(["a0", "__base__"]):
+            ...     output = model(torch.tensor([[3, 4], [5, 6]]))
         """
         return RunningPlan(self, self._make_plan(adapter_names))
 
@@ -181,7 +209,22 @@ class AdapterBank:
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call `model.generate` with one adapter for all rows of the input, or one per row, beams included."""
+        """Call `model.generate` with one adapter for all rows of the input, or one per row, beams included.
+
+        Args:
+            args, kwargs:
+                Arguments of `model.generate`.
+            adapter_names (`str` or `Sequence[str]`, *optional*):
+                One adapter for all rows, or one per row. By default the adapters of the current request.
+
+        Raises:
+            AdapterNameError: The bank has no adapter of a name.
+
+        Example:
+            >>> ids = bank.generate(torch.tensor([[3, 4]]), adapter_names="a0", max_new_tokens=1, pad_token_id=0)
+            >>> ids.shape
+            torch.Size([1, 3])
+        """
         model: Any = self.model
         if adapter_names is None:
             plan = self._plan()
@@ -213,6 +256,17 @@ class AdapterBank:
                 Delta error above which a projection warns.
             options:
                 Passed to `Pack.add`.
+
+        Raises:
+            AdapterNameError: The bank already has an adapter of this name, or the pack has none.
+            BaseModelError, ModuleNameError, ShapeError: The LoRA does not belong to the pack.
+            OptionError: The adapter belongs to another subspace, or has tensors that a bank cannot apply.
+
+        Example:
+            >>> bank.remove("a0")
+            >>> record = bank.add("a0")
+            >>> "a0" in bank
+            True
         """
         keys.check_name(name)
         self._check_free(name)
@@ -231,7 +285,15 @@ class AdapterBank:
         warn_above: float = WARN_ABOVE,
         **options: Any,
     ) -> Record:
-        """Replace an adapter from the next request on; see `add` for arguments and returned record."""
+        """Replace an adapter from the next request on; see `add` for arguments and returned record.
+
+        Raises:
+            AdapterNameError: The bank has no adapter of this name.
+            BaseModelError, ModuleNameError, ShapeError, OptionError: As `add`.
+
+        Example:
+            >>> record = bank.replace("a0", "a1")
+        """
         self._adapter(name)
         packed = self._packed(name, source, warn_above, options)
         adapter = self._store(packed)
@@ -241,7 +303,16 @@ class AdapterBank:
         return packed.record
 
     def remove(self, *names: str) -> None:
-        """Remove adapters; remove none if one of the names is unknown. Running requests keep their adapters."""
+        """Remove adapters; remove none if one of the names is unknown. Running requests keep their adapters.
+
+        Raises:
+            AdapterNameError: A name is unknown.
+
+        Example:
+            >>> bank.remove("a0", "a1")
+            >>> bank.names
+            ['a2', 'a3']
+        """
         with self._lock:
             for name in names:
                 self._adapter(name)
@@ -251,7 +322,12 @@ class AdapterBank:
                     self._default_plan = None
 
     def unload(self) -> nn.Module:
-        """Remove all hooks and return the model as it was before. The bank cannot be used afterwards."""
+        """Remove all hooks and return the model as it was before. The bank cannot be used afterwards.
+
+        Example:
+            >>> bank.unload() is model
+            True
+        """
         with self._lock:
             self._unloaded = True
             for handle in self._handles:

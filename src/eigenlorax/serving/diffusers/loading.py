@@ -57,6 +57,10 @@ def load_into(
         AdapterNameError: An adapter is unknown, or its name cannot be used in the pipeline.
         ModuleNameError: The pipeline lacks a module of an adapter.
         ShapeError: A layer has another shape than the pack's module.
+
+    Example:
+        >>> layers = eigenlorax.load_into(pipe, "style-pack/", ["toy"])
+        >>> pipe.set_adapters("toy")
     """
     selected = list(dict.fromkeys(name_list(names))) if names is not None else None
     if selected == []:
