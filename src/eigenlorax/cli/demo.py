@@ -180,9 +180,9 @@ def _print_subspaces(result: "Demo") -> None:
     check, planted = result.subspace, result.planted
     fitted, left_out = fmean(check.fitted.values()), fmean(check.left_out.values())
     console.say(
-        f"2. Do they share a subspace? Hardly: a basis of {check.n_components} components per side, fitted to "
-        f"{len(check.fitted)} of them, gives these a mean error of {fitted:.3f}, and the {len(check.left_out)} others "
-        f"one of {left_out:.3f}. The pack above needs no shared subspace."
+        f"2. They share little: a basis of {check.n_components} components, fitted to {len(check.fitted)} of them, has "
+        f"a mean error of {fitted:.3f} on these and {left_out:.3f} on the other {len(check.left_out)}. The pack above "
+        "needs no basis."
     )
     console.say()
     (error,) = planted.check.left_out.values()
