@@ -5,6 +5,7 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..codec import tensor_codes
@@ -13,7 +14,7 @@ from ..codec.tensor_codes import CodedTensor, References
 from ..core import keys
 from ..core.adapter import Adapter, LazyMapping
 from ..core.limits import PARSE_FAILURES, damaged_on_error
-from ..errors import FormatError, PackDamagedError, reason
+from ..errors import FormatError, reason
 from .scanned_adapter import ScannedAdapter
 
 MIN_HEAD_ERROR, MAX_HEAD_ERROR = 0.1, 0.3
@@ -326,24 +327,39 @@ def _reference(group: Sequence[_Member], head_error: float) -> CodedTensor | Non
 
 
 def file_tensors(tensors: Mapping[str, Tensor], coded_key: str) -> dict[str, Tensor]:
-    """Return tensors as they are in a file: exact ones by their keys, and all coded ones together by `coded_key`."""
-    if isinstance(tensors, DecodedTensors):
-        return {**tensors.exact, coded_key: tensors.blob}
-    return dict(tensors)
+    """Return tensors as they are in a file: exact ones by their keys, and all coded ones together by `coded_key`.
+
+    Each coded head also has an empty tensor under its own key, because PEFT looks its keys up before our tuner can
+    decode anything. Its shape is (0, number of the head).
+    """
+    if not isinstance(tensors, DecodedTensors):
+        return dict(tensors)
+    marks = {}
+    if coded_key == keys.CODED_HEADS:
+        marks = {key: torch.zeros(0, number, dtype=torch.uint8) for number, key in enumerate(sorted(tensors.codes))}
+    return {**tensors.exact, **marks, coded_key: tensors.blob}
 
 
 def decode_heads(tensors: Mapping[str, Tensor], references: References) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's file with its heads decoded.
+    """Return the tensors of an adapter's file with decoded heads in place of their empty tensors, whatever their keys.
 
     Raises:
         FormatError: The codes are not valid, or refer to a tensor that is not among the references.
     """
     try:
-        return dict(from_file(tensors, keys.CODED_HEADS, references))
-    except PackDamagedError as error:
-        raise FormatError(f"the adapter's heads cannot be decoded: {error}") from error
+        coded_heads = sorted(tensor_codes.from_bytes(coded.tensor_bytes(tensors, keys.CODED_HEADS)))
+        return {
+            key: coded_heads[tensor.shape[1]][1].decode(references) if _is_mark(tensor) else tensor
+            for key, tensor in tensors.items()
+            if key != keys.CODED_HEADS
+        }
     except PARSE_FAILURES as error:
         raise FormatError(f"the adapter's heads cannot be decoded: {reason(error)}.") from error
+
+
+def _is_mark(tensor: Tensor) -> bool:
+    """Return whether a tensor only marks the key of a coded head."""
+    return tensor.dtype == torch.uint8 and tensor.ndim == 2 and not len(tensor)
 
 
 def from_file(tensors: Mapping[str, Tensor], coded_key: str, references: References) -> Mapping[str, Tensor]:
@@ -352,9 +368,13 @@ def from_file(tensors: Mapping[str, Tensor], coded_key: str, references: Referen
     Raises:
         FormatError, ValueError: The codes are not valid, or a tensor is there twice.
     """
-    exact = {key: tensor for key, tensor in tensors.items() if key != coded_key}
     listed = tensor_codes.from_bytes(coded.tensor_bytes(tensors, coded_key))
     codes = dict(listed)
+    exact = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key != coded_key and not (coded_key == keys.CODED_HEADS and key in codes and _is_mark(tensor))
+    }
     if len(codes) != len(listed) or codes.keys() & exact.keys():
         raise ValueError(f"a tensor of {coded_key} is there twice")
     return DecodedTensors(exact, codes, references)
