@@ -139,47 +139,78 @@ class References(Sequence[Tensor]):
         return to_bytes([("", tensor) for tensor in self.coded]) if self.coded else b""
 
 
+@dataclass(frozen=True, slots=True)
+class QuantisedTensor:
+    """A tensor as integers, before these are entropy-coded.
+
+    Attributes:
+        dtype: Dtype of the tensor.
+        integers: Integers, int64, in the shape of the tensor.
+        step_size: Quantisation step size.
+        reference: Number of the reference that the integers are added to; None for none.
+        error: Relative error of the tensor.
+    """
+
+    dtype: torch.dtype
+    integers: Tensor
+    step_size: StepSize
+    reference: int | None
+    error: float
+
+    @property
+    def rows(self) -> Tensor:
+        """The integers in rows of one class each."""
+        return self.integers.reshape(_row_count(self.integers.shape), -1)
+
+    @property
+    def bits(self) -> float:
+        """About how many bits the integers take."""
+        classes = torch.from_numpy(_row_classes(self.rows))[:, None]
+        return float(code_bits(self.rows.double(), classes).sum())
+
+    def encode(self) -> CodedTensor:
+        """Return the tensor with entropy-coded integers."""
+        classes, stream = b"", b""
+        if bool(self.integers.any()):
+            row_classes = _row_classes(self.rows)
+            flat = self.rows.numpy().ravel()
+            (stream,) = entropy.encode([(flat, np.repeat(row_classes, self.rows.shape[1]))])
+            classes = row_classes.astype(np.uint8).tobytes()
+        return CodedTensor(self.dtype, tuple(self.integers.shape), self.step_size, self.reference, classes, stream)
+
+
 def encode_tensor(
-    tensor: Tensor, bound: float, reference: tuple[int, Tensor] | None
+    tensor: Tensor, bound: float, reference: tuple[int, Tensor] | None = None
 ) -> tuple[CodedTensor, float] | None:
     """Quantise a tensor as coarsely as an error bound allows, and encode its integers.
 
     Args:
-        tensor: Finite floating-point numbers.
+        tensor: The tensor.
         bound: Largest relative error ‖decoded − tensor‖ / ‖tensor‖, in its dtype.
-        reference: Number and values of a reference of the same shape; None for none.
+        reference: Number and values of a reference of the same shape, which is used if that takes fewer bytes.
 
     Returns:
         The coded tensor and its relative error, or None if the bound cannot be met, or not in fewer bytes.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return None
-    number, prediction = (None, None) if reference is None else reference
-    quantised = _search_step_size(tensor, bound, prediction)
+    candidates = [_quantise(tensor, bound, None), *([_quantise(tensor, bound, reference)] if reference else [])]
+    quantised = min((each for each in candidates if each is not None), key=lambda each: each.bits, default=None)
     if quantised is None:
         return None
-    step_size, integers, error = quantised
-    classes, stream = b"", b""
-    if bool(integers.any()):
-        rows = integers.reshape(_row_count(tensor.shape), -1)
-        row_classes = _row_classes(rows)
-        flat = rows.numpy().ravel()
-        (stream,) = entropy.encode([(flat, np.repeat(row_classes, rows.shape[1]))])
-        classes = row_classes.astype(np.uint8).tobytes()
-    coded = CodedTensor(tensor.dtype, tuple(tensor.shape), step_size, number, classes, stream)
+    coded = quantised.encode()
     if coded.size >= tensor.nbytes or not _is_readable(coded):
         return None
-    return coded, error
+    return coded, quantised.error
 
 
-def estimated_bits(tensor: Tensor, bound: float, prediction: Tensor | None) -> float:
-    """Return about how many bits `encode_tensor` takes; infinity if it cannot meet the bound."""
-    quantised = _search_step_size(tensor, bound, prediction)
-    if quantised is None:
-        return math.inf
-    integers = quantised[1].reshape(_row_count(tensor.shape), -1)
-    classes = torch.from_numpy(_row_classes(integers))[:, None]
-    return float(code_bits(integers.to(torch.float64), classes).sum())
+def _quantise(tensor: Tensor, bound: float, reference: tuple[int, Tensor] | None) -> QuantisedTensor | None:
+    number, prediction = (None, None) if reference is None else reference
+    found = _search_step_size(tensor, bound, prediction)
+    if found is None:
+        return None
+    step_size, integers, error = found
+    return QuantisedTensor(tensor.dtype, integers, step_size, number, error)
 
 
 def _search_step_size(tensor: Tensor, bound: float, prediction: Tensor | None) -> tuple[StepSize, Tensor, float] | None:

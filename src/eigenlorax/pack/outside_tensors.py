@@ -167,12 +167,9 @@ class OutsideCoding:
 
     def _encode_tensor(self, tensor: Tensor, bound: float) -> tuple[CodedTensor, float] | None:
         """Encode a tensor, by itself or as the difference to the closest reference, whichever takes fewer bytes."""
-        encoded = [tensor_codes.encode_tensor(tensor, bound, None)]
         closest = self._closest_reference(tensor)
-        if closest is not None:
-            encoded.append(tensor_codes.encode_tensor(tensor, bound, (closest, self.references[closest])))
-        candidates = [candidate for candidate in encoded if candidate is not None]
-        return min(candidates, key=lambda candidate: candidate[0].size, default=None)
+        reference = (closest, self.references[closest]) if closest is not None else None
+        return tensor_codes.encode_tensor(tensor, bound, reference)
 
     def _closest_reference(self, tensor: Tensor) -> int | None:
         """Return the number of the reference that a tensor resembles most; None if it resembles none."""
@@ -322,7 +319,7 @@ def _reference(group: Sequence[_Member], head_error: float) -> CodedTensor | Non
     square = float(mean.square().sum())
     if not 0 < allowed < square or saved_bits <= 0.5 * math.log2(square / allowed):
         return None
-    encoded = tensor_codes.encode_tensor(mean.float(), math.sqrt(allowed / square), None)
+    encoded = tensor_codes.encode_tensor(mean.float(), math.sqrt(allowed / square))
     return encoded[0] if encoded is not None else None
 
 
