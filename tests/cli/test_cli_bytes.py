@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 
 import pytest
@@ -253,3 +254,34 @@ def test_by_way_of_the_hub(place):
 def files(folder):
     """What a pack is; its card and lock are not."""
     return {name: data for name, data in contents(folder).items() if name not in (".lock", "README.md")}
+
+
+class TestHeads:
+    def test_are_verified(self, cli, tmp_path):
+        make_adapter(tmp_path / "in" / "a", seed=1, head=(5, 310))
+        succeeded(cli("fit", tmp_path / "in", "-o", tmp_path / "pack", "--head-error", "0.05"))
+        table = succeeded(cli("inspect", tmp_path / "pack", "--verify", tmp_path / "in")).out
+        assert re.search(r"heads\s+holds", table)
+        assert re.search(r" a .* 0\.0[45]\d+\s+yes", table)
+        found = json_of(cli("inspect", tmp_path / "pack", "--verify", tmp_path / "in", "--json"))["adapters"]["a"]
+        assert 0.04 < found["head_error"] <= 0.05
+        assert found["recorded_head_error"] == pytest.approx(found["head_error"])
+        assert found["heads_hold"] is True
+
+    def test_are_exact_if_asked_for(self, cli, tmp_path):
+        make_adapter(tmp_path / "in" / "a", seed=1, head=(5, 310))
+        succeeded(cli("fit", tmp_path / "in", "-o", tmp_path / "pack", "--exact-heads"))
+        assert "heads" not in succeeded(cli("inspect", tmp_path / "pack", "--verify", tmp_path / "in")).out
+        assert "exact; on neither side" in succeeded(cli("inspect", tmp_path / "pack")).out
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--exact-heads", "--head-error", "0.1"], "pass one of them"),
+            (["--head-error", "1.5"], "--head-error is a relative error, at least 0 and below 1"),
+            (["-k", "4", "--head-error", "0.1"], "--head-error 0.1 has no effect"),
+        ],
+    )
+    def test_options_that_contradict(self, cli, tmp_path, options, message):
+        make_adapter(tmp_path / "in" / "a", seed=1, head=(5, 31))
+        assert_refused(cli("fit", tmp_path / "in", "-o", tmp_path / "pack", *options), 3, message)

@@ -113,18 +113,20 @@ def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, 
             }
         )
     else:
+        has_heads = any(check.head_error or not check.heads_hold for check in verification.adapters.values())
         rows = [
             (
                 name,
                 f"{check.delta_error:.6f}",
                 f"{check.recorded:.6f}",
                 "" if check.bound is None else f"{check.bound:g}",
+                *([f"{check.head_error:.4f}"] if has_heads else []),
                 "yes" if check.holds else "no",
             )
             for name, check in verification.adapters.items()
         ]
-        header = ("adapter", "delta error", "as recorded", "asked for", "holds")
-        console.print_table(f"pack {target}", header, rows, numbers=(1, 2, 3))
+        header = ("adapter", "delta error", "as recorded", "asked for", *(["heads"] if has_heads else []), "holds")
+        console.print_table(f"pack {target}", header, rows, numbers=(1, 2, 3, 4) if has_heads else (1, 2, 3))
     if verification.unknown:
         console.note(f"no original was given for {', '.join(verification.unknown)}.")
     exceeding = [name for name, check in verification.adapters.items() if not check.holds]

@@ -21,6 +21,7 @@ OPTIONS = {
     "extra_seed": "--extra-seed",
     "format": "--format",
     "gpus": "--tensor-parallel-size",
+    "head_error": "--head-error",
     "labels": "--labels",
     "learning_rate": "--learning-rate",
     "left_out": "--left-out",
