@@ -68,10 +68,10 @@ def test_twice_with_two_seeds_but_not_with_one(cli, pack):
 @pytest.mark.parametrize(
     ("n_extra", "parts"),
     [
-        (0, ["n_extra must be at least 1, got 0"]),
-        (-1, ["n_extra must be at least 1, got -1"]),
-        (ROOM + 1, ["encoder.layer.0.query.down", f"n_extra can be at most {ROOM}"]),
-        (10**30, [f"n_extra can be at most {ROOM}"]),
+        (0, ["--n-extra must be at least 1, got 0"]),
+        (-1, ["--n-extra must be at least 1, got -1"]),
+        (ROOM + 1, ["encoder.layer.0.query.down", f"--n-extra can be at most {ROOM}"]),
+        (10**30, [f"--n-extra can be at most {ROOM}"]),
     ],
 )
 def test_a_number_out_of_range(cli, pack, n_extra, parts):

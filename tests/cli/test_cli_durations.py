@@ -39,35 +39,26 @@ def test_durations_in_words(seconds, words):
 
 
 class TestSteps:
-    def test_a_stage_of_more_than_a_minute_is_announced_once(self, clock):
+    def test_their_times_tell_how_long_a_stage_takes(self, clock):
         times = durations.StageTimes(is_announced=False)
-        assert times.announcement("training", 0, 100) is None
+        assert times.remaining("training", 0, 100) == 0
         clock[0] = 1.9
-        assert times.announcement("training", 1, 100) is None
+        assert times.remaining("training", 1, 100) == 0
         clock[0] = 4.0
-        assert times.announcement("training", 2, 100) == "training takes about 3 minutes more."
-        clock[0] = 6.0
-        assert times.announcement("training", 3, 100) is None
-
-    def test_a_short_stage_is_not(self, clock):
-        times = durations.StageTimes(is_announced=False)
-        times.announcement("reading", 0, 10)
-        clock[0] = 5.0
-        assert times.announcement("reading", 1, 10) is None
+        assert times.remaining("training", 2, 100) == 196
 
     def test_a_stage_that_starts_again_is_timed_anew(self, clock):
         times = durations.StageTimes(is_announced=False)
-        times.announcement("survey", 0, 10)
+        times.remaining("survey", 0, 10)
         clock[0] = 50.0
-        assert times.announcement("survey", 0, 10) is None
+        assert times.remaining("survey", 0, 10) == 0
         clock[0] = 53.0
-        assert times.announcement("survey", 5, 10) is None
+        assert times.remaining("survey", 5, 10) == 3
 
-    def test_nothing_is_said_twice(self, clock):
-        times = durations.StageTimes(is_announced=True)
-        times.announcement("training", 0, 100)
-        clock[0] = 30.0
-        assert times.announcement("training", 1, 100) is None
+    def test_more_than_a_minute_is_announced_once(self):
+        times = durations.StageTimes(is_announced=False)
+        assert [times.must_announce(seconds) for seconds in (0.0, 59.0, 61.0, 80.0)] == [False, False, True, False]
+        assert not durations.StageTimes(is_announced=True).must_announce(600.0)
 
     def test_the_note_is_printed_while_the_bar_is_shown(self, clock):
         def work():

@@ -189,7 +189,12 @@ def test_figures_of_what_changes_a_pack_are_whole(place, line):
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_paths_in_errors_are_whole(place, line):
-    assert_whole(lambda width: terminals.without_escapes(terminals.run(*arguments(line, place), columns=width).err))
+    def shown(width):
+        # the bar is erased before the error is printed, which a text without escapes does not show
+        err = terminals.without_escapes(terminals.run(*arguments(line, place), columns=width).err)
+        return err[err.index("error:") :]
+
+    assert_whole(shown)
 
 
 @pytest.mark.slow
@@ -227,8 +232,7 @@ def test_every_verb_is_among_them():
 def test_nothing_is_wrapped_where_stdout_is_no_terminal(place, cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     done = succeeded(cli("export", place / "pack", "-o", place / "out"))
-    (row,) = (line for line in done.out.splitlines() if line.split()[:1] == ["c"])
-    assert row.split()[-1] == str(place / "out" / "c")
+    assert done.out.startswith(f"written to {place / 'out'}\n")
     done = cli("inspect", place / "no" / "where")
     assert done.err.count("\n") == 1
 

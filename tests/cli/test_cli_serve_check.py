@@ -375,7 +375,7 @@ class TestWhatIsRefused:
 
     def test_gpus_that_cannot_share_the_model(self, cli, fitting, model):
         done = cli("serve-check", fitting, "--model", model, "--tensor-parallel-size", 3)
-        assert_refused(done, 3, "has 4 attention heads", "--tensor-parallel-size) must divide 4")
+        assert_refused(done, 3, "has 4 attention heads", "--tensor-parallel-size must divide 4")
 
     def test_a_word_for_a_number(self, cli, fitting, model):
         assert_usage_error(cli("serve-check", fitting, "--model", model, "--max-loras", "many"), "max-loras")

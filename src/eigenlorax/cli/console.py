@@ -223,15 +223,14 @@ def working(action: str = "", seconds: float = 0.0) -> Iterator[Callable[[str, i
         action: Subject of a sentence, such as "The fit".
         seconds: Its estimated duration; 0 if it is unknown.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[steps]}"),
         TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
     is_announced = seconds >= durations.WORTH_SAYING
     if is_announced:
@@ -250,21 +249,23 @@ def working(action: str = "", seconds: float = 0.0) -> Iterator[Callable[[str, i
                 disable=not stderr.is_terminal,
             ) as bar:
                 # shown where no stage is under way, so that the terminal is never still
-                idle = bar.add_task("working", total=None, steps="")
+                idle = bar.add_task("working", total=None, steps="", left="")
                 tasks: dict[str, Any] = {}
                 times = durations.StageTimes(is_announced)
 
                 def report(stage: str, done: int, total: int) -> None:
                     if stage not in tasks:
-                        tasks[stage] = bar.add_task(printable.one_line(stage), total=total, steps="")
-                    bar.update(tasks[stage], completed=done, total=total, steps=f"{done:,}/{total:,}")
+                        tasks[stage] = bar.add_task(printable.one_line(stage), total=total, steps="", left="")
+                    seconds_left = times.remaining(stage, done, total)
+                    left = f"{durations.in_words(seconds_left)} left" if seconds_left else ""
+                    bar.update(tasks[stage], completed=done, total=total, steps=f"{done:,}/{total:,}", left=left)
                     is_idle = all(bar.tasks[task].finished for task in tasks.values())
                     if is_idle != bar.tasks[idle].visible:
                         bar.reset(idle, visible=is_idle, total=None)
-                    announcement = times.announcement(stage, done, total)
-                    if announcement is not None:
+                    if times.must_announce(seconds_left):
                         # by the console of the bar, which moves the bar down
-                        stderr.print(_styled(f" {announcement}", "note:", "yellow", stderr))
+                        announcement = f" {stage} takes about {durations.in_words(seconds_left)} more."
+                        stderr.print(_styled(announcement, "note:", "yellow", stderr))
 
                 yield report
         finally:

@@ -73,22 +73,23 @@ class StageTimes:
         self._starts: dict[str, float] = {}
         self._is_announced = is_announced
 
-    def announcement(self, stage: str, done: int, total: int) -> str | None:
-        """Return a sentence on a stage that will take more than a minute, once for each verb; else None.
+    def remaining(self, stage: str, done: int, total: int) -> float:
+        """Return the seconds that a stage still takes, by the steps that are done; 0 if they do not tell yet.
 
         Args:
             stage: Name of the stage.
-            done: Number of its steps that are done.
+            done: Number of its steps that are done. With none, the stage starts.
             total: Number of all its steps.
         """
         now = time.monotonic()
         if not done:
             self._starts[stage] = now
         elapsed = now - self._starts.setdefault(stage, now)
-        if self._is_announced or not done or elapsed < MEASURED:
-            return None
-        remaining = elapsed / done * (total - done)
-        if remaining < WORTH_SAYING:
-            return None
+        return elapsed / done * (total - done) if done and elapsed >= MEASURED else 0.0
+
+    def must_announce(self, seconds: float) -> bool:
+        """Return whether the user has to be told of a stage that takes so long; True once at most."""
+        if self._is_announced or seconds < WORTH_SAYING:
+            return False
         self._is_announced = True
-        return f"{stage} takes about {in_words(remaining)} more."
+        return True
