@@ -468,7 +468,7 @@ class TestTheTrainersOptions:
             ({"lr_scheduler_type": "zigzag"}, "the Trainer rejects its options: zigzag is not a valid"),
             ({"eval_strategy": "steps"}, "needs evaluation rows, and there are none. Pass evaluation= (--eval)"),
             ({"adam_beta2": 1.5}, "the Trainer rejects its options: betas must be two numbers"),
-            ({"learning_rate": 0.1}, "learning_rate is among the Trainer's options, and learning_rate was passed"),
+            ({"learning_rate": 0.1}, "'learning_rate' is among the Trainer's options, and learning_rate was passed"),
         ],
     )
     def test_what_is_none_is_said_before_anything_is_done(self, place, options, match):

@@ -118,7 +118,7 @@ class Training:
         for option, trainer_field in OWN_OPTIONS.items():
             if getattr(self, option) is not None and trainer_field in self.trainer_options:
                 raise OptionError(
-                    f"{trainer_field} is among the Trainer's options, and {option} was passed too. Pass one of them."
+                    f"{trainer_field!r} is among the Trainer's options, and {option} was passed too. Pass one of them."
                 )
         if self.head_learning_rate is not None and not self.uses_soap:
             raise OptionError(
