@@ -181,7 +181,11 @@ BAD = {
     "options that are no YAML": (f"{TRAIN} --trainer-options broken.yaml", 3, "broken.yaml, line 2, is not YAML"),
     "options that are a list": (f"{TRAIN} --trainer-options list.yaml", 3, "list.yaml is not a mapping"),
     "options that there are not": (f"{TRAIN} --trainer-options typo.yaml", 3, "'weigth_decay' is not a field"),
-    "an option that is given twice": (f"{TRAIN} --trainer-options twice.yaml", 3, "'learning_rate' is among the Trainer's options, and --learning-rate was passed too"),
+    "an option that is given twice": (
+        f"{TRAIN} --trainer-options twice.yaml",
+        3,
+        "'learning_rate' is among the Trainer's options, and --learning-rate was passed too",
+    ),
     "evaluating what is not there": ("evaluate pack gone --data eval.jsonl", 3, "no adapter named 'gone'"),
     "evaluating in no pack": ("evaluate nowhere a1 --data eval.jsonl", 4, "nowhere is not a pack"),
     "evaluating what has no task": ("evaluate pack a1 --data eval.jsonl", 3, "the task type None"),
