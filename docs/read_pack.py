@@ -28,21 +28,23 @@ def delta_weights(pack, name):
     assert manifest["format"] == "eigenlorax-pack"
     assert manifest["format_version"] in range(1, 8)
     assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
-    subspace, entry = manifest["subspace"], manifest["adapters"][name]
+    subspace, entry = manifest["subspace"], entry_of(manifest, name)
     growth = subspace["growth"] if "growth" in subspace else subspace["augmentations"]
     tensors = load(checked(pack / subspace["file"], subspace["sha256"]))
     files = read_files(pack, name, entry)
-    coefficients, source = load(files["adapter_model.safetensors"]), json.loads(files["source_config.json"])
+    coefficients = load(files["adapter_model.safetensors"])
+    source = source_config(files["source_config.json"], manifest.get("source_fields", {}))
     found = {}
     config = json.loads(files["adapter_config.json"])
-    places = {module: config["subspace_modules"].get(module, module) for module in config["target_modules"]}
+    names = config.get("target_modules", sorted(subspace["modules"]))
+    places = {module: config.get("subspace_modules", {}).get(module, module) for module in names}
     if manifest["coefficient_dtype"] == "coded":
         assert config["subspace_fingerprint"] in [subspace["fingerprint"], *(step["fingerprint"] for step in growth)]
         modules = {places[module]: (subspace["modules"][places[module]], rank(source, module)) for module in places}
         parent = entry.get("parent")
         if parent is not None:
             assert "eigenlorax_coded" not in coefficients
-            coefficients = load(read_files(pack, parent, manifest["adapters"][parent])["adapter_model.safetensors"])
+            coefficients = load(read_files(pack, parent, entry_of(manifest, parent))["adapter_model.safetensors"])
             codes = {"name": parent, "sha256": sha256(coefficients["eigenlorax_coded"].tobytes()).hexdigest()}
             assert config["parent"] == codes, "the parent's codes are others"
         blobs = coded_bases(tensors, subspace["modules"], joined=manifest["format_version"] >= 6)
@@ -102,7 +104,7 @@ def coded_tensors(pack, name):
     """Key → numbers, of the heads and carried tensors of an adapter that are coded, in float64 before rounding."""
     pack = Path(pack)
     manifest = json.loads((pack / "subspace_config.json").read_bytes())
-    subspace, entry = manifest["subspace"], manifest["adapters"][name]
+    subspace, entry = manifest["subspace"], entry_of(manifest, name)
     shared = load(checked(pack / subspace["file"], subspace["sha256"])).get("references.coded")
     references = [numbers.astype(np.float32).astype(float) for _, numbers in from_blob(shared, [])]
     files, found = read_files(pack, name, entry), {}
@@ -142,6 +144,20 @@ def from_blob(blob, references):
         found.append((name, numbers))
     assert (first, at) == (len(classes), len(data))
     return found
+
+
+def entry_of(manifest, name):
+    """The fields of an adapter in the manifest, with those that it shares with most others."""
+    return {**manifest.get("shared_fields", {}), **manifest["adapters"][name]}
+
+
+def source_config(data, shared):
+    """The fields of a source's config, from its file and the fields that it shares with most others."""
+    fields = json.loads(data)
+    if "eigenlorax_changed" not in fields:
+        return fields
+    kept = {key: value for key, value in shared.items() if key not in fields.get("eigenlorax_removed", [])}
+    return {**kept, **fields["eigenlorax_changed"]}
 
 
 def read_files(pack, name, entry):

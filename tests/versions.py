@@ -23,14 +23,15 @@ def older(body, version):
     of_adapter = [name for since, names in OF_ADAPTERS.items() if version < since for name in names]
     adapters = {
         name: {key: value for key, value in entry.items() if key not in of_adapter}
-        for name, entry in body["adapters"].items()
+        for name, entry in entries_of(body).items()
     }
     subspace = dict(body["subspace"])
     if version < 7:
         subspace.pop("reference_bytes", None)
     body = {**body, "adapters": adapters, "format_version": version, "fit": fit, "subspace": subspace}
     if version < 7:
-        assert body.pop("basis") is None
+        assert body.pop("basis", None) is None
+        body = {key: value for key, value in body.items() if key not in ("shared_fields", "source_fields")}
     if version >= 3:
         return body
     first = next(iter(subspace["modules"].values()))["down"]["grown"]
@@ -43,11 +44,25 @@ def older(body, version):
     return {**body, "subspace": subspace}
 
 
+def entries_of(body):
+    """The entries of a manifest, with what adapters have in common."""
+    complete = {name: {**body.get("shared_fields", {}), **entry} for name, entry in body["adapters"].items()}
+    return {name: {"rounding_error": entry["delta_error"], **entry} for name, entry in complete.items()}
+
+
 def write_older(folder, version):
     """Make a pack on disk one of an earlier version; its manifest."""
     path = folder / "subspace_config.json"
-    manifest = older(json.loads(path.read_text()), version)
+    body = json.loads(path.read_text())
+    manifest = older(body, version)
     del manifest["digest"]
+    for name, entry in manifest["adapters"].items():
+        config = folder / "adapters" / name / "source_config.json"
+        fields = json.loads(config.read_text())
+        if "eigenlorax_changed" in fields:
+            kept = {k: v for k, v in body["source_fields"].items() if k not in fields.get("eigenlorax_removed", [])}
+            config.write_text(json.dumps({**kept, **fields["eigenlorax_changed"]}, indent=2, sort_keys=True))
+            entry["files"]["source_config.json"] = sha256(config.read_bytes()).hexdigest()
     canonical = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     manifest["digest"] = sha256(canonical.encode()).hexdigest()
     path.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")

@@ -429,9 +429,14 @@ def _of_rank(random: Random, tree: Tree, adapter: str, rank: int) -> list[Change
         sizes[0 if "_down" in key or ".codes" in key or ".scales" in key else 1] = min(max(rank, 0), 5000)
         return key, None, sizes, None
 
+    # a source's config may be stored as differences
+    changes = "eigenlorax_changed" in json.loads(_bytes(tree, f"{place}/source_config.json"))
     numbers = [
-        Change(f"{place}/{file}", "set", ([field], rank))
-        for file in ("source_config.json", "adapter_config.json")
+        Change(f"{place}/{file}", "set", ([*inside, field], rank))
+        for file, inside in (
+            ("source_config.json", ["eigenlorax_changed"] * changes),
+            ("adapter_config.json", []),
+        )
         for field in ("r", "lora_alpha")
     ]
     records = [

@@ -18,7 +18,7 @@ from hostile import change_json, changed
 from make_reference_packs import PACKS, shared_adapters
 from planted import MODULES, random_adapter, random_collection, tree
 from signing import signed_again
-from versions import older
+from versions import entries_of, older
 
 MANIFEST, WEIGHTS = "subspace_config.json", "adapter_model.safetensors"
 QUERY = "encoder.0.query"
@@ -45,7 +45,7 @@ def parents(pack):
 
 
 def entries(folder):
-    return json.loads((folder / MANIFEST).read_text())["adapters"]
+    return entries_of(json.loads((folder / MANIFEST).read_text()))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from core_packs import fit_with_cores
 
 import eigenlorax as ex
 import hostile
-from adapters import make_adapters
+from adapters import MODULES, make_adapters
 from children import needs_fork
 from coded import coded_pack
 from eigenlorax.codec import basis_bytes, entropy
@@ -38,6 +38,16 @@ pytestmark = pytest.mark.slow
 SHAPES = {"encoder.0.query": (41, 53), "encoder.0.value": (29, 37)}
 CONFIG = "adapter_config.json"
 SOURCE = "source_config.json"
+
+
+def of_rank(r):
+    """Another rank in the config of every source, which may be stored as differences."""
+    return change_json(SOURCE, lambda body: body.get("eigenlorax_changed", body).update(r=r))
+
+
+def modules_of(body):
+    """The modules of an adapter's config: all of the pack if it names none."""
+    return body.setdefault("target_modules", sorted(MODULES))
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +119,14 @@ CLAIMS = {
         ),
         "augmented rows of the bases would take",
     ),
-    "a rank": ("coded, sharing much", change_json(SOURCE, lambda body: body.update(r=10_000_000)), "rank 10000000"),
+    "a rank": ("coded, sharing much", of_rank(10_000_000), "rank 10000000"),
     "a rank that a wide module may have": (
         "coded, sharing much",
-        change_json(SOURCE, lambda body: body.update(r=900)),
+        of_rank(900),
         "ranks are",
     ),
-    "a rank of cores": ("full", change_json(SOURCE, lambda body: body.update(r=10_000_000)), "rank 10000000"),
-    "a rank of floats": ("float32", change_json(SOURCE, lambda body: body.update(r=10_000_000)), "rank 10000000"),
+    "a rank of cores": ("full", of_rank(10_000_000), "rank 10000000"),
+    "a rank of floats": ("float32", of_rank(10_000_000), "rank 10000000"),
     "a deflated stream": ("coded, sharing much", coded_bytes(packed_levels(BOMB)), "levels of an adapter cannot be"),
     "more components than the rank": (
         "coded, sharing nothing",
@@ -149,15 +159,13 @@ CLAIMS = {
         "float32",
         change_json(
             CONFIG,
-            lambda body: body.update(subspace_modules=dict.fromkeys(body["target_modules"], "encoder.layer.0.query")),
+            lambda body: body.update(subspace_modules=dict.fromkeys(modules_of(body), "encoder.layer.0.query")),
         ),
         "two modules of the adapter are in one place",
     ),
     "a place that is not there": (
         "float32",
-        change_json(
-            CONFIG, lambda body: body.update(subspace_modules=dict.fromkeys(body["target_modules"][:1], "none"))
-        ),
+        change_json(CONFIG, lambda body: body.update(subspace_modules=dict.fromkeys(modules_of(body)[:1], "none"))),
         "'none' is not in the subspace",
     ),
     "a fingerprint that is not that of the rows": (
@@ -215,9 +223,7 @@ def null(pack: Path, file: str) -> None:
 
 def place_all(pack: Path, place: str, n: int = 99) -> None:
     """Put the first modules of every adapter in one place of the subspace."""
-    change_json(CONFIG, lambda body: body.update(subspace_modules=dict.fromkeys(body["target_modules"][:n], place)))(
-        pack
-    )
+    change_json(CONFIG, lambda body: body.update(subspace_modules=dict.fromkeys(modules_of(body)[:n], place)))(pack)
 
 
 def refinger(pack: Path, fingerprint: str) -> None:

@@ -67,6 +67,8 @@ RESIDUAL_SIDES = "rests"
 COEFFICIENT_DTYPE = "coefficient_dtype"
 # Config field: the dtype that the LoRA factors of an adapter had before they were packed
 SOURCE_DTYPE = "source_dtype"
+# Config field: names of the adapted modules; without it, an adapter of a pack has all modules of the subspace
+TARGET_MODULES = "target_modules"
 # Config field: kernel sizes of convolutions, by module
 KERNELS = "kernels"
 # Bases within an adapter's own file, for adapters that are saved without a pack

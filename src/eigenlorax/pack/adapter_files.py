@@ -1,7 +1,7 @@
 """Files of one adapter in a pack, which form a PEFT adapter of our own type: docs/pack-format.md."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..core.json_dataclasses import from_json
 from ..core.subspace import Subspace
 from ..formats import files as lora_files
 from ..formats import lora_config, peft, safetensors_file
+from . import source_configs
 from .manifest import Entry
 from .outside_tensors import file_tensors, from_file
 from .packed_adapter import PackedAdapter, Record
@@ -38,24 +39,51 @@ KEPT_FIELDS = (
     "modules_to_save",
 )
 """Fields of a LoRA's config that apply to its coefficients too."""
+DEFAULTS: Mapping[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "revision": None,
+    "task_type": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "lora_dropout": 0.0,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "modules_to_save": None,
+    "subspace_modules": {},
+    "carried": False,
+}
+"""Values of fields that a config does without, because they are the defaults of `EigenLoraxConfig`."""
 
 
-def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, bytes]:
-    """Return the files of an adapter's folder, by name.
+@dataclass(frozen=True, slots=True)
+class WritingContext:
+    """Properties of a pack that the files of its adapters depend on.
 
-    Args:
-        packed: The adapter.
+    Attributes:
         fingerprint: Fingerprint of the current subspace, for adapters that do not refer to an earlier one.
         storage: Storage of the pack's coefficients.
+        modules: Names of all modules of the subspace.
+        source_fields: Fields that most sources' configs share.
     """
-    fingerprint = packed.subspace or fingerprint
+
+    fingerprint: str
+    storage: Storage
+    modules: Collection[str]
+    source_fields: Mapping[str, Any]
+
+
+def to_files(packed: PackedAdapter, context: WritingContext) -> dict[str, bytes]:
+    """Return the files of an adapter's folder in a pack, by name."""
+    storage = context.storage
     stored: Mapping[str, Tensor] = {}
     if packed.parent is None:
         stored = packed.payload if packed.payload is not None else storage.adapter_tensors(packed.coefficients)
     files = {
-        keys.ADAPTER_CONFIG: _to_json(adapter_config(packed, fingerprint, storage)),
+        keys.ADAPTER_CONFIG: _to_json(adapter_config(packed, context)),
         keys.ADAPTER_WEIGHTS: _to_safetensors({**file_tensors(packed.heads, keys.CODED_HEADS), **stored}),
-        keys.SOURCE_CONFIG: packed.source_config.encode("utf-8"),
+        keys.SOURCE_CONFIG: source_configs.to_bytes(packed.source_config, context.source_fields),
     }
     if packed.carried:
         files[keys.CARRIED] = _to_safetensors(file_tensors(packed.carried, keys.CODED_CARRIED))
@@ -64,27 +92,32 @@ def to_files(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[
     return files
 
 
-def adapter_config(packed: PackedAdapter, fingerprint: str, storage: Storage) -> dict[str, Any]:
-    """Return the config of our PEFT type: fields of the source that still apply, and the reference to the subspace."""
+def adapter_config(packed: PackedAdapter, context: WritingContext) -> dict[str, Any]:
+    """Return the config of our PEFT type: fields of the source that still apply, and the reference to the subspace.
+
+    It has no `target_modules` if the adapter has all modules of the subspace, under their names there.
+    """
     source = json.loads(packed.source_config)
     metadata = coefficient_metadata(packed.coefficients)
     kernels = {module: list(each.kernel) for module, each in metadata.items() if each.kernel}
     residuals = {module: list(each.residual_sides) for module, each in metadata.items() if each.residual_sides}
-    return {
+    has_all_modules = packed.subspace_names == {module: module for module in context.modules}
+    config = {
         **{field: source[field] for field in KEPT_FIELDS if field in source},
         **({keys.KERNELS: kernels} if kernels else {}),
         **({keys.RESIDUAL_SIDES: residuals} if residuals else {}),
-        **({} if storage.is_float else {keys.COEFFICIENT_DTYPE: storage.name}),
+        **({} if context.storage.is_float else {keys.COEFFICIENT_DTYPE: context.storage.name}),
         **({keys.SOURCE_DTYPE: dtypes.name(packed.source_dtype)} if packed.source_dtype is not None else {}),
         **({} if packed.parent is None else {keys.PARENT: _parent_fields(packed)}),
         "peft_type": keys.PEFT_TYPE,
         "inference_mode": True,
-        "target_modules": sorted(packed.coefficients),
+        **({} if has_all_modules else {keys.TARGET_MODULES: sorted(packed.coefficients)}),
         "subspace_modules": {module: name for module, name in packed.subspace_names.items() if module != name},
         "subspace": keys.INSIDE_PACK,
-        "subspace_fingerprint": fingerprint,
+        "subspace_fingerprint": packed.subspace or context.fingerprint,
         "carried": bool(packed.carried),
     }
+    return {name: value for name, value in config.items() if name not in DEFAULTS or DEFAULTS[name] != value}
 
 
 def _parent_fields(packed: PackedAdapter) -> dict[str, Any]:
@@ -94,20 +127,26 @@ def _parent_fields(packed: PackedAdapter) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class SubspaceHistory:
-    """Subspaces to which adapters of a pack may refer by fingerprint: the current one and the earlier ones.
+class ReadingContext:
+    """Properties of a pack that the files of its adapters refer to.
+
+    Subspaces are named by fingerprint: the current one and the earlier ones.
 
     Attributes:
         lineage: Fingerprints, the current one last.
         sizes: Function of (fingerprint, name of a module in the subspace) to the sizes of its bases.
         at: Function of the fingerprint to the subspace, whose tensors it reads.
         references: Function that reads the reference tensors of coded heads.
+        modules: Names of all modules of the subspace.
+        source_fields: Fields that most sources' configs share.
     """
 
     lineage: tuple[str | None, ...]
     sizes: Callable[[str, str], ModuleSizes]
     at: Callable[[str], Subspace]
     references: Callable[[], References]
+    modules: Collection[str]
+    source_fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +174,7 @@ def from_files(
     files: Mapping[str, bytes],
     entry: Entry,
     storage: Storage,
-    history: SubspaceHistory,
+    context: ReadingContext,
     parent_codes: Tensor | None = None,
 ) -> PackedAdapter:
     """Read an adapter from the files that `to_files` wrote, whose digests were checked before.
@@ -147,32 +186,32 @@ def from_files(
         files: Contents of the files, by name.
         entry: Entry of the adapter in the manifest.
         storage: Storage of the pack's coefficients.
-        history: Subspaces to which the adapter may refer.
+        context: Properties of the pack.
         parent_codes: Codes in the parent's file; None if the adapter has no parent.
     """
     tensors = safetensors_file.from_bytes(files[keys.ADAPTER_WEIGHTS], keys.ADAPTER_WEIGHTS)
     carried: Mapping[str, Tensor] = {}
     if keys.CARRIED in files:
-        carried = _decoded(safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED), keys.CODED_CARRIED, history)
-    source_config, source = limits.parse_json_object(files[keys.SOURCE_CONFIG], keys.SOURCE_CONFIG)
+        carried = _decoded(safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED), keys.CODED_CARRIED, context)
+    source_config, source = source_configs.from_bytes(files[keys.SOURCE_CONFIG], context.source_fields)
     lora_files.check_config(source, keys.SOURCE_CONFIG)
-    config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG]), keys.ADAPTER_CONFIG)
+    config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG], context.modules), keys.ADAPTER_CONFIG)
     in_config = config.parent.get("name")
     if in_config != entry.parent:
         raise ValueError(f"the parent is {entry.parent!r} in the manifest, and {in_config!r} in {keys.ADAPTER_CONFIG}")
     if entry.parent is not None and parent_codes is not None:
         tensors = with_parent_codes(tensors, parent_codes, config.parent.get("sha256"), entry.parent)
     subspace_names, fingerprint = config.subspace_names, config.subspace_fingerprint
-    if fingerprint not in history.lineage:
+    if fingerprint not in context.lineage:
         raise ValueError(f"subspace_fingerprint is {fingerprint!r}, which the subspace never had")
-    slots = _module_slots(config, lora_config.ScalingConfig(source, name), history)
+    slots = _module_slots(config, lora_config.ScalingConfig(source, name), context)
     if storage.pads_rank:
         _check_padding(entry.record, list(slots.values()))
     factors = [slot.rank * sum(slot.sizes.widths) for slot in slots.values() if slot.sizes is not None]
     limits.check_factor_memory(sum(factors), "the factors of the adapter")
     # removes the coefficients from `tensors`, which then contains only the heads
-    coefficients, payload = storage.read_adapter(tensors, slots, lambda: history.at(fingerprint))
-    heads = _decoded(tensors, keys.CODED_HEADS, history)
+    coefficients, payload = storage.read_adapter(tensors, slots, lambda: context.at(fingerprint))
+    heads = _decoded(tensors, keys.CODED_HEADS, context)
     _check_names(config.target_modules, [*heads, *carried])
     origin = None
     if keys.SOURCE_FILE in files:
@@ -194,25 +233,25 @@ def from_files(
     )
 
 
-def _decoded(tensors: Mapping[str, Tensor], coded_key: str, history: SubspaceHistory) -> Mapping[str, Tensor]:
+def _decoded(tensors: Mapping[str, Tensor], coded_key: str, context: ReadingContext) -> Mapping[str, Tensor]:
     """Return the tensors of a file, those that are coded decoded at each access."""
-    return from_file(tensors, coded_key, history.references()) if coded_key in tensors else tensors
+    return from_file(tensors, coded_key, context.references()) if coded_key in tensors else tensors
 
 
 def _module_slots(
-    config: _Config, numbers: lora_config.ScalingConfig, history: SubspaceHistory
+    config: _Config, numbers: lora_config.ScalingConfig, context: ReadingContext
 ) -> dict[str, ModuleSlot]:
     """Return rank, scaling, kernel and sizes of every module; `ValueError` if one of them is impossible.
 
     Args:
         config: Config of the packed adapter.
         numbers: Ranks and scalings of the source's config.
-        history: Subspaces to which the adapter may refer.
+        context: Properties of the pack.
     """
     slots = {}
     for module, subspace_name in config.subspace_names.items():
         rank, scaling = numbers.rank_and_scaling(module)
-        sizes = history.sizes(config.subspace_fingerprint, subspace_name)
+        sizes = context.sizes(config.subspace_fingerprint, subspace_name)
         n_in, n_out = sizes.widths
         kernel = tuple(config.kernels.get(module, ()))
         bitstream.check_rank(rank, (n_out, n_in))
@@ -222,9 +261,16 @@ def _module_slots(
     return slots
 
 
-def _read_fields(data: bytes) -> dict[str, Any]:
-    """Return the fields of `_Config` in an adapter's config, without PEFT's other fields."""
+def _read_fields(data: bytes, modules: Collection[str]) -> dict[str, Any]:
+    """Return the fields of `_Config` in an adapter's config, without PEFT's other fields.
+
+    Args:
+        data: The config as a file.
+        modules: Names of all modules of the subspace, which an adapter has that names none.
+    """
     config = {
+        keys.TARGET_MODULES: sorted(modules),
+        "subspace_modules": {},
         keys.KERNELS: {},
         keys.SOURCE_DTYPE: None,
         keys.PARENT: {},
@@ -268,4 +314,4 @@ def _to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def _to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode("utf-8")
+    return (json.dumps(value, sort_keys=True, separators=(",", ":")) + "\n").encode("utf-8")

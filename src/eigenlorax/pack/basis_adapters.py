@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ..codec.storage.table import storage_by_name
 from ..core import projection
+from ..core.adapter import LazyMapping
 from ..core.options import to_float
 from ..errors import OptionError
 from .contents import PackContents
@@ -76,11 +77,16 @@ def project(pack: PackContents, name: str) -> PackedAdapter:
         rounding_error=_bound(packed.record.rounding_error, encoded.error.rounding_error),
         bound=True,
         coefficient_bytes=coefficient_bytes(encoded.coefficients, encoded.payload),
+        head_bytes=packed.record.source_head_bytes,
+        carried_bytes=packed.record.source_carried_bytes,
     )
     return replace(
         packed,
         coefficients=encoded.coefficients,
         payload=encoded.payload,
+        # decoded, because their codes may need references that a pack of the basis does not have
+        heads=LazyMapping(packed.heads, packed.heads.__getitem__),
+        carried=LazyMapping(packed.carried, packed.carried.__getitem__),
         subspace=basis.info.fingerprint,
         parent=None,
         record=record,

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..core import atomic_files, keys
 from ..core.adapter import Adapter
 from ..core.subspace import Subspace
 from ..errors import OptionError
-from .adapter_files import SubspaceHistory
+from .adapter_files import ReadingContext
 from .folder import AdapterFolder, PackFolder
 from .manifest import Entry, FitInfo, SubspaceInfo
 from .packed_adapter import PackedAdapter, Record, unpack
@@ -74,6 +74,8 @@ class PackContents(Mapping[str, Adapter]):
         self._subspace = subspace
         self._reference_tensors = reference_tensors or References()
         self._adapters = dict(adapters)
+        # empty until the pack is saved
+        self._source_fields: dict[str, Any] = {}
 
     def __len__(self) -> int:
         return len(self._adapters)
@@ -214,10 +216,15 @@ class PackContents(Mapping[str, Adapter]):
         adapter = self._adapters[name]
         if isinstance(adapter, Entry):
             assert self._folder is not None
-            history = SubspaceHistory(
-                self.info.lineage, self.info.sizes, self._subspace_at, lambda: self.reference_tensors
+            context = ReadingContext(
+                lineage=self.info.lineage,
+                sizes=self.info.sizes,
+                at=self._subspace_at,
+                references=lambda: self.reference_tensors,
+                modules=self.info.modules,
+                source_fields=self._source_fields,
             )
-            adapter = self._folder.read_adapter(name, history)
+            adapter = self._folder.read_adapter(name, context)
         return adapter
 
     def codes(self, name: str) -> Tensor:
@@ -272,6 +279,7 @@ class PackContents(Mapping[str, Adapter]):
             folder.manifest.subspace_sha256,
             self.info.fingerprint,
             folder.manifest.coefficient_dtype,
+            folder.manifest.source_fields,
             *(sorted(files.items()) for files in folder.manifest.files(name)),
         ]
         return atomic_files.digest(json.dumps(content).encode())

@@ -23,7 +23,7 @@ from ..core.limits import (
 from ..errors import FormatError, PackBusyError, PackDamagedError, PackExistsError, PackMissingError
 from ..formats import safetensors_file
 from . import adapter_files, manifest_json, subspace_file
-from .adapter_files import SubspaceHistory
+from .adapter_files import ReadingContext
 from .manifest import Entry, Manifest
 from .packed_adapter import PackedAdapter
 from .subspace_file import StoredSubspace
@@ -73,7 +73,7 @@ class PackFolder:
         with damaged_on_error(path):
             return subspace_file.from_bytes(data, self.manifest, path)
 
-    def read_adapter(self, name: str, history: SubspaceHistory) -> PackedAdapter:
+    def read_adapter(self, name: str, context: ReadingContext) -> PackedAdapter:
         """Read one adapter and check every byte of it."""
         folder = self.adapter(name)
         entry = folder.entry
@@ -82,7 +82,7 @@ class PackFolder:
             codes = self.read_codes(entry.parent) if entry.parent is not None else None
         storage = storage_by_name(self.manifest.coefficient_dtype)
         with damaged_on_error(folder.own):
-            packed = adapter_files.from_files(name, files, entry, storage, history, codes)
+            packed = adapter_files.from_files(name, files, entry, storage, context, codes)
         # a parent that was not selected is not in this pack
         return packed if entry.parent in (None, *self.manifest.adapters) else replace(packed, parent=None)
 

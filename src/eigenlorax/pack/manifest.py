@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..codec.storage.base import ModuleSizes, Storage
 from ..codec.tensor_codes import References
@@ -213,6 +214,7 @@ class Manifest:
         coefficient_dtype: Name of the coefficients' storage.
         adapters: Entries of the adapters, by name.
         basis: Pack without adapters in the same folder, with the basis for training; None if there is none.
+        source_fields: Fields that the configs of most sources share, from which the files of the others differ.
         unlisted: Entries of adapters that were not selected, and whose codes selected adapters have.
     """
 
@@ -226,6 +228,7 @@ class Manifest:
     coefficient_dtype: str
     adapters: dict[str, Entry]
     basis: "Manifest | None" = None
+    source_fields: dict[str, Any] = field(default_factory=dict)
     unlisted: dict[str, Entry] = field(default_factory=dict)
 
     @property

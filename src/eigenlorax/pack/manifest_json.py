@@ -4,6 +4,8 @@ docs/pack-format.md describes the fields.
 """
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ _SINCE: dict[int, dict[str, Any]] = {
     7: {"purpose": None, "head_error": None},
 }
 """Fields of `fit` by the format version that introduced them, with their values in older packs."""
+_SHARED_FIELDS = {"parent", *Record.__dataclass_fields__} - {"delta_error", "rounding_error", "source_sha256"}
+"""Fields of an adapter that are often the same for most adapters."""
 _BASIS_FIELDS = {"fit", "coefficient_dtype", "subspace"}
 _REMEDY = "Restore the pack from a copy, or fit it again."
 
@@ -42,14 +46,39 @@ def to_bytes(manifest: Manifest) -> bytes:
         "revision": manifest.revision,
         **_bases_fields(manifest),
         "basis": _bases_fields(manifest.basis) if manifest.basis is not None else None,
-        "adapters": {
-            name: {**asdict(entry.record), "files": entry.files, "parent": entry.parent}
-            for name, entry in manifest.adapters.items()
-        },
+        "source_fields": manifest.source_fields,
+        **_adapter_fields(manifest.adapters),
     }
     body["digest"] = atomic_files.digest(_canonical(body))
     # without the blanks of the canonical form, which would be a third of the file
     return (json.dumps(body, sort_keys=True, allow_nan=False, separators=(",", ":")) + "\n").encode("utf-8")
+
+
+def _adapter_fields(adapters: Mapping[str, Entry]) -> dict[str, Any]:
+    """Return the entries of the adapters, and the values of fields that most entries share and do not repeat."""
+    entries = {
+        name: {**asdict(entry.record), "files": entry.files, "parent": entry.parent} for name, entry in adapters.items()
+    }
+    shared = {}
+    for name in _SHARED_FIELDS:
+        counts = Counter(json.dumps(fields[name]) for fields in entries.values())
+        text, count = min(counts.items(), key=lambda pair: (-pair[1], pair[0]), default=("", 0))
+        if count > 1:
+            shared[name] = json.loads(text)
+    return {
+        "shared_fields": shared,
+        "adapters": {
+            name: {key: value for key, value in fields.items() if not _is_implied(key, fields, shared)}
+            for name, fields in entries.items()
+        },
+    }
+
+
+def _is_implied(key: str, fields: dict[str, Any], shared: dict[str, Any]) -> bool:
+    """Return whether an entry does without a field: it has the shared value, or all errors are from rounding."""
+    if key == "rounding_error":
+        return bool(fields[key] == fields["delta_error"])
+    return key in shared and bool(shared[key] == fields[key])
 
 
 def _bases_fields(manifest: Manifest) -> dict[str, Any]:
@@ -98,10 +127,11 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     """Convert JSON of any format version to a manifest; `JsonTypeError` or `AdapterNameError` if a field is wrong."""
     if body.get("format") != _FORMAT or body["format_version"] < 1:
         raise JsonTypeError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
-    entries = dict(from_json(dict, body.get("adapters"), "adapters"))
+    entries = _entries(body)
     manifest = replace(
         _without_adapters(body),
         basis=_basis(body),
+        source_fields=from_json(dict, body.get("source_fields"), "source_fields") if _shares(body) else {},
         adapters={
             keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
             for name, fields in entries.items()
@@ -109,6 +139,26 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     )
     manifest_checks.check(manifest)
     return manifest
+
+
+def _shares(body: dict[str, Any]) -> bool:
+    """Return whether the format has fields that several adapters share."""
+    return bool(body["format_version"] >= 7)
+
+
+def _entries(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries of all adapters, with the fields that they share."""
+    entries = dict(from_json(dict, body.get("adapters"), "adapters"))
+    if not _shares(body):
+        return entries
+    shared = from_json(dict, body.get("shared_fields"), "shared_fields")
+    if not shared.keys() <= _SHARED_FIELDS:
+        raise JsonTypeError(f"shared_fields has the fields {sorted(shared)}, and may have {sorted(_SHARED_FIELDS)}.")
+    complete = {name: {**shared, **from_json(dict, fields, f"adapters.{name}")} for name, fields in entries.items()}
+    for fields in complete.values():
+        if "delta_error" in fields:
+            fields.setdefault("rounding_error", fields["delta_error"])
+    return complete
 
 
 def _without_adapters(body: dict[str, Any]) -> Manifest:

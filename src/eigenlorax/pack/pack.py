@@ -21,7 +21,19 @@ from ..core.progress import Progress
 from ..core.subspace import Subspace
 from ..errors import WARN_ABOVE, OptionError, UntrainedAdapterWarning
 from ..formats import sources
-from . import adapter_files, add, basis_adapters, export, folder, hub, manifest, peft_models, subspace_file, writer
+from . import (
+    adapter_files,
+    add,
+    basis_adapters,
+    export,
+    folder,
+    hub,
+    manifest,
+    peft_models,
+    source_configs,
+    subspace_file,
+    writer,
+)
 from .add import AddOptions
 from .contents import PackContents
 from .copies import share_codes, warn_of_copies
@@ -78,7 +90,7 @@ class Pack(PackContents):
             coefficient_dtype=listed.coefficient_dtype,
             basis=cls._from_folder(opened.basis) if opened.basis is not None else None,
         )
-        pack._folder = opened
+        pack._folder, pack._source_fields = opened, listed.source_fields
         pack.remember()
         return pack
 
@@ -475,7 +487,7 @@ class Pack(PackContents):
         basis: "Pack | None" = None,
     ) -> "Pack":
         """Return a pack in memory with these adapters, and another subspace or basis if one is passed."""
-        return Pack(
+        copied = Pack(
             self.subspace if subspace is None else subspace,
             self.info if subspace is None else manifest.describe(subspace, self._storage, self.reference_tensors),
             adapters,
@@ -486,6 +498,8 @@ class Pack(PackContents):
             basis=self.basis if basis is None else basis,
             reference_tensors=self.reference_tensors,
         )
+        copied._source_fields = self._source_fields
+        return copied
 
     def save(self, path: str | os.PathLike[str] | None = None, *, overwrite: bool = False) -> Path:
         """Write the pack to a folder, completely or not at all, and return the folder.
@@ -596,14 +610,18 @@ class Pack(PackContents):
         if not in_place:
             # of adapters that were selected from another pack, parents may be missing
             loaded = share_codes(loaded)
-        # files are made one adapter at a time, because all together would double the memory
-        files = LazyMapping(
-            dict(sorted(loaded.items())),
-            lambda name: adapter_files.to_files(loaded[name], self.info.fingerprint, self._coefficient_storage),
+        # files that stay on disk differ from the fields that are in the manifest already
+        if not self._source_fields and len(loaded) == len(self):
+            self._source_fields = source_configs.shared_fields(packed.source_config for packed in loaded.values())
+        context = adapter_files.WritingContext(
+            self.info.fingerprint, self._coefficient_storage, self.info.modules, self._source_fields
         )
+        # files are made one adapter at a time, because all together would double the memory
+        files = LazyMapping(dict(sorted(loaded.items())), lambda name: adapter_files.to_files(loaded[name], context))
         entries = {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Entry)}
         entries |= {name: Entry.of(loaded[name], content) for name, content in files.items()}
         new, bases = self._list(entries, previous if in_place else None)
+        new = replace(new, source_fields=self._source_fields)
         self._folder = writer.write(target, previous, new, bases, files)
         self._adapters = dict(new.adapters)
         if self.basis is not None:
