@@ -30,6 +30,11 @@ class TestWhatIsAdded:
             # float32; rank 2; 4 components a side; 3 modules
             "coefficient_bytes": 4 * 2 * (4 + 4) * 3,
             "head_bytes": 0,
+            "head_error": 0.0,
+            "head_numbers": 0,
+            "carried_numbers": 0,
+            "source_head_bytes": 0,
+            "source_carried_bytes": 0,
             "in_fit": False,
             "lora_numbers": 2 * sum(n_out + n_in for n_out, n_in in MODULES.values()),
             "modules": 3,
