@@ -69,13 +69,13 @@ def test_other_names_are_an_error(pack, name):
 
 
 def test_what_cannot_be_served_is_an_error(pack, made, tmp_path):
-    source = shutil.copytree(made / "adapters" / "a3", tmp_path / "dora")
+    source = shutil.copytree(made / "adapters" / "a3", tmp_path / "blocks")
     config = source / "adapter_config.json"
-    config.write_text(config.read_text().replace('"r":', '"use_dora": true, "r":'))
+    config.write_text(config.read_text().replace('"r":', '"use_bdlora": true, "r":'))
     with ex.Pack.edit(pack) as edited:
         edited.add(source)
-    with pytest.raises(ServingError, match="'dora' cannot be served: vLLM does not support DoRA"):
-        Adapters(pack)["dora"]
+    with pytest.raises(ServingError, match="'blocks' cannot be served: vLLM does not support block-diagonal LoRA"):
+        Adapters(pack)["blocks"]
 
 
 def test_the_environment_says_whether_a_basis_is_shared(pack, monkeypatch):
