@@ -7,8 +7,8 @@ pack that exists is therefore never written again. This script shows how each of
 
 Numbers are drawn from seeds, so that one machine with one set of library versions writes the same bytes each time.
 Packs of formats 1 to 4 are written by the last commit that wrote the format, and packs with cores by f706745; both are
-taken from the history of this repository. The frozen coded packs, but those with copies, are of format 5; 8b6be7a wrote
-the last ones of it.
+taken from the history of this repository. The frozen coded packs are of format 5, which 8b6be7a was the last to write,
+but those with copies (6), and those with heads or a basis (7).
 """
 
 import json
@@ -208,6 +208,27 @@ def fit_heads(folder: Path) -> ex.Pack:
     return ex.fit([one, other], n_components=4)
 
 
+def fit_coded_heads(folder: Path) -> ex.Pack:
+    """Coded heads, alike and not, in three dtypes, and tensors that are carried or stored exactly."""
+    prefix, adapters = "base_model.model", []
+    start = normal(19, 31, seed=20)
+    for seed, name in enumerate("abcd", start=1):
+        tensors = {
+            f"{prefix}.classifier.weight": (start + 0.05 * normal(19, 31, seed=20 + seed)).float(),
+            f"{prefix}.classifier.bias": normal(67, seed=30 + seed).half(),
+            f"{prefix}.score.dense.weight": normal(7, 43, seed=40 + seed).double(),
+            f"{prefix}.score.steps": torch.arange(6),
+        }
+        for module, (n_out, _) in MODULES.items():
+            tensors[f"{prefix}.{module}.lora_magnitude_vector"] = normal(n_out, seed=50 + seed).abs().float()
+        config = {"modules_to_save": ["classifier", "score"], "use_dora": True}
+        adapters.append(make_adapter(folder / name, seed=seed, rank=2, modules=MODULES, tensors=tensors, config=config))
+    *first, late = adapters
+    pack = ex.fit(first, max_error=0.3)
+    pack.add(late)
+    return pack
+
+
 def write_image_files(folder: Path, dialect: str) -> list[Path]:
     files = []
     for seed, name in enumerate("ab", start=1):
@@ -345,6 +366,9 @@ KINDS: dict[str, Making] = {
     "coded-and-grown": fit_coded_and_grown,
     "coded-convolutions": fit_coded_convolutions,
     "coded-copies": fit_copies,
+    "coded-heads": fit_coded_heads,
+    "coded-with-basis": lambda folder: ex.fit(sources(folder, "a b c"), max_error=0.3, basis=3),
+    "for-serving": lambda folder: ex.fit(sources(folder, "a b c"), purpose="serving"),
     "extended": extend,
     "extended-int8": partial(extend, dtype="int8"),
     "augmented-float32": partial(augment, dtype="float32"),
