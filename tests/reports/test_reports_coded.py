@@ -28,6 +28,8 @@ def test_adapters_that_share_nothing(aim, tmp_path):
         in found["not-shared"]
     )
     assert "stores a residual for each adapter" in found["not-shared"]
+    best = min((point for point in report.sizes if point.random >= 0.7), key=lambda point: point.left_out)
+    assert f"at best, with k = {best.k}, an adapter that is left out of the fit has" in found["not-shared"]
     assert "rounding" not in found
     report.save(tmp_path / "report.md")
     assert pack.fit_info.size in (tmp_path / "report.md").read_text("utf-8")

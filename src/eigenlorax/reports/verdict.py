@@ -67,6 +67,15 @@ class _Evidence:
         return f"{self.measured} in the components of the others (in random components: {error(self.left_out.chance)})"
 
     @property
+    def at_best_size(self) -> SizePoint | None:
+        """Number of components with which adapters left out have the smallest mean error; None if none was measured.
+
+        A coded pack has few components or none, so that errors with its own tell nothing.
+        """
+        points = [point for point in self.report.sizes if point.left_out is not None and (point.random or 0) >= CHANCE]
+        return min(points, key=lambda point: point.left_out or 0.0, default=None)
+
+    @property
     def is_beyond_chance(self) -> bool:
         return is_above(self.left_out.kept, 0.0, self.left_out.kept_spread)
 
@@ -254,16 +263,29 @@ def _partly_shared(evidence: _Evidence) -> _Answer | None:
 
 
 def _not_shared(evidence: _Evidence) -> _Answer:
-    report = evidence.report
+    report, point = evidence.report, evidence.at_best_size
+    if is_coded(report) and point is not None:
+        measured = (
+            f"at best, with k = {point.k}, an adapter that is left out of the fit has a mean error of "
+            f"{error(point.left_out)}"
+        )
+        by_chance = f"{measured} (with random components: {error(point.random)})"
+        return _Answer(
+            f"{evidence.subject} do not share a subspace: {measured}.",
+            Finding(
+                "not-shared",
+                f"They do not share a subspace: {by_chance}. {_in_the_fit(evidence)}",
+                f"{size_advice.on_size(report)} An adapter that is added later takes as many bytes as it would alone.",
+                good=False,
+            ),
+        )
     beyond_chance = "The components of the others keep no more of it than random components would."
     if evidence.is_beyond_chance:
         beyond_chance = (
             f"The components of the others keep {share(evidence.left_out.kept)} of its squared norm beyond chance: too "
             "little for a shared subspace."
         )
-    later = "An adapter that is added later takes as many bytes as it would alone."
-    if not is_coded(report):
-        later = "They give no basis for training or for serving from a shared basis: a later adapter will not fit."
+    later = "They give no basis for training or for serving from a shared basis: a later adapter will not fit."
     return _Answer(
         f"{evidence.subject} do not share a subspace: {evidence.measured}.",
         Finding(
