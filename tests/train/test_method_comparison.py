@@ -98,6 +98,19 @@ class TestAComparison:
         assert 0.5 <= found.majority < 0.7
         assert factors.curve[-1] == factors.mean
 
+    def test_is_in_the_basis_of_a_coded_pack(self, place, asked):
+        opened = ex.Pack.open(place / "pack")
+        coded = ex.fit([opened.adapter(name) for name in opened.names], max_error=0.1, basis=5, same_base=True)
+        coded.base_model = opened.base_model
+        shutil.rmtree(place / "pack")
+        coded.save(place / "pack")
+        asked = replace(asked, methods=["core", "random"], rates={"core": [0.1], "random": [0.1]}, seeds=1)
+        found = run(place, asked)
+        assert found.basis_bytes == coded.basis.info.stored_bytes
+        # one core of the components of the basis for each module, or two factors
+        numbers = {method.method: method.numbers for method in found.methods}
+        assert numbers == {"core": MODULES * 5 * 5, "random": MODULES * RANK * 2 * 5}
+
     def test_says_after_how_many_epochs_scores_were_taken(self, place, asked):
         """Of one and a half epochs of three steps each, no point is at the end of one."""
         found = run(place, replace(asked, methods=["head"], rates={"head": [0.1]}, seeds=1, epochs=1.5))
