@@ -155,7 +155,7 @@ class TestOnBasis:
             ex.fit(originals, max_error=0.1).on_basis()
         with pytest.raises(OptionError, match="coefficients in it already"):
             ex.fit(originals, n_components=4).on_basis()
-        with pytest.raises(OptionError, match="above 0 and below 1, got 1.0"):
+        with pytest.raises(OptionError, match="^within must be above 0 and below 1, got 1.0"):
             fitted.on_basis(1)
 
 

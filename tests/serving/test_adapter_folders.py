@@ -386,5 +386,5 @@ class TestBasis:
             path_of(folders, "alpha")
 
     def test_the_error_is_a_number(self, based, serve):
-        with pytest.raises(OptionError, match="above 0 and below 1, got 2.0"):
+        with pytest.raises(OptionError, match="^serve_within must be above 0 and below 1, got 2.0"):
             serve(shared=True, serve_within=2.0)

@@ -36,6 +36,7 @@ OPTIONS = {
     "ratio": "--ratio",
     "resume": "--resume",
     "same_base": "--same-base",
+    "serve_within": "--serve-within",
     "skip_bad": "--skip-bad",
     "solver": "--solver",
     "sweeps": "--sweeps",

@@ -31,19 +31,23 @@ def check_has_basis(pack: PackContents) -> "Pack":
     return pack.basis
 
 
-def check_within(within: float | None, pack: PackContents) -> float:
+def check_within(within: float | None, pack: PackContents, option: str = "serve_within") -> float:
     """Return the error up to which the basis of a pack serves an adapter; `OptionError` if it is not 0 to 1.
 
     Args:
         within: The option; None for the default, `SERVE_WITHIN` or twice the pack's error bound.
         pack: The pack.
+        option: Name of the option, for the error message.
     """
     if within is None:
         # an adapter that is as inexact as the pack allows needs some room for the basis
         return max(SERVE_WITHIN, 2 * pack.aim)
-    within = to_float("within", within)
+    within = to_float(option, within)
     if not 0 < within < 1:
-        raise OptionError(f"the error up to which a basis serves an adapter is above 0 and below 1, got {within!r}.")
+        raise OptionError(
+            f"{option} must be above 0 and below 1, got {within!r}: it is the largest error of an adapter that a basis "
+            "serves."
+        )
     return within
 
 

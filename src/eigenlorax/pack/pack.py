@@ -179,7 +179,7 @@ class Pack(WritableContents):
             ['a', 'b', 'c']
         """
         basis = basis_adapters.check_has_basis(self)
-        within = basis_adapters.check_within(within, self)
+        within = basis_adapters.check_within(within, self, "within")
         projected = {name: basis_adapters.project(self, name) for name in self.names}
         return Pack(
             basis.subspace,
