@@ -398,3 +398,10 @@ def test_references_are_decoded_once():
     references = References([coded])
     assert references[0] is references[0]
     assert References.from_bytes(references.data).coded == references.coded
+
+
+@pytest.mark.parametrize(("head_error", "text"), [(0.1, "coded, each within 0.1 of its norm"), (0, "exact")])
+def test_the_model_card_says_how_heads_are_stored(tmp_path, head_error, text):
+    pack = fitted([adapter("a", 1)], tmp_path / "pack", head_error=head_error)
+    row = f"| head bytes ({text}) | {pack.summary.bytes.heads:,} |"
+    assert row in (pack.path / "README.md").read_text("utf-8")

@@ -100,9 +100,10 @@ def fit(
         max_error: Error bound: the delta error that no adapter may exceed, above 0 and below 1. The pack takes as few
             bytes as possible. With a float dtype, or weighting "factors", the pack stores floats, and only numbers of
             components are chosen. Default: 0.1, if no other size is passed.
-        max_bytes: Maximum size of all tensors except trained heads, in bytes. The largest error of an adapter is as
-            small as this size allows.
-        ratio: Size as a compression ratio, at least 1: bytes of the LoRAs in 16 bits ÷ pack bytes, basis counted.
+        max_bytes: Maximum size of all tensors, bases and heads included, in bytes. The largest error of an adapter is
+            as small as this size allows.
+        ratio: Size as a compression ratio, at least 1: bytes of the LoRAs and heads in 16 bits ÷ bytes of the pack,
+            bases and heads included.
         basis: Maximum number of components per side and module of a basis beside the entropy-coded adapters, in 8 bits
             per number: for training new tasks, and for serving from one basis. Its bytes are in `max_bytes` and
             `ratio`. Default: no basis.

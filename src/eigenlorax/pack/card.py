@@ -71,11 +71,18 @@ def _figures(figures: Summary) -> list[str]:
         f"| LoRA bytes, heads aside | {b.lora:,} |",
         f"| basis + coefficients + carried bytes | {b.basis:,} + {b.coefficients:,} + {b.carried:,} |",
         *[f"| basis for training and serving, bytes | {b.training_basis:,} |"] * bool(b.training_basis),
+        *[_head_row(figures)] * bool(b.heads),
         f"| compression ratio, basis counted | {b.ratio:.2f} |",
         f"| compression ratio, basis not counted | {b.ratio_without_basis:.2f} |",
         "",
     ]
     return lines
+
+
+def _head_row(figures: Summary) -> str:
+    b, bound = figures.bytes, figures.fit.head_error
+    storage = "exact" if bound is None else f"coded, each within {bound:g} of its norm"
+    return f"| head bytes ({storage}) | {b.heads:,} |"
 
 
 def _error_row(group: str, errors: Errors, *, is_bound: bool) -> str:
