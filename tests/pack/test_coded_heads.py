@@ -2,6 +2,7 @@
 
 import json
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from adapters import make_adapter
 from eigenlorax.codec import tensor_codes, varint
 from eigenlorax.codec.tensor_codes import References, StepSize
 from eigenlorax.core import atomic_files
-from eigenlorax.errors import OptionError, PackDamagedError
+from eigenlorax.errors import FormatError, OptionError, PackDamagedError
 from planted import normal, random_adapter, tree
 from signing import signed_again
 
@@ -100,6 +101,18 @@ class TestBounds:
         stored = fitted([original], tmp_path / "pack")["a"].heads
         assert all(torch.equal(stored[key], tensor) for key, tensor in more.items() if "zeros" in key or "empty" in key)
         assert all(distance(stored[key], tensor) <= 0.002 for key, tensor in more.items())
+
+    @pytest.mark.parametrize("size", [1e200, 1e-165, 1e-200])
+    def test_of_a_norm_that_float64_cannot_square(self, size):
+        head = size * gauss(1, 20, 40)
+        originals = [random_adapter(name, seed, heads={CLASSIFIER: head}) for seed, name in enumerate("ab")]
+        pack = ex.fit(originals, max_error=0.2)
+        assert all(torch.equal(pack[name].heads[CLASSIFIER], head) for name in "ab")
+
+    def test_of_almost_nothing(self):
+        originals = [random_adapter(name, seed, heads={CLASSIFIER: gauss(1, 20, 40)}) for seed, name in enumerate("ab")]
+        pack = ex.fit(originals, max_error=0.2, head_error=1e-200)
+        assert torch.equal(pack["b"].heads[CLASSIFIER], originals[1].heads[CLASSIFIER])
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -237,6 +250,13 @@ class TestAgain:
         # of originals, the recorded error holds still
         assert all(verified.heads_hold for verified in ex.verify(again, originals).adapters.values())
 
+    def test_a_refit_for_a_ratio_counts_them_in_16_bits(self):
+        # the heads are half of the adapter
+        originals = [random_adapter(f"a{n}", n, heads={CLASSIFIER: gauss(n + 50, 20, 40).float()}) for n in range(4)]
+        pack = ex.fit(originals, max_error=0.1)
+        refitted = ex.refit(pack, ratio=3.0, warn_above=1.0).pack
+        assert 3.0 <= refitted.summary.bytes.ratio_with_heads < 3.6
+
     def test_a_refit_with_some_originals(self, tmp_path):
         alike = TestAlike()
         originals = alike.collection(alike.heads(6, 0.05))
@@ -338,7 +358,8 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("header", "message"),
         [
-            ({"shape": [10**6, 10**6]}, "refers to reference 0"),
+            ({"shape": [10**6, 10**6]}, "would have"),
+            ({"shape": [40, 95]}, "refers to reference 0"),
             ({"shape": [10**6, 10**6], "reference": None}, "would have|classes"),
             ({"shape": [0, 3]}, "the shape"),
             ({"shape": [-1, 3]}, "the shape"),
@@ -347,8 +368,8 @@ class TestDamage:
             ({"exponent": 10**6}, "step size"),
             ({"reference": 5}, "refers to reference 5"),
             ({"reference": -1}, "negative"),
-            ({"classes": 10**9}, "followed by more"),
-            ({"stream": 10**9}, "end too early"),
+            ({"classes": 10**9}, "classes, and should have"),
+            ({"stream": 10**9, "classes": 40}, "end too early"),
             ({"name": 5}, "a string|str was expected"),
         ],
     )
@@ -373,6 +394,29 @@ class TestDamage:
         pack = self.changed(path, "adapters/a0/adapter_model.safetensors", "eigenlorax_heads", change)
         with pytest.raises(PackDamagedError, match=message):
             dict(pack.packed("a0").heads)
+
+    def test_of_sizes_that_the_bytes_do_not_explain(self, path):
+        def zeros(count, references):
+            coded = tensor_codes.CodedTensor(torch.float32, (10**4, 10**3), StepSize(512, 0), references, b"", b"")
+            return lambda data: tensor_codes.to_bytes([(f"{CLASSIFIER}{n}", coded) for n in range(count)])
+
+        for count, reference in ((40, None), (10**4, 0)):
+            change = zeros(count, reference)
+            pack = self.changed(path, "adapters/a0/adapter_model.safetensors", "eigenlorax_heads", change)
+            with pytest.raises(PackDamagedError, match="coded tensors together would have"):
+                pack.packed("a0")
+
+    def test_of_classes_that_take_memory_before_they_are_compared(self):
+        header = [["x", "float32", [1, 4], 512, 0, None, 10**8, 0]]
+        parts = [tensor_codes._deflate(part) for part in (json.dumps(header).encode(), bytes(10**8))]
+        data = b"".join(varint.encode(len(part)) + part for part in parts)
+        tracemalloc.start()
+        try:
+            with pytest.raises(FormatError, match="100000000 classes, and should have 0"):
+                tensor_codes.from_bytes(data)
+            assert tracemalloc.get_traced_memory()[1] < 10**6
+        finally:
+            tracemalloc.stop()
 
     def test_of_references(self, path):
         pack = self.changed(path, "subspace-*.safetensors", "references.coded", lambda data: data[:-2])

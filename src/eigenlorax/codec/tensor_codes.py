@@ -7,8 +7,8 @@ tensors that several adapters resemble.
 import json
 import math
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core import dtypes
 from ..core.json_dataclasses import from_json
-from ..core.limits import MAX_JSON_BYTES, check_coded_count
+from ..core.limits import MAX_JSON_BYTES, check_coded_count, check_expansion
 from ..errors import FormatError
 from . import entropy, varint
 from .logistic import classes_of_spread, code_bits
@@ -29,6 +29,8 @@ MAX_TURNS = 16
 """Maximum number of step sizes that are tried for a tensor."""
 CLOSE = 0.985
 """Share of the error bound that ends the search for a step size."""
+MIN_NORM, MAX_NORM = 1e-140, 1e140
+"""Range of norms of coded tensors, apart from 0. Squares of others may be 0 or infinite in float64."""
 _LARGEST_INTEGER = 2**31 - 1
 
 
@@ -127,8 +129,9 @@ class References(Sequence[Tensor]):
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "References":
-        """Read the references that `to_bytes` wrote; `FormatError` for invalid bytes."""
+        """Read the references that `data` holds; `ValueError` for invalid bytes."""
         coded = [tensor for _, tensor in from_bytes(data)]
+        check_total(coded)
         if any(tensor.reference is not None for tensor in coded):
             raise FormatError("a reference tensor has a reference.")
         return cls(coded)
@@ -216,9 +219,12 @@ def _quantise(tensor: Tensor, bound: float, reference: tuple[int, Tensor] | None
 def _search_step_size(tensor: Tensor, bound: float, prediction: Tensor | None) -> tuple[StepSize, Tensor, float] | None:
     """Return the largest step size that was found within the bound, its integers (int64), and the relative error."""
     exact = tensor.to(torch.float64)
+    norm = float(exact.norm())
+    if not MIN_NORM < norm < MAX_NORM and bool(exact.any()):
+        return None
     predicted = torch.zeros_like(exact) if prediction is None else prediction.to(torch.float64)
     difference = exact - predicted
-    limit = bound * float(exact.norm())
+    limit = bound * norm
 
     def error(decoded: Tensor) -> float:
         return float((decoded.to(tensor.dtype).to(torch.float64) - exact).norm())
@@ -226,7 +232,7 @@ def _search_step_size(tensor: Tensor, bound: float, prediction: Tensor | None) -
     unchanged = error(predicted)
     if unchanged <= limit:
         zeros = torch.zeros(tensor.shape, dtype=torch.int64)
-        return StepSize.at_most(1.0), zeros, unchanged / max(float(exact.norm()), 1e-300)
+        return StepSize.at_most(1.0), zeros, unchanged / norm if norm else 0.0
     largest = float(difference.abs().max())
     # uniform noise of a step size s has the mean square s² / 12; no useful step size is above twice the largest number
     size, too_large = limit * (12 / tensor.numel()) ** 0.5, 2 * largest
@@ -239,7 +245,7 @@ def _search_step_size(tensor: Tensor, bound: float, prediction: Tensor | None) -
         integers = (difference / float(step_size)).round()
         found = error(predicted + integers * float(step_size))
         if found <= limit:
-            best = step_size, integers.to(torch.int64), found / float(exact.norm())
+            best = step_size, integers.to(torch.int64), found / norm
             if found >= CLOSE * limit:
                 break
             smallest = float(step_size)
@@ -266,25 +272,31 @@ def _row_classes(rows: Tensor) -> np.ndarray:
 
 def _is_readable(coded: CodedTensor) -> bool:
     try:
-        _check(coded)
-    except (FormatError, ValueError):
+        _Header.of("", coded).check()
+    except ValueError:
         return False
     return True
 
 
-def _check(coded: CodedTensor) -> None:
-    """Raise `FormatError` or `ValueError` unless shape, classes and stream belong together, before memory is taken."""
-    numbers = math.prod(coded.shape)
-    if not all(size > 0 for size in coded.shape) or coded.dtype not in dtypes.STORED:
-        raise FormatError(f"a coded tensor has the shape {coded.shape} and the dtype {coded.dtype}.")
-    expected = _row_count(coded.shape) if coded.stream else 0
-    if len(coded.classes) != expected:
-        raise FormatError(f"a coded tensor has {len(coded.classes)} classes, and should have {expected}.")
-    if not 0 < coded.step_size.mantissa < 2**MANTISSA_BITS or abs(coded.step_size.exponent) > 1000:
-        raise FormatError(f"a coded tensor has the step size {coded.step_size}.")
-    # zeros beside a reference are as large as the reference, which was checked
-    if coded.stream or coded.reference is None:
-        check_coded_count(numbers, len(coded.stream), "a coded tensor")
+def can_be_read(tensors: Collection[CodedTensor], references: Collection[CodedTensor] = ()) -> bool:
+    """Return whether `check_total` accepts coded tensors; arguments as there."""
+    try:
+        check_total(tensors, references)
+    except ValueError:
+        return False
+    return True
+
+
+def check_total(tensors: Collection[CodedTensor], references: Collection[CodedTensor] = ()) -> None:
+    """Raise `ValueError` if coded tensors together decode to more numbers than their bytes explain.
+
+    Args:
+        tensors: The tensors.
+        references: The references of the pack, which explain as many numbers as they have.
+    """
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors)
+    explained = sum(math.prod(reference.shape) for reference in references)
+    check_coded_count(numbers - explained, sum(len(tensor.stream) for tensor in tensors), "coded tensors together")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,23 +312,41 @@ class _Header:
     classes: int
     stream: int
 
+    @classmethod
+    def of(cls, name: str, tensor: CodedTensor) -> "_Header":
+        step_size = tensor.step_size
+        return cls(
+            name,
+            dtypes.name(tensor.dtype),
+            tensor.shape,
+            step_size.mantissa,
+            step_size.exponent,
+            tensor.reference,
+            len(tensor.classes),
+            len(tensor.stream),
+        )
+
+    def check(self) -> None:
+        """Raise `ValueError` unless all fields are valid and belong together."""
+        if min(self.classes, self.stream, self.reference or 0) < 0:
+            raise FormatError("the header of coded tensors has a negative number.")
+        dtypes.by_name(self.dtype)
+        if not all(size > 0 for size in self.shape):
+            raise FormatError(f"a coded tensor has the shape {self.shape}.")
+        expected = _row_count(self.shape) if self.stream else 0
+        if self.classes != expected:
+            raise FormatError(f"a coded tensor has {self.classes} classes, and should have {expected}.")
+        if not 0 < self.mantissa < 2**MANTISSA_BITS or abs(self.exponent) > 1000:
+            raise FormatError(f"a coded tensor has the step size {self.mantissa} · 2^{self.exponent}.")
+        # zeros beside a reference are as large as the reference, which was checked
+        if self.stream or self.reference is None:
+            check_coded_count(math.prod(self.shape), self.stream, "a coded tensor")
+
 
 def to_bytes(tensors: Iterable[tuple[str, CodedTensor]]) -> bytes:
     """Return coded tensors and their names as bytes: a header, the classes of all rows, and the streams."""
     listed = list(tensors)
-    header = [
-        [
-            name,
-            dtypes.name(tensor.dtype),
-            list(tensor.shape),
-            tensor.step_size.mantissa,
-            tensor.step_size.exponent,
-            tensor.reference,
-            len(tensor.classes),
-            len(tensor.stream),
-        ]
-        for name, tensor in listed
-    ]
+    header = [astuple(_Header.of(name, tensor)) for name, tensor in listed]
     text = json.dumps(header, separators=(",", ":")).encode()
     parts = [_deflate(text), _deflate(b"".join(tensor.classes for _, tensor in listed))]
     return b"".join([*(varint.encode(len(part)) + part for part in parts), *(tensor.stream for _, tensor in listed)])
@@ -326,7 +356,7 @@ def from_bytes(data: bytes) -> list[tuple[str, CodedTensor]]:
     """Read the names and coded tensors that `to_bytes` wrote. No tensor is decoded for it.
 
     Raises:
-        FormatError, ValueError: The bytes are not valid, or stand for more numbers than they explain.
+        ValueError: The bytes are not valid, or a tensor has more numbers than they explain.
     """
     header, at = _inflate(data, 0, MAX_JSON_BYTES)
     rows = json.loads(header)
@@ -334,20 +364,19 @@ def from_bytes(data: bytes) -> list[tuple[str, CodedTensor]]:
         raise FormatError("the header of coded tensors is not a list of lists.")
     fields = list(_Header.__dataclass_fields__)
     headers = [from_json(_Header, dict(zip(fields, row, strict=True)), "the header of coded tensors") for row in rows]
-    if any(min(entry.classes, entry.stream) < 0 or (entry.reference or 0) < 0 for entry in headers):
-        raise FormatError("the header of coded tensors has a negative number.")
-    all_classes, at = _inflate(data, at, sum(entry.classes for entry in headers))
+    # before memory is taken for anything that a header states
+    for entry in headers:
+        entry.check()
+    n_classes = sum(entry.classes for entry in headers)
+    check_expansion(n_classes, len(data), "the classes of coded tensors")
+    all_classes, at = _inflate(data, at, n_classes)
     tensors, start = [], 0
     for entry in headers:
-        dtype = dtypes.parse(entry.dtype)
-        assert dtype is not None
         classes, stream = all_classes[start : start + entry.classes], data[at : at + entry.stream]
-        step_size = StepSize(entry.mantissa, entry.exponent)
-        tensor = CodedTensor(dtype, entry.shape, step_size, entry.reference, classes, stream)
         if len(stream) != entry.stream:
             raise FormatError("the bytes of coded tensors end too early.")
-        _check(tensor)
-        tensors.append((entry.name, tensor))
+        dtype, step_size = dtypes.by_name(entry.dtype), StepSize(entry.mantissa, entry.exponent)
+        tensors.append((entry.name, CodedTensor(dtype, entry.shape, step_size, entry.reference, classes, stream)))
         start, at = start + entry.classes, at + entry.stream
     if start != len(all_classes) or at != len(data):
         raise FormatError("the bytes of coded tensors are followed by more.")

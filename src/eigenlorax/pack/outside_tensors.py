@@ -70,12 +70,14 @@ class StoredTensors:
         error: Largest relative error of a coded tensor.
         source_bytes: Bytes of the tensors in the source.
         numbers: Number of their elements.
+        is_coded: True if some of them are coded, here or in the pack that they were read from.
     """
 
     tensors: Mapping[str, Tensor]
     error: float
     source_bytes: int
     numbers: int
+    is_coded: bool
 
     @property
     def size(self) -> int:
@@ -108,12 +110,16 @@ class OutsideTensors:
     @property
     def baseline_bytes(self) -> int:
         """Bytes of all tensors in an uncompressed adapter, with which a compression ratio compares."""
-        return sum(baseline_bytes(each.source_bytes, each.numbers, self.error) for each in (self.heads, self.carried))
+        # codes that are kept add no error, but are as coarse as before
+        is_coded = self.heads.is_coded or self.carried.is_coded
+        return sum(
+            baseline_bytes(each.source_bytes, each.numbers, is_coded=is_coded) for each in (self.heads, self.carried)
+        )
 
 
-def baseline_bytes(source_bytes: int, numbers: int, error: float) -> int:
+def baseline_bytes(source_bytes: int, numbers: int, *, is_coded: bool) -> int:
     """Return the bytes of tensors in an uncompressed adapter: in 16 bits at most, unless they are stored exactly."""
-    return min(source_bytes, 2 * numbers) if error else source_bytes
+    return min(source_bytes, 2 * numbers) if is_coded else source_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +152,14 @@ class OutsideCoding:
             if self.head_error is not None:
                 bound = error_bound(key, tensor, self.head_error, is_head=is_head)
                 encoded = self._known_code(tensors, key) or self._encode_tensor(tensor, bound)
-            if encoded is None:
+            if encoded is None or not tensor_codes.can_be_read([*codes.values(), encoded[0]], self.references.coded):
                 exact[key] = tensor
             else:
                 codes[key], error = encoded
                 errors.append(error)
         stored = DecodedTensors(exact, codes, self.references) if codes else exact
-        return StoredTensors(stored, max(errors), source_bytes, numbers)
+        is_coded = bool(codes) or isinstance(tensors, DecodedTensors)
+        return StoredTensors(stored, max(errors), source_bytes, numbers, is_coded)
 
     def _known_code(self, tensors: Mapping[str, Tensor], key: str) -> tuple[CodedTensor, float] | None:
         """Return the code of a tensor that was decoded from a pack, which adds no error, and an error of 0."""
@@ -275,7 +282,7 @@ def choose_references(collection: Sequence[ScannedAdapter], head_error: float) -
     for _, candidates in sorted(members.items()):
         for group in _groups(candidates):
             reference = _reference(group, head_error)
-            if reference is not None:
+            if reference is not None and tensor_codes.can_be_read([*references, reference]):
                 references.append(reference)
     return References(references)
 
@@ -312,6 +319,9 @@ def _reference(group: Sequence[_Member], head_error: float) -> CodedTensor | Non
         exact = member.tensor.double()
         square = float(exact.square().sum())
         error = error_bound(member.key, exact, head_error, is_head=member.is_head) ** 2 * square
+        if not error:
+            # below the smallest number: no tensor of the group can be coded
+            return None
         difference = max(float((exact - mean).square().sum()), error)
         # half a bit per number for every factor of 2 in the mean square
         saved_bits += 0.5 * math.log2(square / difference)
@@ -344,9 +354,11 @@ def decode_heads(tensors: Mapping[str, Tensor], references: References) -> dict[
         FormatError: The codes are not valid, or refer to a tensor that is not among the references.
     """
     try:
-        coded_heads = sorted(tensor_codes.from_bytes(coded.tensor_bytes(tensors, keys.CODED_HEADS)))
+        listed = dict(tensor_codes.from_bytes(coded.tensor_bytes(tensors, keys.CODED_HEADS)))
+        tensor_codes.check_total(listed.values(), references.coded)
+        coded_heads = [code for _, code in sorted(listed.items(), key=lambda pair: pair[0])]
         return {
-            key: coded_heads[tensor.shape[1]][1].decode(references) if _is_mark(tensor) else tensor
+            key: coded_heads[tensor.shape[1]].decode(references) if _is_mark(tensor) else tensor
             for key, tensor in tensors.items()
             if key != keys.CODED_HEADS
         }
@@ -367,6 +379,7 @@ def from_file(tensors: Mapping[str, Tensor], coded_key: str, references: Referen
     """
     listed = tensor_codes.from_bytes(coded.tensor_bytes(tensors, coded_key))
     codes = dict(listed)
+    tensor_codes.check_total(codes.values(), references.coded)
     exact = {
         key: tensor
         for key, tensor in tensors.items()

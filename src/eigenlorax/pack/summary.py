@@ -289,11 +289,12 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
     width = min(storage_by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
     carried = sum(record.carried_bytes for record in records.values())
     carried_before = sum(
-        baseline_bytes(record.source_carried_bytes, record.carried_numbers, record.head_error)
+        baseline_bytes(record.source_carried_bytes, record.carried_numbers, is_coded=record.head_error > 0)
         for record in records.values()
     )
     heads_before = sum(
-        baseline_bytes(record.source_head_bytes, record.head_numbers, record.head_error) for record in records.values()
+        baseline_bytes(record.source_head_bytes, record.head_numbers, is_coded=record.head_error > 0)
+        for record in records.values()
     )
     coefficients = sum(record.coefficient_bytes for record in records.values())
     lora = width * lora_numbers(records) + carried_before
