@@ -120,8 +120,10 @@ def check_writable(adapter: Adapter, format: str) -> None:
     dialect = writable(format).dialect
     if dialect is not None:
         writer.check(adapter, dialect)
-    elif format_of(adapter.origin) != PEFT:
-        writer.for_peft(adapter)
+    else:
+        if format_of(adapter.origin) != PEFT:
+            writer.for_peft(adapter)
+        peft.check_complete(adapter, f"adapter {adapter.name!r}")
 
 
 def format_of(origin: Origin | None) -> str:

@@ -15,6 +15,7 @@ from ..codec.tensor_codes import References
 from ..core import dtypes, keys, limits
 from ..core.adapter import Origin, is_valid_kernel
 from ..core.json_dataclasses import from_json
+from ..core.keys import Kind
 from ..core.subspace import Subspace
 from ..formats import files as lora_files
 from ..formats import lora_config, peft, safetensors_file
@@ -213,10 +214,13 @@ def from_files(
     coefficients, payload = storage.read_adapter(tensors, slots, lambda: context.at(fingerprint))
     heads = _decoded(tensors, keys.CODED_HEADS, context)
     _check_names(config.target_modules, [*heads, *carried])
+    _check_heads(heads, source)
     origin = None
     if keys.SOURCE_FILE in files:
         _, fields = limits.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)
         origin = from_json(Origin, fields, keys.SOURCE_FILE)
+        # lone surrogates cannot be exported: this raises an error for them
+        "".join(text for pair in origin.metadata.items() for text in pair).encode("utf-8")
     return PackedAdapter(
         name=name,
         coefficients=coefficients,
@@ -307,6 +311,13 @@ def _check_names(modules: Iterable[str], stored: Iterable[str]) -> None:
     for module, key in factors.items():
         if keys.parse_peft_key(key).module != module:
             raise ValueError(f"{module!r} is no name of a module")
+
+
+def _check_heads(heads: Iterable[str], source: Mapping[str, Any]) -> None:
+    """Raise `FormatError` or `ValueError` if a head would not be one in the exported LoRA."""
+    for key in heads:
+        if keys.parse_peft_key(key, source.get("modules_to_save") or ()).kind is not Kind.HEAD:
+            raise ValueError(f"{key!r} is no name of a head")
 
 
 def _to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
