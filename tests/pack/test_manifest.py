@@ -1,6 +1,7 @@
 """The manifest: a change of its bytes is noticed, and what a mistaken tool signed is refused before it is believed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,15 @@ def test_a_field_that_is_missing_or_unknown_is_refused_though_the_digest_fits(da
             manifest_json.parse(changed(data, path, put("text")), PATH)
 
 
+def test_long_lists_of_ranks_are_not_shared(data):
+    found = manifest_json.parse(data, PATH)
+    entry = found.adapters["a0"]
+    long = replace(entry, record=replace(entry.record, ranks=list(range(1, 66))))
+    written = manifest_json.to_bytes(replace(found, adapters={"a0": long, "a1": long}))
+    assert "ranks" not in json.loads(written)["shared_fields"]
+    assert manifest_json.parse(written, PATH).adapters["a1"] == long
+
+
 SIDE = ("subspace", "modules", "encoder.0.query", "down")
 
 
@@ -237,6 +247,9 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
         (("adapters", "a0", "files", "../../../secret"), "0" * 64, "files"),
         (("adapters", "../a"), {}, "adapter name '../a' is not allowed"),
         (("subspace", "dtype"), "int3", "dtype"),
+        (("subspace", "reference_bytes"), -1, "reference_bytes is not 0 to stored_bytes"),
+        (("subspace", "reference_bytes"), 10**9, "reference_bytes is not 0 to stored_bytes"),
+        (("shared_fields", "ranks"), [3] * 65, "more than 64 ranks"),
         (("coefficient_dtype",), "complex64", "dtype"),
         (
             ("format_version",),

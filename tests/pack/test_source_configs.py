@@ -92,6 +92,11 @@ def test_what_is_shared_is_what_most_have_in_any_order():
     assert source_configs.shared_fields(pairs)["r"] == 5
 
 
+def test_fields_that_every_adapter_would_repeat_in_memory_are_not_shared():
+    pattern = {f"layer.{n}.query": n for n in range(10_000)}
+    assert source_configs.shared_fields([text_of(rank_pattern=pattern)] * 3) == PEFT
+
+
 class TestPacks:
     @pytest.fixture
     def sources(self, tmp_path):
@@ -148,6 +153,15 @@ class TestPacks:
         signed_again(folder)
         with pytest.raises(PackDamagedError, match="differences of an unknown form"):
             ex.Pack.open(folder).packed("a")
+
+    def test_large_shared_fields_are_refused(self, sources, tmp_path):
+        folder = ex.fit(sources, n_components=4).save(tmp_path / "pack")
+        body = json.loads((folder / keys.MANIFEST).read_text())
+        body["source_fields"]["rank_pattern"] = {"x" * 70_000: 1}
+        (folder / keys.MANIFEST).write_text(json.dumps(body))
+        signed_again(folder)
+        with pytest.raises(PackDamagedError, match="source_fields is too large"):
+            ex.Pack.open(folder)
 
     def test_the_folder_of_an_adapter_names_modules_only_where_it_lacks_some(self, tmp_path):
         first = next(iter(MODULES))

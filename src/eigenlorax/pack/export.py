@@ -88,8 +88,9 @@ def _check_all_writable(pack: PackContents, plan: ExportPlan, progress: Progress
 
 
 def _memory(packed: PackedAdapter) -> int:
-    """Estimate the bytes of an adapter in memory: at most two float32 numbers per element, and other tensors."""
-    return 8 * packed.record.lora_numbers + packed.record.head_bytes + packed.record.carried_bytes
+    """Estimate the bytes of an adapter in memory: two float32 numbers per element, other tensors, and its config."""
+    others = packed.record.head_bytes + packed.record.carried_bytes + len(packed.source_config)
+    return 8 * packed.record.lora_numbers + others
 
 
 def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:

@@ -10,6 +10,7 @@ from ..core import keys
 from ..core.fit_options import PURPOSES, SIZE_OPTIONS, WEIGHTINGS
 from ..core.json_dataclasses import JsonTypeError
 from ..core.limits import MAX_DIMENSION
+from . import source_configs
 from .manifest import SOLVERS, FitInfo, Manifest, SubspaceInfo
 from .packed_adapter import Record
 
@@ -29,6 +30,7 @@ def check(manifest: Manifest) -> None:
     _check_bases(manifest)
     _check_adapters(manifest)
     _check_parents(manifest)
+    _check_all([(source_configs.is_small(manifest.source_fields), "source_fields is too large")])
     if manifest.basis is not None:
         _check_bases(manifest.basis)
         _check_training_basis(manifest, manifest.basis)
@@ -47,6 +49,10 @@ def _check_bases(manifest: Manifest) -> None:
         [
             (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
             (manifest.subspace.stored_bytes >= 0, "subspace.stored_bytes is negative"),
+            (
+                0 <= manifest.subspace.reference_bytes <= manifest.subspace.stored_bytes,
+                "subspace.reference_bytes is not 0 to stored_bytes",
+            ),
         ]
     )
 

@@ -29,6 +29,8 @@ _SINCE: dict[int, dict[str, Any]] = {
 """Fields of `fit` by the format version that introduced them, with their values in older packs."""
 _SHARED_FIELDS = {"parent", *Record.__dataclass_fields__} - {"delta_error", "rounding_error", "source_sha256"}
 """Fields of an adapter that are often the same for most adapters."""
+_MAX_SHARED_RANKS = 64
+"""Largest number of ranks that entries share, because each entry has a list of its own in memory."""
 _BASIS_FIELDS = {"fit", "coefficient_dtype", "subspace"}
 _REMEDY = "Restore the pack from a copy, or fit it again."
 
@@ -63,7 +65,7 @@ def _adapter_fields(adapters: Mapping[str, Entry]) -> dict[str, Any]:
     for name in _SHARED_FIELDS:
         counts = Counter(json.dumps(fields[name]) for fields in entries.values())
         text, count = min(counts.items(), key=lambda pair: (-pair[1], pair[0]), default=("", 0))
-        if count > 1:
+        if count > 1 and (name != "ranks" or len(json.loads(text)) <= _MAX_SHARED_RANKS):
             shared[name] = json.loads(text)
     return {
         "shared_fields": shared,
@@ -154,6 +156,8 @@ def _entries(body: dict[str, Any]) -> dict[str, Any]:
     shared = from_json(dict, body.get("shared_fields"), "shared_fields")
     if not shared.keys() <= _SHARED_FIELDS:
         raise JsonTypeError(f"shared_fields has the fields {sorted(shared)}, and may have {sorted(_SHARED_FIELDS)}.")
+    if len(from_json(list, shared.get("ranks", []), "shared_fields.ranks")) > _MAX_SHARED_RANKS:
+        raise JsonTypeError(f"shared_fields.ranks has more than {_MAX_SHARED_RANKS} ranks.")
     complete = {name: {**shared, **from_json(dict, fields, f"adapters.{name}")} for name, fields in entries.items()}
     for fields in complete.values():
         if "delta_error" in fields:

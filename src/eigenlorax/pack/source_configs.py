@@ -14,11 +14,16 @@ from ..core.json_dataclasses import reject_constant
 CHANGED, REMOVED = "eigenlorax_changed", "eigenlorax_removed"
 """Fields of a file with differences: fields with other values, by name, and names of fields that the config lacks."""
 
+MAX_SHARED_CHARACTERS = 2**16
+"""Largest text of the shared fields, because each adapter has all of them again in memory."""
+
 Fields = Mapping[str, Any]
 
 
 def shared_fields(configs: Iterable[str]) -> dict[str, Any]:
     """Return the most common value of each field that at least two configs have alike, sorted by name.
+
+    Fields that would exceed `MAX_SHARED_CHARACTERS` are left out.
 
     Args:
         configs: Texts of the configs. Their order does not matter.
@@ -31,9 +36,14 @@ def shared_fields(configs: Iterable[str]) -> dict[str, Any]:
     for name, values in sorted(counts.items()):
         # of values that are as common, the first one in the order of texts
         text, count = min(values.items(), key=lambda pair: (-pair[1], pair[0]))
-        if count > 1:
+        if count > 1 and is_small({**shared, name: json.loads(text)}):
             shared[name] = json.loads(text)
     return shared
+
+
+def is_small(shared: Fields) -> bool:
+    """Return whether fields are so few and short that the adapters of a pack may share them."""
+    return len(_text(shared)) <= MAX_SHARED_CHARACTERS
 
 
 def to_bytes(config: str, shared: Fields) -> bytes:
