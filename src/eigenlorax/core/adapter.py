@@ -191,9 +191,8 @@ class Adapter:
         modules: Factors by module name, with the same keys; usually read at each access (`LazyMapping`).
         base_model: Name or path of the base model.
         revision: Revision of the base model.
-        heads: Task heads, trained biases and resized embeddings, by PEFT's tensor names. They are stored unchanged.
+        heads: Task heads, trained biases and resized embeddings, by PEFT's tensor names.
         carried: Tensors that a subspace cannot represent (DoRA magnitudes, embedding LoRA), by PEFT's tensor names.
-            They are stored unchanged.
         source_config: Text of `adapter_config.json`, verbatim.
         file_bytes: Size of the adapter's file.
         subspace: Fingerprint of the subspace that the adapter was trained in, if any.

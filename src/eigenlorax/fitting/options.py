@@ -144,7 +144,7 @@ class Target:
         if not shapes:
             raise OptionError(
                 "No module is left to fit: every LoRA module is excluded (exclude_modules, --exclude-module), or of a "
-                "kind that packs store unchanged."
+                "kind that is stored outside the subspace."
             )
         largest = max(max(shape) for shape in shapes.values())
         if self.n_components is not None and self.n_components > largest:

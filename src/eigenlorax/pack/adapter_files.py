@@ -215,12 +215,6 @@ def from_files(
     heads = _decoded(tensors, keys.CODED_HEADS, context)
     _check_names(config.target_modules, [*heads, *carried])
     _check_heads(heads, source)
-    origin = None
-    if keys.SOURCE_FILE in files:
-        _, fields = limits.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)
-        origin = from_json(Origin, fields, keys.SOURCE_FILE)
-        # lone surrogates cannot be exported: this raises an error for them
-        "".join(text for pair in origin.metadata.items() for text in pair).encode("utf-8")
     return PackedAdapter(
         name=name,
         coefficients=coefficients,
@@ -230,11 +224,22 @@ def from_files(
         source_config=source_config,
         record=entry.record,
         subspace=fingerprint,
-        origin=origin,
+        origin=_origin(files),
         payload=payload,
         source_dtype=dtypes.parse(config.source_dtype),
         parent=entry.parent,
     )
+
+
+def _origin(files: Mapping[str, bytes]) -> Origin | None:
+    """Return the file of the source, for formats other than PEFT's; None if there is none."""
+    if keys.SOURCE_FILE not in files:
+        return None
+    _, fields = limits.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)
+    origin: Origin = from_json(Origin, fields, keys.SOURCE_FILE)
+    # lone surrogates cannot be exported: this raises an error for them
+    "".join(text for pair in origin.metadata.items() for text in pair).encode("utf-8")
+    return origin
 
 
 def _decoded(tensors: Mapping[str, Tensor], coded_key: str, context: ReadingContext) -> Mapping[str, Tensor]:

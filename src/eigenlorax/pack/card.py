@@ -68,7 +68,7 @@ def _figures(figures: Summary) -> list[str]:
     for group, errors in (("fitted", figures.in_fit), ("projected afterwards", figures.projected)):
         lines += [_error_row(group, errors, is_bound=bool(figures.bounds))] if errors is not None else []
     lines += [
-        f"| LoRA bytes, heads aside | {b.lora:,} |",
+        f"| LoRA bytes, without heads | {b.lora:,} |",
         f"| basis + coefficients + carried bytes | {b.basis:,} + {b.coefficients:,} + {b.carried:,} |",
         *[f"| basis for training and serving, bytes | {b.training_basis:,} |"] * bool(b.training_basis),
         *[_head_row(figures)] * bool(b.heads),

@@ -15,7 +15,7 @@ class ScannedAdapter:
         adapter: The adapter.
         scan: Content hash and norms of its tensors.
         subspace_names: Name in the subspace of each such module, by the adapter's own name. Other modules are stored
-            unchanged.
+            outside it.
     """
 
     adapter: Adapter

@@ -32,7 +32,7 @@ def shared_fields(configs: Iterable[str]) -> dict[str, Any]:
     for config in configs:
         for name, value in (_canonical_fields(config) or {}).items():
             counts.setdefault(name, Counter())[_text(value)] += 1
-    shared = {}
+    shared: dict[str, Any] = {}
     for name, values in sorted(counts.items()):
         # of values that are as common, the first one in the order of texts
         text, count = min(values.items(), key=lambda pair: (-pair[1], pair[0]))

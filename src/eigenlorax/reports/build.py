@@ -269,6 +269,6 @@ def _notes(pack: Pack, matched: Originals | None, measured: Measured | None) -> 
     carried = [name for name, record in pack.records.items() if record.carried_bytes]
     if carried:
         notes.append(
-            f"{len(carried)} adapters have tensors that the pack stores unchanged. The errors here do not include them."
+            f"{len(carried)} adapters have carried tensors, outside the subspace. The errors here do not include them."
         )
     return notes

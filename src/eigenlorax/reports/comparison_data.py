@@ -158,7 +158,7 @@ class Bytes:
         lora_float16: Bytes of the factors at two bytes per number, and of carried tensors.
         basis: Bytes of the bases.
         coefficients: Bytes of the coefficients.
-        carried: Bytes of tensors that the pack stores unchanged.
+        carried: Bytes of carried tensors.
         heads: Bytes of trained heads.
         ratio: lora ÷ (basis + coefficients + carried).
         limit: The ratio for an unlimited number of such adapters.

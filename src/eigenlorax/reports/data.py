@@ -119,7 +119,7 @@ class AdapterFigures:
         lora_bytes: Bytes of its factors, in the dtype of the pack.
         file_bytes: Bytes of its weights file.
         coefficient_bytes: Bytes of its coefficients in the pack.
-        carried_bytes: Bytes of tensors that the pack stores unchanged.
+        carried_bytes: Bytes of carried tensors.
         head_bytes: Bytes of its trained heads.
     """
 

@@ -53,10 +53,10 @@ def weights(report: ReportData, max_rows: int | None = None) -> Table:
             "carried",
             lambda a: a.carried_bytes or None,
             numbers.size,
-            "bytes of tensors that are stored unchanged",
+            "bytes of carried tensors, outside the subspace",
             exact=True,
         ),
-        Field("head", lambda a: a.head_bytes or None, numbers.size, "bytes of heads, stored unchanged", exact=True),
+        Field("head", lambda a: a.head_bytes or None, numbers.size, "bytes of heads, as they are stored", exact=True),
     ]
     return make_table("Bytes and factors of all adapters", fields, report.adapters[:max_rows])
 
@@ -161,7 +161,7 @@ def bytes_(report: ReportData) -> Table:
         ("LoRAs, files", b.lora_files, None),
         ("basis", b.basis, None),
         ("coefficients", b.coefficients, None),
-        ("carried: tensors stored unchanged", b.carried or None, None),
+        ("carried tensors", b.carried or None, None),
         ("this pack, total", stored, b.ratio),
         ("heads, not counted", b.heads or None, None),
     ]
