@@ -91,7 +91,7 @@ class TestPackForStorage:
         document = Document(page.render(reported[1]))
         assert [text for text, _ in document.all("h2")][:3] == ["Findings", "Bytes at an error", "Bytes"]
         assert "With more or fewer components" not in [text for text, _ in document.all("h2")]
-        assert [text[:17] for text, _ in document.of_class("tile")] == ["Bytes of the pack", "Error in the fit,"]
+        assert [text[:17] for text, _ in document.of_class("tile")] == ["Bytes of the pack", f"Largest error{numbers.error(reported[1].in_fit.worst)[:4]}"]
 
     def test_a_pack_by_components_leads_with_what_a_left_out_adapter_loses(self, reported):
         adapters = random_collection(7)

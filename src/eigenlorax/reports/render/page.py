@@ -12,7 +12,7 @@ from .. import numbers
 from ..data import ReportData
 from ..energies import energies
 from ..frontier import at_equal_error, on_task
-from ..size_advice import is_for_storage, pack_bytes
+from ..size_advice import is_for_storage, pack_bytes, worst_error
 from . import bars, facts, tables, task_tables
 from .environment import html_environment
 from .figures import curves, error_plots, maps, module_labels, svg
@@ -64,6 +64,7 @@ def render(report: ReportData) -> str:
         size_range=facts.size_range(report),
         is_for_storage=context["is_for_storage"],
         pack_bytes=pack_bytes(report),
+        worst_error=worst_error(report),
         marks=MARKS,
         sections=[(name, *SECTIONS[name], content) for name, content in contents.items() if content],
     )
