@@ -82,6 +82,14 @@ class TestWhatIsChosen:
             assert not any(c.has_residual for name in pack.names for c in pack.packed(name).coefficients.values())
             assert not any("without a dtype" in note for note in pack.notes)
 
+    @pytest.mark.parametrize("purpose", ["storage", "training", "serving"])
+    def test_a_refit_keeps_the_purpose_of_modules_that_are_narrower_than_the_default(self, purpose):
+        pack = ex.fit(
+            [random_adapter(name, seed, modules={"l.0": (15, 20)}) for seed, name in enumerate("ab")], purpose=purpose
+        )
+        again = ex.refit(pack).pack
+        assert (again.fit_info.purpose, again.storage) == (purpose, pack.storage)
+
     @pytest.mark.parametrize("purpose", ["training", "serving"])
     def test_the_error_after_rounding_is_close_to_that_of_float32(self, adapters, purpose):
         size = {"n_components": 9}

@@ -170,6 +170,27 @@ class TestFromThePack:
         before, after = (p.adapter("a").modules[QUERY] for p in (pack, found.pack))
         assert torch.equal(before.down, after.down)
 
+    @pytest.mark.parametrize("options", [{"n_components": 4}, {"max_error": 0.3}])
+    def test_errors_do_not_count_modules_kept_out(self, options):
+        originals = random_collection(3)
+        pack = ex.fit(originals, exclude_modules=["encoder.0.dense"], **options)
+        again = ex.refit(pack, n_components=3).pack
+        assert ex.verify(again, originals).holds
+        assert ex.refit(again, max_error=0.4).changes["a0"].moved < 1
+
+    def test_bounds_include_the_rounding_of_modules_that_come_into_the_subspace(self):
+        # a0 has one more module, with most of its update
+        modules = {**PLANTED, "encoder.1.key": (23, 31)}
+        late = random_adapter("late", 50, modules=modules)
+        large = {**late.modules, "encoder.1.key": replace(late.modules["encoder.1.key"], scaling=1000.0)}
+        late = from_factors("late", large, base_model="org/base")
+        pack = ex.fit(random_collection(3), max_error=0.01)
+        pack.add(late, carry_missing=True)
+        assert pack.records["late"].head_error > 0.001
+        again = ex.refit(pack, max_error=1e-4).pack
+        assert ex.verify(again, [late]).holds
+        assert again.records["late"].delta_error < 0.01
+
     @pytest.mark.filterwarnings("ignore::eigenlorax.errors.UntrainedAdapterWarning")
     def test_one_that_is_untrained_and_one_that_was_lost_as_a_whole(self):
         zero = {m: LoRAFactors(normal(2, i, seed=1), torch.zeros(o, 2), 1.0) for m, (o, i) in PLANTED.items()}

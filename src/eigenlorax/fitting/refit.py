@@ -262,6 +262,9 @@ def _fit_options(
     old, purpose = pack.fit_info, None
     if all(value is None for value in sizes.values()):
         sizes, purpose = {name: getattr(old, name) for name in SIZE_OPTIONS}, old.purpose
+        if old.n_components is not None:
+            # the default of a purpose may exceed all dimensions, an option of `fit` may not
+            sizes["n_components"] = min(old.n_components, pack.info.largest_dimension)
     weighting = old.weighting if weighting is None else weighting
     bounds = {name: sizes[name] for name in BYTE_TARGETS}
     if sweeps is None and not is_entropy_coded(bounds, weighting, *storages):
@@ -287,7 +290,7 @@ def _compare(
     for done, name in enumerate(pack.names):
         progress("comparing adapters", done, len(pack.names))
         before, after = pack.packed(name), fitted.packed(name)
-        squares = compare_updates(pack.adapter(name, torch.float64), fitted.adapter(name, torch.float64), before)
+        squares = compare_updates(pack.adapter(name, torch.float64), fitted.adapter(name, torch.float64), before, after)
         record = after.record
         if name not in originals:
             # not the float64 in which the pack reconstructs it
@@ -301,7 +304,7 @@ def _compare(
 
 
 def _change(before: Record, after: Record, squares: UpdateSquares, from_original: bool) -> Change:
-    norm = squares.before + squares.outside
+    norm = squares.before + squares.outside + squares.excluded
     trained = not before.untrained
     return Change(
         from_original=from_original,

@@ -7,6 +7,7 @@ import torch
 
 from ..core import linalg
 from ..core.adapter import Adapter, LoRAFactors, delta_square
+from ..pack.outside_tensors import PRETRAINED_ERROR
 from ..pack.packed_adapter import PackedAdapter, Record
 
 
@@ -15,11 +16,14 @@ class UpdateSquares:
     """Squared Frobenius norms of one adapter's update before and after a refit.
 
     Attributes:
-        before: ‖update before‖² over the modules of the subspace.
+        before: ‖update before‖² over the modules of the old subspace.
         after: ‖update after‖² over the same modules.
         moved: ‖update after − update before‖² over the same modules.
-        outside: ‖update‖² over the other modules, which the old pack stored unchanged.
+        outside: ‖update before‖² over modules of the new subspace that are not in the old one.
         moved_outside: ‖update after − update before‖² over these modules.
+        excluded: ‖update before‖² over modules that are in neither subspace. No delta error includes them.
+        rounded_outside: Upper bound of ‖update before − original‖² over the modules of `outside`, whose factors an
+            entropy-coded pack rounds.
     """
 
     before: float
@@ -27,23 +31,45 @@ class UpdateSquares:
     moved: float
     outside: float
     moved_outside: float
+    excluded: float = 0.0
+    rounded_outside: float = 0.0
 
 
-def compare_updates(before: Adapter, after: Adapter, packed: PackedAdapter) -> UpdateSquares:
+def compare_updates(before: Adapter, after: Adapter, old: PackedAdapter, new: PackedAdapter) -> UpdateSquares:
     """Compare one adapter's reconstructions by the old and the new pack.
 
     Args:
         before: Reconstruction by the old pack.
         after: Reconstruction by the new pack.
-        packed: The adapter in the old pack.
+        old: The adapter in the old pack.
+        new: The adapter in the new pack.
     """
-    inside, outside = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
+    inside, outside, excluded, rounded = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0], 0.0
+    # a head may have a larger error than a LoRA; an earlier refit without originals may have coded the LoRA twice
+    largest = old.record.head_error
+    factor_error = largest if old.record.bound else min(largest, PRETRAINED_ERROR)
     for module, factors in before.modules.items():
         refitted = after.modules[module]
         squares = delta_square(factors), delta_square(refitted), _difference_square(factors, refitted)
-        sums = inside if module in packed.subspace_names else outside
+        added = outside if module in new.subspace_names else excluded
+        sums = inside if module in old.subspace_names else added
         sums[:] = [total + square for total, square in zip(sums, squares, strict=True)]
-    return UpdateSquares(inside[0], inside[1], inside[2], outside[0], outside[2])
+        if sums is outside:
+            rounded += _rounding_bound(factors, factor_error) ** 2
+    return UpdateSquares(inside[0], inside[1], inside[2], outside[0], outside[2], excluded[0], rounded)
+
+
+def _rounding_bound(factors: LoRAFactors, error: float) -> float:
+    """Return an upper bound of ‖B̂Â − BA‖ for decoded factors whose relative errors are at most `error`.
+
+    It is ‖B̂ − B‖ · ‖A‖₂ + ‖B̂‖₂ · ‖Â − A‖, where the norm of an error is at most error / (1 − error) times that of the
+    decoded factor.
+    """
+    down, up = factors.down.double(), factors.up.double()
+    share = error / max(1 - error, 1e-6)
+    down_error, up_error = share * float(down.norm()), share * float(up.norm())
+    spectral_down, spectral_up = (float(torch.linalg.matrix_norm(side, 2)) for side in (down, up))
+    return abs(factors.scaling) * (up_error * (spectral_down + down_error) + spectral_up * down_error)
 
 
 def _difference_square(first: LoRAFactors, second: LoRAFactors) -> float:
@@ -75,6 +101,11 @@ def follow_record(before: Record, after: Record, squares: UpdateSquares, *, alon
         error = _worst_projected_error(old_error, squares) + before.rounding_error
     else:
         error = worst_error(old_error, squares)
+    if squares.rounded_outside:
+        # by the triangle inequality; the norm of the old update is at most 1 + old_error times that of the original
+        norm = math.sqrt(squares.outside + squares.before / (1 + old_error) ** 2)
+        rounding = math.sqrt(squares.rounded_outside) / norm
+        error = (error + rounding) / max(1 - rounding, 1e-6)
     return replace(
         after,
         delta_error=error,
@@ -122,7 +153,7 @@ def worst_error(error: float, squares: UpdateSquares) -> float:
     """
     # in units of the total, so that the fourth powers below neither overflow nor vanish
     total = squares.before + squares.outside
-    before, after, moved, outside, moved_outside = (square / total for square in astuple(squares))
+    before, after, moved, outside, moved_outside, *_ = (square / total for square in astuple(squares))
     if error >= 1:
         # the originals are not bounded by a sphere: maximise over their norm
         change, smallest = math.sqrt(moved + moved_outside), math.sqrt(before) / (1 + error)

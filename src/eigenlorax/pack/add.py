@@ -74,7 +74,7 @@ class Addition:
 def check_extend(extend: int, pack: PackContents) -> int:
     """Return `extend` as an integer; `OptionError` if it is out of range, or impossible in this pack."""
     extend = to_int("extend", extend)
-    largest = max((side.dimension for pair in pack.info.modules.values() for side in pair.values()), default=0)
+    largest = pack.info.largest_dimension
     extension_error = storage_by_name(pack.coefficient_storage).extension_error
     if extension_error is not None:
         raise OptionError(extension_error)

@@ -128,6 +128,11 @@ class SubspaceInfo:
         return (*(step.fingerprint for step in self.growth), self.fingerprint)
 
     @property
+    def largest_dimension(self) -> int:
+        """Largest dimension of a side of a module; 0 without modules."""
+        return max((side.dimension for pair in self.modules.values() for side in pair.values()), default=0)
+
+    @property
     def n_extra(self) -> int:
         """Number of random components per side, over all augmentations."""
         side = next((sides["down"] for sides in self.modules.values()), None)
