@@ -380,6 +380,17 @@ class TestPush:
         done = online(call=lambda: say(ex.Pack.from_pretrained("org/new").adapter("beta").modules[QUERY].down.tolist()))
         assert torch.equal(torch.tensor(json_of(done)), pack.adapter("beta").modules[QUERY].down)
 
+    def test_a_basis_stays_where_it_is(self, online, hub, made, tmp_path):
+        place = ex.fit(made / "in", max_error=0.1, basis=4).save(tmp_path / "based")
+
+        def call():
+            pack = ex.Pack.open(place)
+            pack.push_to_hub("org/new", token=WRITER)
+            pack.basis.verify()
+            say(str(pack.basis.path))
+
+        assert json_of(online(call=call)) == str(place)
+
     def test_a_basis_for_training_to_the_byte(self, push, online, hub, made, tmp_path):
         place = ex.fit(made / "in", max_error=0.1, basis=4).save(tmp_path / "based")
         succeeded(push("org/pack", pack=lambda: ex.Pack.open(place)))

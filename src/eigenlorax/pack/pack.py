@@ -482,6 +482,9 @@ class Pack(WritableContents):
         basis: "Pack | None" = None,
     ) -> "Pack":
         """Return a pack in memory with these adapters, and another subspace or basis if one is passed."""
+        if basis is None and self.basis is not None:
+            # saving the copy gives its basis another folder
+            basis = self.basis._copy({})
         copied = Pack(
             self.subspace if subspace is None else subspace,
             self.info if subspace is None else manifest.describe(subspace, self._storage, self.reference_tensors),
@@ -490,7 +493,7 @@ class Pack(WritableContents):
             base_model=self.base_model,
             revision=self.revision,
             coefficient_dtype=self.coefficient_storage,
-            basis=self.basis if basis is None else basis,
+            basis=basis,
             reference_tensors=self.reference_tensors,
         )
         copied._source_fields = self._source_fields
