@@ -417,7 +417,9 @@ class TestOptionsThatMeanNothing:
     ],
 )
 def test_an_error_in_floats_is_said_to_be_one(options, note):
-    assert ex.fit(random_collection(2, modules=NARROW), max_error=0.5, **options).notes == [note]
+    notes = ex.fit(random_collection(2, modules=NARROW), max_error=0.5, **options).notes
+    # two adapters may be larger in a pack of floats, which is said in a note of its own
+    assert [text for text in notes if not text.startswith("The pack is ")] == [note]
 
 
 class TestRatios:

@@ -111,6 +111,6 @@ def refusal_reason(packed: PackedAdapter, within: float) -> str | None:
     if packed.record.delta_error <= within:
         return None
     return (
-        f"its error in the basis may be above {within:g}, the largest that is served (--serve-within); without a "
-        "shared basis it can be served"
+        f"its error in the basis may be above {within:g}, the largest that is served (serve_within=, --serve-within); "
+        "without a shared basis it can be served"
     )
