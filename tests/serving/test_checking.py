@@ -112,7 +112,7 @@ class TestBasis:
         assert found.shared.served == 6
         assert found.expanded.served == 7
         assert list(found.shared.refused) == ["far"]
-        assert "may be above 0.15, the largest that is served (serve_within=, --serve-within)" in found.shared.refused["far"]
+        assert "above 0.15, the largest that is served (serve_within=, --serve-within)" in found.shared.refused["far"]
         assert found.within == 0.15
         assert found.basis_errors == {n: r.delta_error for n, r in pack.on_basis(0.9999).records.items()}
         assert found.plan.shared.basis_bytes == 2 * 4 * (17 + 11)
