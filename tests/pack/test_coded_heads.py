@@ -156,8 +156,9 @@ class TestSizes:
     def test_of_normal_numbers_are_near_the_bound_of_rate_and_distortion(self):
         head = gauss(5, 200, 768).float()
         for bound in (0.3, 0.1, 0.02):
-            coded, error = tensor_codes.encode_tensor(head, bound, None)
-            assert error <= bound
+            quantised = tensor_codes.quantise_tensor(head, bound)
+            (coded,) = tensor_codes.encode_tensors([quantised])
+            assert quantised.error <= bound
             # Gaussian numbers need log2(1 / bound) bits; a uniform quantiser with ideal coding 0.25 bits more
             assert math.log2(1 / bound) < 8 * coded.size / head.numel() < math.log2(1 / bound) + 0.37
 
@@ -437,8 +438,16 @@ def test_step_sizes_are_just_below_the_wanted_one(size):
     assert 0.998 * size < float(StepSize.at_most(size)) <= size
 
 
+def test_tensors_have_the_same_bytes_together_as_alone():
+    heads = [gauss(1, 5, 70), torch.zeros(3), gauss(2, 900).half(), gauss(3, 41, 3).float()]
+    quantised = [tensor_codes.quantise_tensor(head, 0.05) for head in heads]
+    alone = [code for each in quantised for code in tensor_codes.encode_tensors([each])]
+    assert tensor_codes.encode_tensors(quantised) == alone
+    assert [distance(code.decode(()), head) <= 0.05 for code, head in zip(alone, heads, strict=True)] == [True] * 4
+
+
 def test_references_are_decoded_once():
-    coded, _ = tensor_codes.encode_tensor(gauss(1, 5, 70).float(), 0.1, None)
+    (coded,) = tensor_codes.encode_tensors([tensor_codes.quantise_tensor(gauss(1, 5, 70).float(), 0.1)])
     references = References([coded])
     assert references[0] is references[0]
     assert References.from_bytes(references.data).coded == references.coded

@@ -171,21 +171,41 @@ class QuantisedTensor:
         classes = torch.from_numpy(_row_classes(self.rows))[:, None]
         return float(code_bits(self.rows.double(), classes).sum())
 
-    def encode(self) -> CodedTensor:
-        """Return the tensor with entropy-coded integers."""
-        classes, stream = b"", b""
-        if bool(self.integers.any()):
-            row_classes = _row_classes(self.rows)
-            flat = self.rows.numpy().ravel()
-            (stream,) = entropy.encode([(flat, np.repeat(row_classes, self.rows.shape[1]))])
-            classes = row_classes.astype(np.uint8).tobytes()
-        return CodedTensor(self.dtype, tuple(self.integers.shape), self.step_size, self.reference, classes, stream)
+
+def encode_tensors(tensors: Sequence[QuantisedTensor]) -> list[CodedTensor | None]:
+    """Entropy-code the integers of tensors, which takes less time together. None for one that would not become smaller.
+
+    The bytes of a tensor do not depend on the others.
+    """
+    classes = [_row_classes(tensor.rows) if bool(tensor.integers.any()) else None for tensor in tensors]
+    streams = iter(
+        entropy.encode(
+            [
+                (tensor.rows.numpy().ravel(), np.repeat(row_classes, tensor.rows.shape[1]))
+                for tensor, row_classes in zip(tensors, classes, strict=True)
+                if row_classes is not None
+            ]
+        )
+    )
+    encoded: list[CodedTensor | None] = []
+    for tensor, row_classes in zip(tensors, classes, strict=True):
+        coded = CodedTensor(
+            dtype=tensor.dtype,
+            shape=tuple(tensor.integers.shape),
+            step_size=tensor.step_size,
+            reference=tensor.reference,
+            classes=row_classes.astype(np.uint8).tobytes() if row_classes is not None else b"",
+            stream=next(streams) if row_classes is not None else b"",
+        )
+        is_smaller = coded.size < tensor.dtype.itemsize * tensor.integers.numel()
+        encoded.append(coded if is_smaller and _is_readable(coded) else None)
+    return encoded
 
 
-def encode_tensor(
+def quantise_tensor(
     tensor: Tensor, bound: float, reference: tuple[int, Tensor] | None = None
-) -> tuple[CodedTensor, float] | None:
-    """Quantise a tensor as coarsely as an error bound allows, and encode its integers.
+) -> QuantisedTensor | None:
+    """Quantise a tensor as coarsely as an error bound allows.
 
     Args:
         tensor: The tensor.
@@ -193,18 +213,12 @@ def encode_tensor(
         reference: Number and values of a reference of the same shape, which is used if that takes fewer bytes.
 
     Returns:
-        The coded tensor and its relative error, or None if the bound cannot be met, or not in fewer bytes.
+        The tensor as integers; None if the bound cannot be met.
     """
     if not tensor.is_floating_point() or not tensor.numel():
         return None
     candidates = [_quantise(tensor, bound, None), *([_quantise(tensor, bound, reference)] if reference else [])]
-    quantised = min((each for each in candidates if each is not None), key=lambda each: each.bits, default=None)
-    if quantised is None:
-        return None
-    coded = quantised.encode()
-    if coded.size >= tensor.nbytes or not _is_readable(coded):
-        return None
-    return coded, quantised.error
+    return min((each for each in candidates if each is not None), key=lambda each: each.bits, default=None)
 
 
 def _quantise(tensor: Tensor, bound: float, reference: tuple[int, Tensor] | None) -> QuantisedTensor | None:

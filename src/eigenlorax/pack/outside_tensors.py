@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..codec import tensor_codes
 from ..codec.storage import coded
-from ..codec.tensor_codes import CodedTensor, References
+from ..codec.tensor_codes import CodedTensor, QuantisedTensor, References
 from ..core import keys
 from ..core.adapter import Adapter, LazyMapping
 from ..core.limits import PARSE_FAILURES, damaged_on_error
@@ -29,6 +29,8 @@ SAMPLED_NUMBERS = 4096
 """Number of elements by which tensors are compared with each other."""
 REFERENCE_SHARE = 0.7
 """Error of a reference, relative to the smallest error that a tensor which refers to it may have."""
+ENCODED_TOGETHER = 2**20
+"""Number of elements from which tensors of an adapter are entropy-coded; fewer wait for others."""
 _EMBEDDING = re.compile(r"embed\w*|\w*_embeddings|wte|wpe|shared|lm_head")
 
 
@@ -142,41 +144,54 @@ class OutsideCoding:
         )
 
     def _encode_all(self, tensors: Mapping[str, Tensor], *, is_head: bool) -> StoredTensors:
-        exact: dict[str, Tensor] = {}
+        source_bytes, numbers, waiting = 0, 0, 0
         codes: dict[str, CodedTensor] = {}
-        errors, source_bytes, numbers = [0.0], 0, 0
+        errors: dict[str, float] = {}
+        quantised: dict[str, QuantisedTensor] = {}
         for key in tensors:
             tensor = tensors[key]
             source_bytes, numbers = source_bytes + tensor.nbytes, numbers + tensor.numel()
-            encoded = None
-            if self.head_error is not None:
-                bound = error_bound(key, tensor, self.head_error, is_head=is_head)
-                encoded = self._known_code(tensors, key) or self._encode_tensor(tensor, bound)
-            if encoded is None or not tensor_codes.can_be_read([*codes.values(), encoded[0]], self.references.coded):
-                exact[key] = tensor
-            else:
-                codes[key], error = encoded
-                errors.append(error)
+            if self.head_error is None:
+                continue
+            if (known := self._known_code(tensors, key)) is not None:
+                self._add_codes(codes, {key: known})
+                continue
+            bound = error_bound(key, tensor, self.head_error, is_head=is_head)
+            if (candidate := self._quantise(tensor, bound)) is not None:
+                quantised[key], errors[key] = candidate, candidate.error
+                waiting += tensor.numel()
+            if waiting >= ENCODED_TOGETHER:
+                self._add_codes(codes, _encode(quantised))
+                quantised, waiting = {}, 0
+        self._add_codes(codes, _encode(quantised))
+        exact = {key: tensors[key] for key in tensors if key not in codes}
+        error = max((errors[key] for key in codes if key in errors), default=0.0)
         stored = DecodedTensors(exact, codes, self.references) if codes else exact
         is_coded = bool(codes) or isinstance(tensors, DecodedTensors)
-        return StoredTensors(stored, max(errors), source_bytes, numbers, is_coded)
+        return StoredTensors(stored, error, source_bytes, numbers, is_coded)
 
-    def _known_code(self, tensors: Mapping[str, Tensor], key: str) -> tuple[CodedTensor, float] | None:
-        """Return the code of a tensor that was decoded from a pack, which adds no error, and an error of 0."""
+    def _add_codes(self, codes: dict[str, CodedTensor], new: Mapping[str, CodedTensor]) -> None:
+        """Add those new codes that can be read beside the others."""
+        for key, code in new.items():
+            if tensor_codes.can_be_read([*codes.values(), code], self.references.coded):
+                codes[key] = code
+
+    def _known_code(self, tensors: Mapping[str, Tensor], key: str) -> CodedTensor | None:
+        """Return the code of a tensor that was decoded from a pack, which adds no error; None if it has none."""
         if not isinstance(tensors, DecodedTensors) or key not in tensors.codes:
             return None
         code, reference = tensors.codes[key], tensors.reference(key)
         if reference is None:
-            return code, 0.0
+            return code
         if reference not in self.references.coded:
             return None
-        return code.referring_to(self.references.coded.index(reference)), 0.0
+        return code.referring_to(self.references.coded.index(reference))
 
-    def _encode_tensor(self, tensor: Tensor, bound: float) -> tuple[CodedTensor, float] | None:
-        """Encode a tensor, by itself or as the difference to the closest reference, whichever takes fewer bytes."""
+    def _quantise(self, tensor: Tensor, bound: float) -> QuantisedTensor | None:
+        """Quantise a tensor, by itself or as the difference to the closest reference, whichever takes fewer bits."""
         closest = self._closest_reference(tensor)
         reference = (closest, self.references[closest]) if closest is not None else None
-        return tensor_codes.encode_tensor(tensor, bound, reference)
+        return tensor_codes.quantise_tensor(tensor, bound, reference)
 
     def _closest_reference(self, tensor: Tensor) -> int | None:
         """Return the number of the reference that a tensor resembles most; None if it resembles none."""
@@ -188,6 +203,12 @@ class OutsideCoding:
         }
         closest = min(distances, key=lambda number: distances[number], default=None)
         return closest if closest is not None and distances[closest] < float(sample.norm()) else None
+
+
+def _encode(quantised: Mapping[str, QuantisedTensor]) -> dict[str, CodedTensor]:
+    """Return the codes of tensors, without those that would not become smaller."""
+    encoded = tensor_codes.encode_tensors(list(quantised.values()))
+    return {key: code for key, code in zip(quantised, encoded, strict=True) if code is not None}
 
 
 def carried_tensors(adapter: Adapter, subspace_modules: Container[str]) -> Mapping[str, Tensor]:
@@ -329,8 +350,8 @@ def _reference(group: Sequence[_Member], head_error: float) -> CodedTensor | Non
     square = float(mean.square().sum())
     if not 0 < allowed < square or saved_bits <= 0.5 * math.log2(square / allowed):
         return None
-    encoded = tensor_codes.encode_tensor(mean.float(), math.sqrt(allowed / square))
-    return encoded[0] if encoded is not None else None
+    quantised = tensor_codes.quantise_tensor(mean.float(), math.sqrt(allowed / square))
+    return tensor_codes.encode_tensors([quantised])[0] if quantised is not None else None
 
 
 def file_tensors(tensors: Mapping[str, Tensor], coded_key: str) -> dict[str, Tensor]:
