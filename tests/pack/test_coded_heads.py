@@ -438,6 +438,13 @@ def test_step_sizes_are_just_below_the_wanted_one(size):
     assert 0.998 * size < float(StepSize.at_most(size)) <= size
 
 
+def test_a_decoded_head_is_the_caller_s_own(tmp_path):
+    heads = fitted([adapter("a", 1)], tmp_path / "pack")["a"].heads
+    before = heads[BIAS].clone()
+    heads[BIAS].zero_()
+    assert torch.equal(heads[BIAS], before)
+
+
 def test_tensors_have_the_same_bytes_together_as_alone():
     heads = [gauss(1, 5, 70), torch.zeros(3), gauss(2, 900).half(), gauss(3, 41, 3).float()]
     quantised = [tensor_codes.quantise_tensor(head, 0.05) for head in heads]

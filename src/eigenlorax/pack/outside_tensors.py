@@ -29,13 +29,17 @@ SAMPLED_NUMBERS = 4096
 """Number of elements by which tensors are compared with each other."""
 REFERENCE_SHARE = 0.7
 """Error of a reference, relative to the smallest error that a tensor which refers to it may have."""
+SMALL_TENSOR = 2**14
+"""Number of elements up to which the coded tensors of an adapter are decoded together."""
 ENCODED_TOGETHER = 2**20
 """Number of elements from which tensors of an adapter are entropy-coded; fewer wait for others."""
 _EMBEDDING = re.compile(r"embed\w*|\w*_embeddings|wte|wpe|shared|lm_head")
 
 
 class DecodedTensors(LazyMapping[Tensor]):
-    """Tensors by key, of which those with codes are decoded at each access.
+    """Tensors by key, of which those with codes are decoded when they are used.
+
+    Small ones are decoded together and stay in memory; a large one is decoded at each access.
 
     Args:
         exact: Tensors that are stored exactly.
@@ -49,11 +53,20 @@ class DecodedTensors(LazyMapping[Tensor]):
         self.exact, self.codes, self.references = exact, codes, references
         self.blob = coded.blob(tensor_codes.to_bytes(sorted(codes.items())))
 
+        small = [key for key, code in sorted(codes.items()) if math.prod(code.shape) <= SMALL_TENSOR]
+        decoded: dict[str, Tensor] = {}
+
         def read(key: str) -> Tensor:
             if key in exact:
                 return exact[key]
             with damaged_on_error(f"tensor {key} of a coded adapter"):
-                return codes[key].decode(references)
+                if key not in small:
+                    return codes[key].decode(references)
+                if not decoded:
+                    tensors = tensor_codes.decode_tensors([codes[each] for each in small], references)
+                    decoded.update(zip(small, tensors, strict=True))
+                # a caller may change the tensor
+                return decoded[key].clone()
 
         super().__init__(dict.fromkeys(sorted([*exact, *codes])), read)
 
@@ -68,7 +81,7 @@ class StoredTensors:
     """The heads, or the carried tensors, of an adapter as they are stored.
 
     Attributes:
-        tensors: The tensors by PEFT's keys, decoded at each access where they are coded.
+        tensors: The tensors by PEFT's keys, decoded when they are used where they are coded.
         error: Largest relative error of a coded tensor.
         source_bytes: Bytes of the tensors in the source.
         numbers: Number of their elements.

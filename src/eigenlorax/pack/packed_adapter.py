@@ -68,7 +68,7 @@ class PackedAdapter:
         name: Name of the adapter.
         coefficients: Coefficients, by the adapter's own module names.
         subspace_names: Names of these modules in the subspace, by the adapter's own names.
-        heads: Trained heads, decoded at each access if they are coded (`outside_tensors`).
+        heads: Trained heads, decoded when they are used if they are coded (`outside_tensors`).
         carried: Other tensors outside the subspace, decoded likewise.
         source_config: The source's `adapter_config.json`.
         record: Bytes and errors.
