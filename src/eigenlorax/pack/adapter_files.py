@@ -243,7 +243,7 @@ def _origin(files: Mapping[str, bytes]) -> Origin | None:
 
 
 def _decoded(tensors: Mapping[str, Tensor], coded_key: str, context: ReadingContext) -> Mapping[str, Tensor]:
-    """Return the tensors of a file, those that are coded decoded at each access."""
+    """Return the tensors of a file, those that are coded decoded when they are used."""
     return from_file(tensors, coded_key, context.references()) if coded_key in tensors else tensors
 
 

@@ -390,9 +390,10 @@ def decode_heads(tensors: Mapping[str, Tensor], references: References) -> dict[
     try:
         listed = dict(tensor_codes.from_bytes(coded.tensor_bytes(tensors, keys.CODED_HEADS)))
         tensor_codes.check_total(listed.values(), references.coded)
-        coded_heads = [code for _, code in sorted(listed.items(), key=lambda pair: pair[0])]
+        codes = [code for _, code in sorted(listed.items(), key=lambda pair: pair[0])]
+        decoded = tensor_codes.decode_tensors(codes, references)
         return {
-            key: coded_heads[tensor.shape[1]].decode(references) if _is_mark(tensor) else tensor
+            key: decoded[tensor.shape[1]] if _is_mark(tensor) else tensor
             for key, tensor in tensors.items()
             if key != keys.CODED_HEADS
         }
