@@ -13,7 +13,8 @@ from test_read_pack import read_pack
 import eigenlorax as ex
 from adapters import make_adapter
 from eigenlorax.codec import tensor_codes, varint
-from eigenlorax.codec.tensor_codes import References, StepSize
+from eigenlorax.codec.quantised_tensor import StepSize, quantise_tensor
+from eigenlorax.codec.tensor_codes import References
 from eigenlorax.core import atomic_files
 from eigenlorax.errors import FormatError, OptionError, PackDamagedError
 from planted import normal, random_adapter, tree
@@ -156,7 +157,7 @@ class TestSizes:
     def test_of_normal_numbers_are_near_the_bound_of_rate_and_distortion(self):
         head = gauss(5, 200, 768).float()
         for bound in (0.3, 0.1, 0.02):
-            quantised = tensor_codes.quantise_tensor(head, bound)
+            quantised = quantise_tensor(head, bound)
             (coded,) = tensor_codes.encode_tensors([quantised])
             assert quantised.error <= bound
             # Gaussian numbers need log2(1 / bound) bits; a uniform quantiser with ideal coding 0.25 bits more
@@ -447,14 +448,14 @@ def test_a_decoded_head_is_the_caller_s_own(tmp_path):
 
 def test_tensors_have_the_same_bytes_together_as_alone():
     heads = [gauss(1, 5, 70), torch.zeros(3), gauss(2, 900).half(), gauss(3, 41, 3).float()]
-    quantised = [tensor_codes.quantise_tensor(head, 0.05) for head in heads]
+    quantised = [quantise_tensor(head, 0.05) for head in heads]
     alone = [code for each in quantised for code in tensor_codes.encode_tensors([each])]
     assert tensor_codes.encode_tensors(quantised) == alone
     assert [distance(code.decode(()), head) <= 0.05 for code, head in zip(alone, heads, strict=True)] == [True] * 4
 
 
 def test_references_are_decoded_once():
-    (coded,) = tensor_codes.encode_tensors([tensor_codes.quantise_tensor(gauss(1, 5, 70).float(), 0.1)])
+    (coded,) = tensor_codes.encode_tensors([quantise_tensor(gauss(1, 5, 70).float(), 0.1)])
     references = References([coded])
     assert references[0] is references[0]
     assert References.from_bytes(references.data).coded == references.coded

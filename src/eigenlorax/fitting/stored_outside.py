@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from ..codec.tensor_codes import References
 from ..core.progress import Progress
-from ..pack.outside_tensors import MAX_HEAD_ERROR, MIN_HEAD_ERROR, OutsideCoding, OutsideTensors, choose_references
+from ..pack.outside_tensors import MAX_HEAD_ERROR, MIN_HEAD_ERROR, OutsideCoding, OutsideTensors
 from .collection import Collection
+from .head_references import choose_references
 
 HEAD_ERRORS = (MIN_HEAD_ERROR, 0.14, 0.2, MAX_HEAD_ERROR)
 """Error bounds of heads that are tried for a size."""

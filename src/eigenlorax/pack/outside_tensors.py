@@ -2,15 +2,16 @@
 
 import math
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..codec import tensor_codes
+from ..codec.quantised_tensor import QuantisedTensor, quantise_tensor
 from ..codec.storage import coded
-from ..codec.tensor_codes import CodedTensor, QuantisedTensor, References
+from ..codec.tensor_codes import CodedTensor, References
 from ..core import keys
 from ..core.adapter import Adapter, LazyMapping
 from ..core.limits import PARSE_FAILURES, damaged_on_error
@@ -23,12 +24,8 @@ PRETRAINED_ERROR = 0.002
 """Error bound of tensors that are close to those of the base model: about the precision of bfloat16.
 
 An error relative to such a tensor is many times larger relative to what training has changed."""
-MIN_REFERENCE_NUMBERS = 256
-"""Number of elements of a tensor below which no reference is made for it."""
 SAMPLED_NUMBERS = 4096
 """Number of elements by which tensors are compared with each other."""
-REFERENCE_SHARE = 0.7
-"""Error of a reference, relative to the smallest error that a tensor which refers to it may have."""
 SMALL_TENSOR = 2**14
 """Number of elements up to which the coded tensors of an adapter are decoded together."""
 ENCODED_TOGETHER = 2**20
@@ -139,7 +136,7 @@ def baseline_bytes(source_bytes: int, numbers: int, *, is_coded: bool) -> int:
 
 @dataclass(frozen=True, slots=True)
 class OutsideCoding:
-    """How tensors outside the subspace are stored.
+    """Storage of heads and carried tensors: their error bounds, and the references that they refer to.
 
     Attributes:
         head_error: Error bound of heads; None to store all tensors exactly.
@@ -204,7 +201,7 @@ class OutsideCoding:
         """Quantise a tensor, by itself or as the difference to the closest reference, whichever takes fewer bits."""
         closest = self._closest_reference(tensor)
         reference = (closest, self.references[closest]) if closest is not None else None
-        return tensor_codes.quantise_tensor(tensor, bound, reference)
+        return quantise_tensor(tensor, bound, reference)
 
     def _closest_reference(self, tensor: Tensor) -> int | None:
         """Return the number of the reference that a tensor resembles most; None if it resembles none."""
@@ -269,102 +266,10 @@ def error_bound(key: str, tensor: Tensor, head_error: float, *, is_head: bool) -
     return min(head_error, PRETRAINED_ERROR)
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """A tensor of a collection, read at each access.
-
-    Attributes:
-        tensors: Tensors of its adapter.
-        key: Key of the tensor.
-        is_head: False for a carried tensor.
-    """
-
-    tensors: Mapping[str, Tensor]
-    key: str
-    is_head: bool
-
-    @property
-    def tensor(self) -> Tensor:
-        return self.tensors[self.key]
-
-
-def choose_references(collection: Sequence[ScannedAdapter], head_error: float) -> References:
-    """Return reference tensors for tensors of a collection that resemble each other, where they save bytes.
-
-    Tensors are alike if their difference is smaller than they are, as after training from the same start. The reference
-    of a group is its mean.
-
-    Args:
-        collection: The adapters, in an order that does not depend on that of the arguments.
-        head_error: Error bound of heads.
-    """
-    references: list[CodedTensor] = []
-    members: dict[tuple[str, tuple[int, ...]], list[_Member]] = {}
-    for scanned in collection:
-        carried = carried_tensors(scanned.adapter, scanned.subspace_names)
-        for is_head, tensors in ((True, scanned.adapter.heads), (False, carried)):
-            for key in tensors:
-                if isinstance(tensors, DecodedTensors) and key in tensors.codes:
-                    known = tensors.reference(key)
-                    if known is not None and known not in references:
-                        references.append(known)
-                    continue
-                member = _Member(tensors, key, is_head)
-                tensor = member.tensor
-                if tensor.is_floating_point() and tensor.numel() >= MIN_REFERENCE_NUMBERS:
-                    members.setdefault((key, tuple(tensor.shape)), []).append(member)
-    for _, candidates in sorted(members.items()):
-        for group in _groups(candidates):
-            reference = _reference(group, head_error)
-            if reference is not None and tensor_codes.can_be_read([*references, reference]):
-                references.append(reference)
-    return References(references)
-
-
 def sample_elements(tensor: Tensor) -> Tensor:
     """Return at most about `SAMPLED_NUMBERS` elements of a tensor, evenly spaced, in float64."""
     flat = tensor.reshape(-1)
     return flat[:: max(1, len(flat) // SAMPLED_NUMBERS)].double()
-
-
-def _groups(members: Sequence[_Member]) -> Iterator[list[_Member]]:
-    """Yield groups of at least two tensors that resemble the first one of their group."""
-    groups: list[tuple[Tensor, list[_Member]]] = []
-    for member in members:
-        sample = sample_elements(member.tensor)
-        square = float(sample.square().sum())
-        for first, group in groups:
-            if float((sample - first).square().sum()) < 0.5 * min(square, float(first.square().sum())):
-                group.append(member)
-                break
-        else:
-            groups.append((sample, [member]))
-    return (group for _, group in groups if len(group) > 1)
-
-
-def _reference(group: Sequence[_Member], head_error: float) -> CodedTensor | None:
-    """Return the mean of a group as a reference; None if it takes more bytes than it saves."""
-    mean = group[0].tensor.double()
-    for member in group[1:]:
-        mean = mean + member.tensor.double()
-    mean = mean / len(group)
-    saved_bits, allowed = 0.0, math.inf
-    for member in group:
-        exact = member.tensor.double()
-        square = float(exact.square().sum())
-        error = error_bound(member.key, exact, head_error, is_head=member.is_head) ** 2 * square
-        if not error:
-            # below the smallest number: no tensor of the group can be coded
-            return None
-        difference = max(float((exact - mean).square().sum()), error)
-        # half a bit per number for every factor of 2 in the mean square
-        saved_bits += 0.5 * math.log2(square / difference)
-        allowed = min(allowed, REFERENCE_SHARE**2 * error)
-    square = float(mean.square().sum())
-    if not 0 < allowed < square or saved_bits <= 0.5 * math.log2(square / allowed):
-        return None
-    quantised = tensor_codes.quantise_tensor(mean.float(), math.sqrt(allowed / square))
-    return tensor_codes.encode_tensors([quantised])[0] if quantised is not None else None
 
 
 def file_tensors(tensors: Mapping[str, Tensor], coded_key: str) -> dict[str, Tensor]:
