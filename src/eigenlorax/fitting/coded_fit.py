@@ -27,6 +27,7 @@ from ..pack.encoding import encoded_by_codes
 from . import equal_updates
 from .collection import AdapterModule, Collection
 from .component_fit import FittedCollection
+from .near_copies import near_copies_note
 from .options import Execution, Target
 from .stored_outside import StoredOutside, encode_for_size, encode_outside
 
@@ -122,6 +123,8 @@ def encode_collection(
         collection_encoder, encoded, outside = _encode(collection, distinct, target, training_basis, execution.progress)
         written = _to_bytes(encoded, distinct)
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
+        near_copies = near_copies_note(distinct, target.options.max_error or max(encoded.errors, default=0.0))
+    notes = [*_notes(collection_encoder, execution), *([near_copies] if near_copies is not None else [])]
     errors = dict(zip(distinct.weights, encoded.errors, strict=True))
     adapters = {}
     for scanned in collection.scanned:
@@ -135,7 +138,7 @@ def encode_collection(
         options=target.options,
         storage=CODED,
         coefficient_storage=CODED,
-        notes=_notes(collection_encoder, execution),
+        notes=notes,
         seconds={"coding": time.perf_counter() - started},
         frontier=_frontier(collection_encoder, max(encoded.errors), written.size, outside.size + training_basis),
     )
