@@ -291,7 +291,7 @@ def figures_table(run: Json, demo: Json) -> str:
     (left_out,) = planted["check"]["left_out"].values()
     rows = [
         [
-            f"{len(outcomes)} adapters by `eigenlorax fit`: files, task heads included",
+            f"{len(outcomes)} adapters by `eigenlorax fit`: files, task heads included, report aside",
             f"{files['sources']:,} → {files['pack']:,} bytes, {files['ratio']:.2f} times smaller",
         ],
         [
