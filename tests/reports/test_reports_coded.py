@@ -3,6 +3,7 @@
 import pytest
 import torch
 from documents import Document
+from reported import adapters as named_adapters
 
 import eigenlorax as ex
 import made
@@ -40,6 +41,28 @@ def test_adapters_that_share_all(tmp_path):
     report = ex.report(ex.fit(adapters, max_error=0.2), adapters)
     assert "They share a subspace" in kinds(report)["shared"]
     assert report.left_out.errors.mean < 0.3
+
+
+@pytest.mark.parametrize(
+    ("collection", "kind", "options"),
+    [
+        ([*made.of_one_subspace(9, noise=0.05), *made.random(3, seed=4)], "partly-shared", {}),
+        ([*made.of_one_subspace(6, noise=0.05), *made.random(6, seed=3)], "partly-shared", {"ratio": 20.0}),
+        ([*made.of_one_subspace(9, noise=0.05), *made.random(1, seed=5)], "outlier", {}),
+        ([*made.of_one_subspace(6, noise=0.05), *made.of_one_subspace(5, noise=0.05, seed=99)], "clusters", {}),
+    ],
+    ids=["divided", "more components", "outlier", "clusters"],
+)
+def test_no_adapter_is_advised_to_be_left_out(collection, kind, options):
+    adapters = named_adapters(collection)
+    report = ex.report(ex.fit(adapters, **options), adapters)
+    advice = {finding.kind: finding.advice for finding in report.verdict.findings}
+    assert kind in advice
+    for sentence in advice.values():
+        assert "--exclude-adapter" not in sentence
+        assert "ordinary LoRA" not in sentence
+        assert "separately" not in sentence
+        assert "Fit again with" not in sentence
 
 
 def test_a_side_without_directions_is_no_obstacle():

@@ -96,15 +96,18 @@ def _clusters(report: ReportData, main: Finding) -> list[Finding]:
     inside = max(cluster.overlap for cluster in clusters)
     outside = max(cluster.overlap_with_others for cluster in clusters)
     by_chance = f" (random adapters: {share(chance)})" if chance is not None else ""
+    advice = "Fit each group separately: then fewer components have the same error."
+    if is_coded(report):
+        advice = "A fit gives groups bases of their own where that saves bytes."
+    elif main.kind == "not-shared":
+        advice = "Adapters share components within these groups only."
     return [
         Finding(
             "clusters",
             f"They form {len(clusters)} groups, of {sizes} adapters: the mean overlap within a group is at most "
             f"{share(inside)}, with the other groups at most {share(outside)}{by_chance}. "
             f"{'; '.join(_first_names(cluster.adapters) for cluster in clusters)}.",
-            "Adapters share components within these groups only."
-            if main.kind == "not-shared"
-            else "Fit each group separately: then fewer components have the same error.",
+            advice,
         )
     ]
 
@@ -117,14 +120,17 @@ def _outliers(report: ReportData, main: Finding) -> list[Finding]:
     if not report.outliers or main.kind == "not-shared":
         return []
     several = len(report.outliers) > 1
+    advice = (
+        f"Leave {'them' if several else 'it'} out of the fit (`exclude_adapters=`, `--exclude-adapter`), and keep "
+        f"{'them as ordinary LoRAs' if several else 'it as an ordinary LoRA'}."
+    )
     return [
         Finding(
             "outlier",
             f"{plural(len(report.outliers), 'adapter')} {'share' if several else 'shares'} far less with the other "
             "adapters than these share with one another.",
-            f"Leave {'them' if several else 'it'} out of the fit (`exclude_adapters=`, `--exclude-adapter`), and keep "
-            f"{'them as ordinary LoRAs' if several else 'it as an ordinary LoRA'}.",
-            good=False,
+            size_advice.on_size(report) if is_coded(report) else advice,
+            good=None if is_coded(report) else False,
             adapters=report.outliers,
         )
     ]

@@ -105,6 +105,19 @@ def on_size(report: ReportData) -> str:
     )
 
 
+def on_partial_sharing(report: ReportData) -> str:
+    """Return advice on a coded pack whose adapters share a subspace in part; "" for other packs.
+
+    Leaving adapters out, or another number of components, would take more bytes.
+    """
+    if not is_coded(report):
+        return ""
+    return (
+        f"{on_size(report)} To train new tasks in the subspace that is shared, fit these adapters with "
+        "`purpose='training'` (`--for training`) as well."
+    )
+
+
 def on_losses(report: ReportData) -> str:
     """Return advice on adapters of the fit with large errors."""
     coded = for_storage(report, LARGE_ERROR)

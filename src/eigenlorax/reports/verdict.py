@@ -187,8 +187,9 @@ def _divided(evidence: _Evidence) -> _Answer | None:
             f"Some of them share a subspace: left out of the fit, {len(inside):,} of {len(kept):,} have a mean error "
             f"of {error(mean_inside)} in the components of the others, and {len(outside):,} of {error(mean_outside)} "
             f"(in random components: {error(evidence.left_out.chance)}).",
-            "Fit these adapters separately (`exclude_adapters=`, `--exclude-adapter`), and keep the others as ordinary "
-            "LoRAs.",
+            size_advice.on_partial_sharing(evidence.report)
+            or "Fit these adapters separately (`exclude_adapters=`, `--exclude-adapter`), and keep the others as "
+            "ordinary LoRAs.",
             adapters=sorted(inside),
         ),
     )
@@ -205,8 +206,9 @@ def _more_components(evidence: _Evidence) -> _Answer | None:
         Finding(
             "partly-shared",
             f"They share a subspace, but k is too small for it: {evidence.against_chance}.",
-            f"Fit again with `n_components={point.k}` (`-k {point.k}`): an adapter left out then has a mean error of "
-            f"{error(point.left_out)}, and the pack is {ratio(point.ratio)} smaller than the LoRAs, basis counted.",
+            size_advice.on_partial_sharing(evidence.report)
+            or f"Fit again with `n_components={point.k}` (`-k {point.k}`): an adapter left out then has a mean error "
+            f"of {error(point.left_out)}, and the pack is {ratio(point.ratio)} smaller than the LoRAs, basis counted.",
         ),
     )
 
@@ -241,7 +243,8 @@ def _emerging(evidence: _Evidence) -> _Answer | None:
             "partly-shared",
             f"Some of them share a subspace, but k is too small for it: {evidence.measured}; with k = {point.k}, "
             f"{count:,} of {sampled:,} keep at least half of their squared norm.",
-            "Fit these adapters separately (`exclude_adapters=`, `--exclude-adapter`), or fit again with "
+            size_advice.on_partial_sharing(report)
+            or "Fit these adapters separately (`exclude_adapters=`, `--exclude-adapter`), or fit again with "
             f"`n_components={point.k}` (`-k {point.k}`).",
             adapters=sorted(point.sharing),
         ),
@@ -257,7 +260,8 @@ def _partly_shared(evidence: _Evidence) -> _Answer | None:
             "partly-shared",
             f"They share some components: {evidence.against_chance}; in the fit, the same adapters have a mean error "
             f"of {error(evidence.left_out.in_fit.mean)}.",
-            f"{size_advice.on_size(evidence.report)} To add an adapter later, make a new fit.",
+            size_advice.on_partial_sharing(evidence.report)
+            or f"{size_advice.on_size(evidence.report)} To add an adapter later, make a new fit.",
         ),
     )
 
