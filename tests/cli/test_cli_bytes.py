@@ -155,7 +155,10 @@ class TestTheOthers:
         )
         assert (verified["holds"], sorted(verified["adapters"])) == (True, [*NAMES, "new"])
         assert_refused(
-            cli("add", place / "pack", f"far={place / 'new'}", "--extend", 2), 3, "is not extended", "without extend"
+            cli("add", place / "pack", f"far={place / 'new'}", "--extend", 2),
+            3,
+            "is not extended",
+            "Add the adapter without --extend.",
         )
 
     def test_refit_says_what_may_be_worse(self, cli, place):

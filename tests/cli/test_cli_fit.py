@@ -56,7 +56,8 @@ BROKEN = {
     "the weights end too early": (lambda f: cut(f, -10), ["not a valid safetensors file"]),
     "the weights end in the header": (lambda f: cut(f, 30), ["not a valid safetensors file"]),
     "the weights are empty": (lambda f: cut(f, 0), ["not a valid safetensors file"]),
-    "the weights are missing": (lambda f: (f / WEIGHTS).unlink(), [WEIGHTS, "adapter_model.bin"]),
+    # nothing of the Hub: the folder is on this machine
+    "the weights are missing": (lambda f: (f / WEIGHTS).unlink(), [f"neither {WEIGHTS} nor adapter_model.bin."]),
     "the weights are a link to nothing": (
         lambda f: [(f / WEIGHTS).unlink(), (f / WEIGHTS).symlink_to(f / "gone")],
         ["has neither"],
@@ -496,6 +497,14 @@ class TestOptions:
         assert_usage_error(cli("fit", "-o", pair.parent / "pack"), "ADAPTER")
         assert_usage_error(cli("fit", pair), "--output")
         assert_usage_error(cli("fit", pair, "-o", pair.parent / "pack", "--nope"), "--nope")
+
+    @pytest.mark.parametrize(
+        ("option", "passed", "kind"),
+        [("--basis", "3.5", "integer"), ("--sweeps", "two", "integer"), ("--ratio", "2,5", "number")],
+    )
+    def test_a_text_that_is_no_number(self, cli, pair, option, passed, kind):
+        done = cli("fit", pair, "-o", pair.parent / "pack", option, passed)
+        assert_usage_error(done, option, f"'{passed}' is not a valid {kind}.")
 
     @pytest.mark.parametrize(("pattern", "left"), [("query", 1), ("layer.1.*", 2), ("encoder.layer.[0]*.value", 2)])
     def test_modules_to_exclude_are_carried(self, cli, pair, pattern, left):

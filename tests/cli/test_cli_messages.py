@@ -49,6 +49,23 @@ class TestOptionsByName:
             ("About -k 5 (n_components=5) would do.", "About -k 5 would do."),
             ("Columns.text (--text-column) is missing", "--text-column is missing"),
             ("Remove basis (--basis); or", "Remove --basis; or"),
+            (
+                "Pass n_components (-k), energy or max_error, and a float dtype or none",
+                "Pass -k, --energy or --max-error, and a float dtype or none",
+            ),
+            (
+                "without sweeps. Or pass n_components (-k), energy, or a float dtype",
+                "without sweeps. Or pass -k, --energy, or a float dtype",
+            ),
+            ("is downloaded with allow_pickle=True, --allow-pickle only", "is downloaded with --allow-pickle only"),
+            ("store wider ones (dtype='float64', --dtype float64).", "store wider ones (--dtype float64)."),
+            ("Add the adapter without extend (--extend).", "Add the adapter without --extend."),
+            ("extend=0: it must be 1 to 9. Remove extend to", "--extend 0: it must be 1 to 9. Remove --extend to"),
+            ("Remove basis for a pack", "Remove --basis for a pack"),
+            ("r must be at least 1", "--rank must be at least 1"),
+            ("epochs must be above 0", "--epochs must be above 0"),
+            ("max_cpu_loras must be at least max_loras, 4", "--max-cpu-loras must be at least --max-loras, 4"),
+            ("start='foo' is neither 'zero' nor", "--start foo is neither 'zero' nor"),
             # paths and words of sentences stay what they are
             ("runs/ratio=8/energy does not exist.", "runs/ratio=8/energy does not exist."),
             ("The ratio of a pack, its rank and its model.", "The ratio of a pack, its rank and its model."),

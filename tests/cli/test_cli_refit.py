@@ -72,7 +72,7 @@ def test_of_an_adapter_that_was_added_with_others(cli, pack):
 @pytest.mark.parametrize(("extend", "part"), [("0", "from 1 to 29"), ("30", "from 1 to 29")])
 def test_directions_out_of_range(cli, pack, extend, part):
     before = contents(pack)
-    assert_refused(cli("add", pack, pack.parent / "new", "--extend", extend), 3, f"extend={extend}", part)
+    assert_refused(cli("add", pack, pack.parent / "new", "--extend", extend), 3, f"--extend {extend}", part)
     assert contents(pack) == before
 
 

@@ -197,7 +197,7 @@ class TestWhatIsNotServed:
         run = succeeded(cli("serve-check", pack, "--model", model))
         names = ", ".join(f"biased-{n}" + "-long" * 10 for n in range(3))
         many, one = (line for line in run.out.splitlines() if line.startswith("Not served expanded: "))
-        assert f"5 adapters ({names} and 2 more): vLLM does not support trained biases" in many
+        assert f"each of 5 adapters ({names} and 2 more): vLLM does not support trained biases" in many
         assert one == "Not served expanded: 1 adapter (of-codes): vLLM does not support QALoRA."
         refused = json_of(cli("serve-check", pack, "--model", model, "--json"))["expanded"]["refused"]
         assert len(refused) == 6
@@ -233,7 +233,7 @@ class TestWhatIsNotServed:
         assert found["plan"]["expanded"]["slot_numbers"] == 8 * (LAYERS * attention + VOCABULARY + HIDDEN)
         run = succeeded(cli("serve-check", pack, "--model", model))
         (line,) = (line for line in run.out.splitlines() if line.startswith("Not served with a shared basis: "))
-        assert "3 adapters (a, b, c): the model has no linear layer" in line
+        assert "each of 3 adapters (a, b, c): the model has no linear layer" in line
         assert "for 1 of the 5 modules of the subspace, such as 'lm_head'" in line
         assert "(eigenlorax fit … --for serving --exclude-module lm_head)" in line
         assert "EIGENLORAX_SHARED_BASIS" not in run.out
@@ -367,11 +367,11 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize("option", ["max-loras", "tensor-parallel-size", "adapters"])
     def test_a_number_below_one(self, cli, fitting, model, option):
         done = cli("serve-check", fitting, "--model", model, f"--{option}", 0)
-        assert_refused(done, 3, f"{option.replace('-', '_')} must be at least 1, got 0")
+        assert_refused(done, 3, f"--{option} must be at least 1, got 0")
 
     def test_less_memory_than_slots(self, cli, fitting, model):
         done = cli("serve-check", fitting, "--model", model, "--max-loras", 4, "--max-cpu-loras", 3)
-        assert_refused(done, 3, "max_cpu_loras must be at least max_loras, 4, got 3")
+        assert_refused(done, 3, "--max-cpu-loras must be at least --max-loras, 4, got 3")
 
     def test_gpus_that_cannot_share_the_model(self, cli, fitting, model):
         done = cli("serve-check", fitting, "--model", model, "--tensor-parallel-size", 3)

@@ -73,7 +73,7 @@ class TestWhatIsFetched:
 
     def test_never_a_pickle_without_the_flag(self, online, hub):
         done = online("inspect", "org/pickled")
-        assert_refused(done, 3, WEIGHTS, PICKLE, "--allow-pickle")
+        assert_refused(done, 3, WEIGHTS, PICKLE, "(the Hub's .bin file is downloaded with --allow-pickle only).")
         assert hub.fetched == [CONFIG]
         assert json_of(online("inspect", "org/pickled", "--allow-pickle", "--json"))["ranks"] == [3]
         assert hub.fetched == [CONFIG, PICKLE]

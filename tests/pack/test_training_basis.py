@@ -100,6 +100,7 @@ class TestFit:
         [
             ({"n_components": 4}, "basis=8 adds a basis to an entropy-coded pack"),
             ({"max_error": 0.1, "dtype": "float32"}, "coefficients in a basis already.*fit without a dtype"),
+            ({"purpose": "training"}, r"Remove basis \(--basis\), or remove purpose='training' \(--for training\)\.$"),
             ({"max_error": 0.1, "basis": 0}, "basis=0: the number of components per side must be from 1 to 53"),
             ({"max_error": 0.1, "basis": 54}, "basis=54: .* from 1 to 53"),
             ({"max_error": 0.1, "basis": "x"}, "basis must be an integer"),

@@ -8,6 +8,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import eigenlorax as ex
 from eigenlorax.errors import ModuleNameError, OptionError, ProjectionWarning, RankWarning, ShapeError
+from eigenlorax.train import models
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from planted import random_factors
 from tiny import BERT, GPT2, IN, RANK, make_bert, make_pack, shake
@@ -232,6 +233,11 @@ class TestStarts:
             get_peft_model(bert, ex.EigenLoraxConfig(subspace=bert_pack, start="nope"))
         assert dict(bert.named_modules()) == before
 
+    def test_of_many_adapters_the_first_are_named(self, tmp_path):
+        pack = make_pack(dict.fromkeys(BERT, (IN, IN)), n=14)[0].save(tmp_path / "pack")
+        with pytest.raises(OptionError, match=r"Adapters of the pack: a0, .*, a6, a7 …\.$"):
+            get_peft_model(make_bert(), ex.EigenLoraxConfig(subspace=pack, start="nope"))
+
     def test_init_weights_false_is_not_the_identity(self, bert, bert_pack, ids):
         wanted = bert(ids).logits
         for core in (False, True):
@@ -271,7 +277,8 @@ class TestExtraDirections:
 
 
 def test_a_rank_above_k_is_warned_of(bert, bert_pack):
-    with pytest.warns(RankWarning, match="r=10 is larger than the 9 components"):
+    # `train` silences what PEFT warns of, but not this
+    with pytest.warns(RankWarning, match=r"r=10 \(--rank\) is larger than the 9 components"), models.quiet():
         get_peft_model(bert, ex.EigenLoraxConfig(subspace=bert_pack, r=10))
-    with pytest.warns(RankWarning, match="r=11 is larger than the 9 components"):
+    with pytest.warns(RankWarning, match=r"r=11 \(--rank\) is larger than the 9 components"):
         get_peft_model(make_bert(), ex.EigenLoraxConfig(subspace=bert_pack, r=4, rank_pattern={"query": 11}))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -37,6 +38,7 @@ from . import (
 from .goals import GOALS
 
 IO_ERROR, INTERRUPTED = 6, 130
+_PYDANTIC = re.compile("Input should be a valid (integer|number)")
 _OUTPUT = ": the results could not be printed. The verb itself may have succeeded."
 
 
@@ -75,12 +77,22 @@ class _Verbs(verbs.HelpWithoutTypes, TyperGroup):
 
 @contextmanager
 def _printable_usage() -> Iterator[None]:
-    """Escape control characters in usage errors, which quote the command line and so names of files."""
+    """Write usage errors in plain words, and escape control characters: they quote the command line."""
     try:
         yield
     except _UsageError as error:
-        error.message = printable.one_line(error.message)
+        error.message = printable.one_line(_usage_message(error))
         raise
+
+
+def _usage_message(error: Any) -> str:
+    """Return the message of a usage error, in click's words for a text that is not a number."""
+    match = _PYDANTIC.match(error.message)
+    if match is None:
+        return str(error.message)
+    # newer releases of typer parse numbers with pydantic, whose message does not say what was passed
+    passed = error.__cause__.errors()[0]["input"]
+    return f"{passed!r} is not a valid {match[1]}."
 
 
 app = typer.Typer(

@@ -112,7 +112,7 @@ def _group_by_reason(refused: "Mapping[str, str]") -> list[str]:
     for name, reason in refused.items():
         names_by_reason.setdefault(reason, []).append(name)
     return [
-        f"{len(names):,} adapter{'s' if len(names) > 1 else ''} ({_first_names(names)}): {reason}."
+        f"{f'each of {len(names):,} adapters' if len(names) > 1 else '1 adapter'} ({_first_names(names)}): {reason}."
         for reason, names in sorted(names_by_reason.items(), key=lambda group: -len(group[1]))
     ]
 

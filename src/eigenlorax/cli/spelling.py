@@ -15,9 +15,11 @@ OPTIONS = {
     "dtype": "--dtype",
     "energy": "--energy",
     "engine": "--engine",
+    "epochs": "--epochs",
     "evaluation": "--eval",
     "exclude_adapters": "--exclude-adapter",
     "exclude_modules": "--exclude-module",
+    "extend": "--extend",
     "extra_seed": "--extra-seed",
     "format": "--format",
     "gpus": "--tensor-parallel-size",
@@ -26,21 +28,26 @@ OPTIONS = {
     "learning_rate": "--learning-rate",
     "left_out": "--left-out",
     "max_bytes": "--max-bytes",
+    "max_cpu_loras": "--max-cpu-loras",
     "max_error": "--max-error",
     "max_length": "--max-length",
+    "max_loras": "--max-loras",
     "model": "--model",
     "n_components": "-k",
     "n_extra": "--n-extra",
     "overwrite": "--overwrite",
     "purpose": "--for",
+    "r": "--rank",
     "ratio": "--ratio",
     "resume": "--resume",
     "same_base": "--same-base",
     "serve_within": "--serve-within",
     "skip_bad": "--skip-bad",
     "solver": "--solver",
+    "start": "--start",
     "sweeps": "--sweeps",
     "task": "--task",
+    "tensor_parallel_size": "--tensor-parallel-size",
     "warn_above": "--warn-above",
     "weighting": "--weighting",
     "workers": "--workers",
@@ -51,29 +58,33 @@ _QUOTES = "[]'"
 # not within a path or a quoted name
 _BEFORE = r"(?<![\w/\\'\"=.-])"
 _VALUE = r"(?:\[[^\]]*\]|'[^']*'|\([^)]*\)|[^\s,;:()'\"`/]+?(?=[.?!]?(?:[\s,;:)`]|$)))"
-_KEYWORDS = "|".join(OPTIONS)
+# `r` of a config is no option in general: it is replaced at the start of a message only
+_KEYWORDS = "|".join(keyword for keyword in OPTIONS if keyword != "r")
 # words that mean other things in sentences are replaced at their start and in lists of options only
 _UNIQUE = "|".join(keyword for keyword in OPTIONS if "_" in keyword)
 
 _KEYWORD_AND_OPTION = re.compile(rf"{_BEFORE}`?\w[\w.]*=({_VALUE})?`?(?: …)?`? \(`?(--?[a-z][^()`]*)`?\)")
 _OPTION_AND_KEYWORD = re.compile(rf"((?:--[a-z-]+|-k)(?: [^\s()`]+)?`?)(?: \(`?\w+=[^()]*\)|, (?:{_KEYWORDS})\b(?!=))")
+_ASSIGNED_AND_OPTION = re.compile(rf"{_BEFORE}({_KEYWORDS})=(?:{_VALUE})?, (--[a-z-]+|-k)(?![\w-])")
 _COLUMN = re.compile(r"Columns(?:\.\w+|\([^)]*\)) \((--[a-z-]+)\)")
-_NAME_AND_OPTION = re.compile(rf"{_BEFORE}(?:{_KEYWORDS})(?: \((--[a-z-]+)\)|, (--[a-z-]+))")
+_NAME_AND_OPTION = re.compile(rf"{_BEFORE}(?:{_KEYWORDS})(?: \((--[a-z-]+|-k)\)|, (--[a-z-]+|-k))(?![\w-])")
 _ASSIGNED = re.compile(rf"{_BEFORE}({_KEYWORDS})=({_VALUE})?")
 _NAME = re.compile(rf"{_BEFORE}({_UNIQUE})\b(?![=/])")
-_FIRST_WORD = re.compile(rf"^({_KEYWORDS})(?= (?:must|is) )")
+_FIRST_WORD = re.compile(rf"^({_KEYWORDS}|r)(?= (?:must|is) )")
+_REMOVED = re.compile(rf"(?<=\bRemove )({_KEYWORDS})\b(?!=)")
 _IN_LIST = re.compile(rf"((?:--[a-z-]+|-k)(?:, | and | or ))({_KEYWORDS})\b(?!=)")
 
 
 def on_command_line(message: str) -> str:
     """Return a message of the library with the options of the command line in place of Python's keywords."""
     message = _KEYWORD_AND_OPTION.sub(lambda match: _with_value(match[2], match[1]), message)
+    message = _ASSIGNED_AND_OPTION.sub(lambda match: match[2 if OPTIONS[match[1]] == match[2] else 0], message)
     message = _COLUMN.sub(r"\1", message)
     message = _OPTION_AND_KEYWORD.sub(r"\1", message)
     message = _NAME_AND_OPTION.sub(lambda match: match[1] or match[2], message)
     message = _ASSIGNED.sub(lambda match: _with_value(OPTIONS[match[1]], match[2]), message)
-    message = _NAME.sub(lambda match: OPTIONS[match[1]], message)
-    message = _FIRST_WORD.sub(lambda match: OPTIONS[match[1]], message)
+    for pattern in (_NAME, _FIRST_WORD, _REMOVED):
+        message = pattern.sub(lambda match: OPTIONS[match[1]], message)
     # each match makes the next word of the list follow an option
     while (replaced := _IN_LIST.sub(lambda match: match[1] + OPTIONS[match[2]], message)) != message:
         message = replaced

@@ -41,9 +41,15 @@ def check_basis(basis: int | None, target: Target, shapes: Mapping[str, tuple[in
             "module. Remove basis for a pack without a basis for training."
         )
     if not target.is_coded:
+        fits_by_components = target.purpose in ("training", "serving")
         raise OptionError(
             f"basis={basis} adds a basis to an entropy-coded pack, and the adapters of this pack are coefficients in a "
-            "basis already. Remove basis (--basis); or fit without a dtype, and with max_error, max_bytes or ratio."
+            "basis already. Remove basis (--basis)"
+            + (
+                f", or remove purpose={target.purpose!r} (--for {target.purpose})."
+                if fits_by_components
+                else "; or fit without a dtype, and with max_error, max_bytes or ratio."
+            )
         )
     return basis
 

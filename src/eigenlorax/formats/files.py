@@ -107,7 +107,7 @@ def open_folder(
         raise FormatError(f"{location} is a single file, not a folder with {keys.ADAPTER_CONFIG}. Remove format.")
     text, config = _read_config(location.folder)
     name = keys.check_name(name if name is not None else location.name)
-    return OpenedFolder(name, text, config, _open_weights(location.folder, allow_pickle))
+    return OpenedFolder(name, text, config, _open_weights(location, allow_pickle))
 
 
 def open_file(
@@ -186,12 +186,13 @@ def _open_safetensors(folder: Folder, name: str) -> Weights:
     return Weights(str(file), file.size, headers, tensors.load, dict(tensors.metadata))
 
 
-def _open_weights(folder: Folder, allow_pickle: bool) -> Weights:
+def _open_weights(location: AdapterLocation, allow_pickle: bool) -> Weights:
+    folder = location.folder
     if folder.is_file(keys.ADAPTER_WEIGHTS):
         return _open_safetensors(folder, keys.ADAPTER_WEIGHTS)
     if not folder.is_file(keys.ADAPTER_PICKLE):
-        was_fetched = allow_pickle or isinstance(folder, RemoteFolder)
-        hint = "" if was_fetched else " (the Hub's .bin file is only downloaded with allow_pickle=True, --allow-pickle)"
+        may_be_on_hub = location.is_downloaded and not allow_pickle
+        hint = " (the Hub's .bin file is downloaded with allow_pickle=True, --allow-pickle only)" * may_be_on_hub
         raise FormatError(f"{folder} has neither {keys.ADAPTER_WEIGHTS} nor {keys.ADAPTER_PICKLE}{hint}.")
     if isinstance(folder, RemoteFolder):
         raise FormatError(

@@ -73,11 +73,13 @@ class AdapterLocation:
         folder: Folder of the adapter.
         name: Name of the adapter by its folder or file.
         file: Name of the file in the folder, if the adapter is a single file.
+        is_downloaded: True if the folder is the cache of a repository on the Hub.
     """
 
     folder: Folder
     name: str
     file: str | None = None
+    is_downloaded: bool = False
 
     def __str__(self) -> str:
         return str(self.folder if self.file is None else self.folder.at(self.file))
@@ -140,8 +142,8 @@ def locate(
         repository = hub_client.parsed(source, revision)
         assert repository is not None
         hub_options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        return _locate_lora_file(repository, AdapterLocation(folder, name), subfolder, hub_options)
-    return AdapterLocation(folder, name, file)
+        return _locate_lora_file(repository, AdapterLocation(folder, name, is_downloaded=True), subfolder, hub_options)
+    return AdapterLocation(folder, name, file, is_downloaded=not Path(source).exists())
 
 
 def _locate_remote(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import FormatError, HubError, MissingExtraError, OptionError, reason
+from ..errors import EigenloraxWarning, FormatError, HubError, MissingExtraError, OptionError, reason
 from ..formats import hub_client
 from ..pack.pack import Pack
 from . import examples
@@ -185,7 +185,7 @@ def _loading(model: str) -> Iterator[dict[str, bool]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress messages and warnings of transformers and PEFT, unless TRANSFORMERS_VERBOSITY is set."""
+    """Suppress messages and warnings of transformers and PEFT, but not ours, unless TRANSFORMERS_VERBOSITY is set."""
     from transformers.utils import logging
 
     if "TRANSFORMERS_VERBOSITY" in os.environ:
@@ -198,6 +198,8 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)\.")
+            # those that our code issues on behalf of a caller in PEFT
+            warnings.filterwarnings("always", category=EigenloraxWarning, module=r"peft\.")
             # PEFT corrects this option itself
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
             yield

@@ -108,7 +108,8 @@ def initial_core(config: EigenLoraxConfig, resolved: ResolvedSubspace | Embedded
     if Path(config.start).is_dir():
         return _projected_core(formats.read_adapter(config.start), resolved, config)
     names = pack.names if pack is not None else []
-    available = ", ".join(names[:12]) if pack is not None else "none, since no pack is open"
+    listing = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
+    available = listing if pack is not None else "none, since no pack is open"
     near = suggestion(config.start, [*names, "zero", "mean", "uniform"])
     raise OptionError(
         f"start={config.start!r} is neither 'zero', 'mean' nor 'uniform', nor the folder of a LoRA, nor an adapter of "

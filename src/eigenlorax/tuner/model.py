@@ -105,8 +105,8 @@ class EigenLoraxModel(BaseTuner):
             )
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):
             warnings.warn(
-                f"r={largest} is larger than the {smallest} components of a module, so the rank of its update is at "
-                f"most {smallest}.",
+                f"r={largest} (--rank) is larger than the {smallest} components of a module, so the rank of its update "
+                f"is at most {smallest}: a larger r (--rank) adds numbers to train, but no other updates.",
                 RankWarning,
                 stacklevel=2,
             )

@@ -26,7 +26,7 @@ NEEDS_TARGET = (
 )
 NOT_EXTENDED = (
     "the subspace of this pack is not extended: the residual of an adapter is stored beside its coefficients. "
-    "Add the adapter without extend."
+    "Add the adapter without extend (--extend)."
 )
 
 

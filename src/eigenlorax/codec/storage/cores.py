@@ -24,7 +24,7 @@ from .floats import FloatStorage
 
 NOT_PAIRED = (
     "the subspace of this pack is not extended: its cores are diagonal, and the rows of its sides go in pairs. Add the "
-    "adapter without extend, or fit the pack again with it."
+    "adapter without extend (--extend), or fit the pack again with it."
 )
 
 
