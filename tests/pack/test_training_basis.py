@@ -1,6 +1,7 @@
 """Coded packs with a basis for training: beside planted subspaces, and through everything that writes a pack."""
 
 import json
+import re
 import shutil
 from hashlib import sha256
 
@@ -134,7 +135,12 @@ class TestOnBasis:
         pack = ex.fit(originals, max_error=0.05, basis=3)
         errors = [basis_adapters.project(pack, name).record.delta_error for name in pack.names]
         within = sorted(errors)[2]
-        assert pack.on_basis().names == []
+        with pytest.raises(OptionError, match="represents none of 6 adapters with an error of at most 0.1") as refused:
+            pack.on_basis()
+        assert f"the smallest upper bound is {min(errors):.3f}" in str(refused.value)
+        assert "AdapterBank(model, pack)" in str(refused.value)
+        enough = float(re.search(r"within=([\d.]+)", str(refused.value))[1])
+        assert pack.on_basis(enough).names != []
         assert len(pack.on_basis(within).names) == 3
 
     def test_default(self, originals, fitted):

@@ -1,5 +1,7 @@
 """Adapters of an entropy-coded pack as coefficients in the pack's basis, with upper bounds of their errors."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -99,6 +101,23 @@ def project(pack: PackContents, name: str) -> PackedAdapter:
 
 def _bound(recorded: float, added: float) -> float:
     return recorded + (1 + recorded) * added
+
+
+def select_within(projected: Mapping[str, PackedAdapter], within: float) -> dict[str, PackedAdapter]:
+    """Return the projected adapters whose errors are within the bound; `OptionError` if there are some but none is."""
+    selected = {name: packed for name, packed in projected.items() if packed.record.delta_error <= within}
+    if projected and not selected:
+        smallest = min(packed.record.delta_error for packed in projected.values())
+        # rounded up, so that the adapter is included if this is passed
+        enough = math.ceil(smallest * 1000) / 1000
+        remedy = f"Pass a larger error (within={enough:g} includes one). " if enough < 1 else ""
+        adapters = f"{len(projected):,} adapter{'s' * (len(projected) > 1)}"
+        raise OptionError(
+            f"The basis represents none of {adapters} with an error of at most {within:g}: the smallest upper "
+            f"bound is {smallest:.3f}. {remedy}AdapterBank(model, pack) serves them from the pack itself, without a "
+            "shared basis."
+        )
+    return selected
 
 
 def refusal_reason(packed: PackedAdapter, within: float) -> str | None:

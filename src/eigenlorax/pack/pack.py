@@ -170,7 +170,7 @@ class Pack(WritableContents):
             A pack in memory, without the other adapters. The errors in its records are upper bounds.
 
         Raises:
-            OptionError: The pack has no basis.
+            OptionError: The pack has no basis, or no adapter is included.
 
         Example:
             >>> import eigenlorax
@@ -184,7 +184,7 @@ class Pack(WritableContents):
         return Pack(
             basis.subspace,
             basis.info,
-            {name: packed for name, packed in projected.items() if packed.record.delta_error <= within},
+            basis_adapters.select_within(projected, within),
             basis.fit_info,
             base_model=self.base_model,
             revision=self.revision,
