@@ -22,8 +22,8 @@ GOALS = (
     Goal(
         "Make a collection small",
         ("eigenlorax fit adapters/ -o pack/",),
-        "In the pack, every adapter is within an error of 0.1, related or not. Training and vLLM's shared basis need "
-        "--basis 32.",
+        "In the pack, every adapter is within an error of 0.1, related or not. --basis 32 adds a basis to train on. "
+        "vLLM's shared basis then serves the adapters that this represents within --serve-within, often none.",
     ),
     Goal(
         "Train new tasks on coefficients",
