@@ -18,6 +18,7 @@ import eigenlorax as ex
 import tiny
 import trainable
 from eigenlorax.core import registry
+from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import (
     AdapterNameError,
     DuplicateAdapterWarning,
@@ -29,6 +30,7 @@ from eigenlorax.errors import (
     OptionError,
     PackExistsError,
     PackMissingError,
+    RankWarning,
 )
 from eigenlorax.train import models, training_record
 from eigenlorax.train.evaluate import evaluate
@@ -36,6 +38,7 @@ from eigenlorax.train.options import DEFAULTS, HEAD_LEARNING_RATE, Columns, Trai
 from eigenlorax.train.train import train as train_or_warn
 from eigenlorax.train.training_record import RECORD
 from eigenlorax.tuner import optim
+from planted import factors_in, orthonormal
 
 # what is tested here ends before much is learned: test_baselines.py has what becomes of that
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::eigenlorax.errors.BaselineWarning")]
@@ -148,6 +151,23 @@ class TestClassification:
         )
         scored = evaluate(place / "coded", "new", place / "eval.jsonl", labels=["bad", "good"])
         assert scored.figures.accuracy > 0.95
+
+    def test_a_coded_pack_of_few_components_says_what_gives_more(self, place):
+        shapes = {"layer.0": (64, 48), "layer.1": (80, 56)}
+        shared = {m: (orthonormal(2, n_in, 5), orthonormal(2, n_out, 6)) for m, (n_out, n_in) in shapes.items()}
+        originals = [
+            from_factors(
+                f"a{seed}",
+                {m: factors_in(bases, 2, seed=10 * seed) for m, bases in shared.items()},
+                base_model="org/base",
+            )
+            for seed in range(12)
+        ]
+        ex.fit(originals, max_error=0.1).save(place / "coded")
+        said = r"few components to train: no module has more than 2 on both sides.*--basis 32.*--for training"
+        # the rows are read after the warning
+        with pytest.warns(RankWarning, match=said), pytest.raises(FormatError):
+            train(place / "coded", classify(place, train=place / "missing.jsonl"), place / "out" / "new")
 
     def test_a_pack_in_half_precision_says_what_it_rounds(self, place):
         trainable.bert_pack(place / "half", place.parent / "none", dtype="float16")

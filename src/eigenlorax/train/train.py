@@ -2,6 +2,7 @@
 
 import errno
 import json
+import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from ..errors import (
     NonFiniteError,
     OptionError,
     PackExistsError,
+    RankWarning,
     reason,
 )
 from ..pack import writer
@@ -79,6 +81,8 @@ def train(
     if add:
         _check_can_be_added(opened, pack, training, name)
     _check_output(output, resume)
+    if few_components := _few_components(opened, training):
+        warnings.warn(few_components, RankWarning, stacklevel=2)
     train_table = data.read(training.train, training.columns.label)
     evaluation_table = data.read(training.evaluation, training.columns.label) if training.evaluation else None
     models.check_installed()
@@ -156,6 +160,23 @@ def check_name_is_free(pack: Pack, name: str) -> None:
             f"the pack already has an adapter named {name!r}. Pass another name as name= (--name), or remove the old "
             "one first."
         )
+
+
+def _few_components(opened: Pack, training: Training) -> str | None:
+    """Return a warning if an entropy-coded pack has fewer components to train than the rank; None otherwise.
+
+    Without any component, the model cannot be made, and the error says so.
+    """
+    if not opened.is_coded or opened.basis is not None or training.n_extra:
+        return None
+    components = [min(sides["down"].k, sides["up"].k) for sides in opened.info.modules.values()]
+    if not any(components) or statistics.median(components) >= training.rank:
+        return None
+    return (
+        f"the pack was made for storage and has few components to train: no module has more than "
+        f"{max(components)} on both sides. Fit it with basis=32 (--basis 32) for a basis beside the coded "
+        "adapters, or with purpose='training' (--for training)."
+    )
 
 
 def _check_output(output: Path, resume: bool) -> None:
