@@ -88,6 +88,9 @@ class TestWhatItSays:
         run = succeeded(cli("serve-check", fitting, "--model", model, "--max-loras", 2))
         assert "served expanded             3 of 3" in run.out
         assert "served with a shared basis  3 of 3" in run.out
+        errors = ex.Pack.open(fitting).summary.in_fit
+        largest = re.findall(r"  largest error +(\S+) \((\w+)\)", run.out)
+        assert largest == [(f"{errors.worst:.4f}", errors.worst_adapter)] * 2
         figures = json_of(cli("serve-check", fitting, "--model", model, "--max-loras", 2, "--json"))["plan"]
         for tier in (figures["expanded"], figures["shared"]):
             assert all(f" {tier[name]:,} " in run.out for name in ("slot_bytes", "gpu_bytes", "many_slots_bytes"))

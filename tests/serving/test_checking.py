@@ -115,6 +115,9 @@ class TestBasis:
         assert "above 0.15, the largest that is served (serve_within=, --serve-within)" in found.shared.refused["far"]
         assert found.within == 0.15
         assert found.basis_errors == {n: r.delta_error for n, r in pack.on_basis(0.9999).records.items()}
+        served = {name: error for name, error in found.basis_errors.items() if name != "far"}
+        assert found.shared.largest_error == served[found.shared.worst_adapter] == max(served.values())
+        assert found.expanded.largest_error == pack.summary.in_fit.worst
         assert found.plan.shared.basis_bytes == 2 * 4 * (17 + 11)
         assert found.plan.shared.slot_numbers == 8 * (4 + 4)
         assert "EIGENLORAX_SHARED_BASIS=1 EIGENLORAX_SERVE_WITHIN=0.15 vllm" in found.shared.command

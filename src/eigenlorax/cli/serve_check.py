@@ -11,7 +11,7 @@ from . import arguments, console, verbs
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from ..serving.vllm.checking import Check
+    from ..serving.vllm.checking import Check, ServingMode
     from ..serving.vllm.plan import MemoryUse, Plan
 
 EXAMPLES = """
@@ -80,7 +80,9 @@ def _print(checked: "Check") -> None:
     rows = [
         ("model", f"{checked.model}, in {checked.dtype}"),
         ("served expanded", f"{checked.expanded.served} of {checked.adapters}"),
+        *_largest_error(checked.expanded),
         ("served with a shared basis", f"{checked.shared.served} of {checked.adapters}"),
+        *_largest_error(checked.shared),
     ]
     if checked.within is not None:
         rows.append(("  error in the basis, at most", _basis_errors(checked)))
@@ -97,6 +99,13 @@ def _print(checked: "Check") -> None:
             for line in ("", f"{title.capitalize()}:", ""):
                 console.say(line)
             console.print_command(f"  {mode.command}")
+
+
+def _largest_error(mode: "ServingMode") -> list[tuple[str, str]]:
+    """Return the row of the largest error of an adapter that is served; none if no adapter is."""
+    if mode.largest_error is None:
+        return []
+    return [("  largest error", f"{console.format_error(mode.largest_error)} ({mode.worst_adapter})")]
 
 
 def _basis_errors(checked: "Check") -> str:

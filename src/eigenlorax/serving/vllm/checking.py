@@ -71,11 +71,15 @@ class ServingMode:
         served: Number of adapters that can be served.
         refused: The reason why each other adapter cannot be served, by name.
         command: The command that starts the server; None if no adapter can be served.
+        largest_error: Largest error of an adapter that is served, against the original; None if there is none.
+        worst_adapter: The adapter that has it.
     """
 
     served: int
     refused: dict[str, str]
     command: str | None
+    largest_error: float | None
+    worst_adapter: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +236,13 @@ class _ModeTotals:
         file_itemsize: Bytes per entry in the files that vLLM reads.
         ranks: Rank of each adapter.
         refused: The reason why each other adapter cannot be served.
+        errors: Error of each adapter against the original, or an upper bound of it.
         numbers: Number of entries of all adapters together.
     """
 
     file_itemsize: int
     ranks: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     numbers: int = 0
 
@@ -247,7 +253,10 @@ class _ModeTotals:
 
     def mode(self, command: str | None) -> ServingMode:
         """Return the result for the mode, given the command that starts the server."""
-        return ServingMode(len(self.ranks), self.refused, command)
+        worst = max(self.errors, key=lambda name: self.errors[name], default=None)
+        return ServingMode(
+            len(self.ranks), self.refused, command, self.errors[worst] if worst is not None else None, worst
+        )
 
 
 @dataclass(slots=True)
@@ -305,6 +314,7 @@ def _add_expanded(totals: _Totals, packed: PackedAdapter, carried: Mapping[str, 
         totals.expanded.refused[packed.name] = reason
         return
     totals.expanded.ranks[packed.name] = servable.expanded_rank(packed)
+    totals.expanded.errors[packed.name] = packed.record.delta_error
     totals.expanded.numbers += packed.record.lora_numbers + sum(tensor.numel() for tensor in packed.carried.values())
     totals.carried.update(layer_name for layer_name in carried.values() if layer_name is not None)
 
@@ -327,6 +337,7 @@ def _add_shared(
         shared.refused[packed.name] = reason
         return
     shared.ranks[packed.name] = servable.shared_rank(packed)
+    shared.errors[packed.name] = packed.record.delta_error
     for module, coefficients in packed.coefficients.items():
         k_down, k_up = (info.modules[packed.subspace_names[module]][side].k for side in keys.SIDES)
         shared.numbers += min(coefficients.rank, k_down, k_up) * (k_down + k_up)
