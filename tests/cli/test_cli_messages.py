@@ -93,6 +93,13 @@ class TestAdapters:
         assert_refused(done, 3, f"{folder / 'beta'} has no {CONFIG} beside {WEIGHTS}", "copy the config, too")
         assert "--exclude-adapter" not in done.err
 
+    def test_among_others_it_can_be_left_out(self, cli, folder):
+        (folder / "beta" / CONFIG).unlink()
+        line = ["fit", folder / "alpha", folder / "beta", "-o", folder.parent / "pack"]
+        assert_refused(cli(*line), 3, f"{folder / 'beta'} has no {CONFIG}", "Leave it out with --exclude-adapter beta")
+        assert "left out beta" in succeeded(cli(*line, "--skip-bad")).err
+        succeeded(cli(*line, "--exclude-adapter", "beta", "--overwrite"))
+
     def test_the_only_adapter_cannot_be_left_out(self, cli, folder):
         (folder / "beta" / WEIGHTS).write_bytes(b"damaged")
         done = cli("fit", folder / "beta", "-o", folder.parent / "pack")

@@ -3,6 +3,7 @@
 import pytest
 
 import eigenlorax as ex
+from eigenlorax.cli import spelling
 from eigenlorax.pack import purposes
 from outcomes import assert_refused, json_of, succeeded
 from planted import shared_collection
@@ -22,7 +23,10 @@ def test_fit_inspect_and_the_card_say_the_same(cli, folder, tmp_path, purpose):
     fitted = json_of(cli("fit", folder, "-o", output, "--for", purpose, "--no-report", "--json"))
     shown = json_of(cli("inspect", output, "--json"))
     summary = ex.Pack.open(output).summary
-    choice, limits = purposes.choice(summary), purposes.limits(summary)
+    choice, in_python = purposes.choice(summary), purposes.limits(summary)
+    limits = spelling.on_command_line(in_python)
+    assert "purpose=" in in_python
+    assert "=" not in limits
     assert choice.startswith(f"for {purpose}: ")
     for document in (fitted, shown):
         assert (document["fit"]["purpose"], document["choice"], document["limits"]) == (purpose, choice, limits)
@@ -30,7 +34,7 @@ def test_fit_inspect_and_the_card_say_the_same(cli, folder, tmp_path, purpose):
         words = " ".join(succeeded(done).out.split())
         assert f"fit {choice} limits {limits}" in words
     text = (output / "README.md").read_text("utf-8")
-    assert f"| asked for | {choice} |\n| limits | {limits} |" in text
+    assert f"| asked for | {choice} |\n| limits | {in_python} |" in text
 
 
 def test_storage_is_the_default(cli, folder, tmp_path):

@@ -150,6 +150,19 @@ class TestWhatIsChosen:
 
 
 class TestWhatIsSaid:
+    def test_of_a_basis(self):
+        summary = ex.fit(shared(6, 0.0), basis=7).summary
+        assert purposes.limits(summary).startswith(
+            f"new tasks train on its basis, which takes {summary.bytes.training_basis:,} bytes. vLLM's shared basis"
+        )
+
+    def test_of_one_adapter(self):
+        limits = purposes.limits(ex.fit(unrelated(1), purpose="training").summary)
+        assert limits == (
+            "larger than the LoRA, because one adapter has nothing to share its basis with. purpose='storage' (--for "
+            "storage) keeps all within 0.1 in fewer bytes"
+        )
+
     @pytest.mark.parametrize(
         ("collection", "options", "choice", "limits"),
         [
@@ -157,7 +170,7 @@ class TestWhatIsSaid:
                 "shared",
                 {},
                 "for storage: .* at most 0.1, in as few bytes as",
-                "^not for training .* nor for vLLM's shar",
+                "^not for training .* nor for vLLM's shared basis. For both",
             ),
             ("shared", {"max_error": 0.2}, "^every adapter's delta error at most 0.2, in as few", "^not for training"),
             ("shared", {"ratio": 9.0}, "^at least 9 times smaller .*, with the smallest errors", "^not for training"),
@@ -165,7 +178,7 @@ class TestWhatIsSaid:
                 "unrelated",
                 {"purpose": "training", "n_components": 9},
                 "^for training: at most 9 .* float16: new tasks",
-                r"^not in place of the originals: an adapter loses up to 0\.\d+ of its update \(purpose='storage'",
+                r"^not in place of the originals: an adapter loses up to 0\.\d+ of its update\. purpose='storage' \(",
             ),
             (
                 "few",

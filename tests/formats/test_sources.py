@@ -136,7 +136,9 @@ class TestInAParentFolder:
             find_adapters(tmp_path)
 
     def test_none_anywhere(self, tmp_path):
-        wanted = r"has neither adapter_config.json nor a LoRA in one file \(.safetensors, .*no adapter was found.$"
+        wanted = (
+            r"and the folders in it have neither adapter_config.json nor .* \(.safetensors, .*no adapter was found.$"
+        )
         with pytest.raises(FormatError, match=wanted):
             find_adapters(tmp_path)
 

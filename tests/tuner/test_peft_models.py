@@ -121,6 +121,16 @@ class TestModelsAsSources:
         with pytest.raises(OptionError, match="the model has 2: 'first', 'second'"):
             ex.fit({"x": model})
 
+    def test_models_with_adapters_of_the_same_name_need_a_mapping(self):
+        models = lora_model(), lora_model(seed=2)
+        message = r"same name, 'default'. Set another name for one of them: pass a mapping, \{'name': source\}.$"
+        with pytest.raises(AdapterNameError, match=message):
+            ex.fit(models)
+        pack = ex.fit({"one": models[0]}, max_error=0.2)
+        with pytest.raises(AdapterNameError, match=message):
+            pack.add_all(models)
+        assert ex.fit(dict(zip(("one", "two"), models, strict=True))).names == ["one", "two"]
+
     def test_a_pack_is_no_collection_of_originals(self, exact_pack):
         with pytest.raises(OptionError, match="refit"):
             ex.fit(exact_pack)

@@ -288,7 +288,7 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         ("modules", str(figures.modules)),
         *[("  kept out of the subspace", ", ".join(figures.fit.excluded_modules))] * bool(figures.fit.excluded_modules),
         ("fit", purposes.choice(figures) + (f"; weighting {weighting}" if weighting != "delta" else "")),
-        ("limits", purposes.limits(figures)),
+        ("limits", spelling.on_command_line(purposes.limits(figures))),
         *_component_rows("components, down (lora_A)", figures.down),
         *_component_rows("components, up (lora_B)", figures.up),
         *[("  augmented components", f"{figures.n_extra} on each side")] * bool(figures.n_extra),
@@ -404,9 +404,10 @@ def summary_json(figures: "Summary", records: Mapping[str, Any]) -> dict[str, An
     """Return a pack's JSON: its summary, sentences about its purpose and limits, and the record of each adapter."""
     from ..pack import purposes
 
-    sentences = {"choice": purposes.choice(figures), "limits": purposes.limits(figures)}
+    limits = spelling.on_command_line(purposes.limits(figures))
     return {
         **asdict(figures),
-        **sentences,
+        "choice": purposes.choice(figures),
+        "limits": limits,
         "adapter_records": {name: asdict(record) for name, record in records.items()},
     }

@@ -50,9 +50,8 @@ def inspect(
     from ..pack import hub as remote
     from ..pack.pack import Pack
 
-    if Path(target).is_dir() and not any(
-        (Path(target) / name).is_file() for name in (keys.MANIFEST, keys.ADAPTER_CONFIG, keys.LORA_FILE)
-    ):
+    files = (keys.MANIFEST, keys.ADAPTER_CONFIG, keys.LORA_FILE, keys.ADAPTER_WEIGHTS, keys.ADAPTER_PICKLE)
+    if Path(target).is_dir() and not any((Path(target) / name).is_file() for name in files):
         raise FormatError(_describe_folder(target))
     if remote.is_pack(target, revision=revision):
         with console.working():

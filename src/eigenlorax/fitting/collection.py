@@ -166,7 +166,8 @@ def read_sources(adapters: Sources, options: ReadOptions) -> ReadCollection:
             and (adapter := _read_source(source, options, skipped, is_only=len(names) == 1)) is not None
         ):
             read.append(adapter)
-    checks.check_names(adapter.name for adapter in read)
+    in_memory = any(isinstance(source.source, Adapter) for source in adapter_sources)
+    checks.check_names((adapter.name for adapter in read), in_memory=in_memory)
     if not read:
         raise OptionError(NONE_LEFT)
     base_model, revision = checks.check_one_base([StatedBase.of(adapter) for adapter in read], options.same_base)

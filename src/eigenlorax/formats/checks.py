@@ -142,16 +142,23 @@ def _config(adapter: Adapter) -> dict[str, Any] | None:
     return config
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raise `AdapterNameError` if two names are equal except for case: they are one folder on many file systems."""
+def check_names(names: Iterable[str], *, in_memory: bool = False) -> None:
+    """Raise `AdapterNameError` if two names are equal except for case: they are one folder on many file systems.
+
+    Args:
+        names: Names of the adapters.
+        in_memory: True if there are adapters from memory, such as `PeftModel`s, which NAME=PATH cannot name.
+    """
     seen: dict[str, str] = {}
     for name in names:
         earlier = seen.get(name.lower())
         if earlier is not None:
+            mapping = "a mapping, {'name': source}"
             raise AdapterNameError(
                 f"two adapters have the same name, {name!r}"
                 + (f" (and {earlier!r}: case is ignored)" if earlier != name else "")
-                + ". Set another name for one of them: NAME=PATH, or a mapping {'name': source} in Python."
+                + ". Set another name for one of them: pass "
+                + (f"{mapping}." if in_memory else f"NAME=PATH, or in Python {mapping}.")
             )
         seen[name.lower()] = name
 

@@ -120,9 +120,9 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     folder = _folder(source, revision, token)
     if folder is None or folders.is_adapter(folder) or folders.is_pack(folder) or folders.holds_lora_file(folder):
         return [AdapterSource(name, source)]
-    incomplete = folders.weights_without_config(folder)
-    if incomplete is not None:
-        raise FormatError(folders.missing_config(folder, incomplete))
+    if folders.weights_without_config(folder) is not None:
+        # an adapter without its config, which reading reports: it can be left out as any other broken adapter
+        return [AdapterSource(name, source)]
     children = folder.folders()
     adapters = [child for child in children if folders.is_adapter(child) or folders.holds_lora_file(child)]
     files = [file for file in folder.files() if folders.is_file_name(file) and not file.startswith(".")]
@@ -174,8 +174,8 @@ def _no_adapter(folder: Folder, children: Sequence[Folder], files: Sequence[str]
     hint = f" There are adapters one level deeper: try {deeper[0]}." if deeper else ""
     no_lora = f" None of its {len(files)} {keys.LORA_SUFFIX} files is a LoRA." if files else ""
     return FormatError(
-        f"{folder} has neither {keys.ADAPTER_CONFIG} nor a LoRA in one file ({keys.LORA_SUFFIX}, as kohya or diffusers "
-        f"write it), and neither has any folder in it: no adapter was found.{no_lora}{hint}"
+        f"{folder} and the folders in it have neither {keys.ADAPTER_CONFIG} nor a LoRA in one file "
+        f"({keys.LORA_SUFFIX}, as kohya or diffusers write it): no adapter was found.{no_lora}{hint}"
     )
 
 

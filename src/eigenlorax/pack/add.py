@@ -96,7 +96,8 @@ def read_new(sources: Sequence[AdapterSource], pack: PackContents, options: AddO
     for source in sources:
         adapter = _read(source, pack, options)
         adapters.append(adapter)
-    checks.check_names([*pack.names, *(adapter.name for adapter in adapters)])
+    in_memory = any(isinstance(source.source, Adapter) for source in sources)
+    checks.check_names([*pack.names, *(adapter.name for adapter in adapters)], in_memory=in_memory)
     return adapters
 
 

@@ -27,16 +27,20 @@ def choice(figures: Summary) -> str:
 
 
 def limits(figures: Summary) -> str:
-    """Return what a pack cannot do, with the option of `fit` that does it, in one sentence."""
+    """Return what a pack cannot do, with the option of `fit` that does it. Names are those of Python and the command.
+
+    Verbs replace Python's names (`cli/spelling.py`).
+    """
     if figures.basis is not None:
         return (
-            "takes more bytes than without its basis, of which vLLM's shared basis serves only the adapters that it "
-            "represents well enough (serve-check lists them)"
+            f"new tasks train on its basis, which takes {figures.bytes.training_basis:,} bytes. vLLM's shared basis "
+            "serves only adapters that this basis represents well enough: serve-check lists them"
         )
     if storage_by_name(figures.dtype).is_coded:
         return (
-            "not for training new tasks on coefficients (purpose='training', --for training), nor for vLLM's shared "
-            "basis (purpose='serving', --for serving), unless it is fitted with a basis for both (basis=32, --basis 32)"
+            "not for training new tasks, nor for vLLM's shared basis. For both, add a basis with basis=32 "
+            "(--basis 32). For one of them, fit with purpose='training' (--for training) or purpose='serving' "
+            "(--for serving)"
         )
     losses = []
     worst = max((errors.worst for errors in (figures.in_fit, figures.projected) if errors is not None), default=0.0)
@@ -44,8 +48,13 @@ def limits(figures: Summary) -> str:
         losses.append(f"not in place of the originals: an adapter loses up to {worst:.3f} of its update")
     is_larger = 0 < figures.bytes.ratio < 1
     if is_larger:
-        losses.append("larger than the LoRAs, which share too little")
+        trained = figures.adapters - len(figures.untrained)
+        losses.append(
+            "larger than the LoRAs, which share too little"
+            if trained > 1
+            else "larger than the LoRA, because one adapter has nothing to share its basis with"
+        )
     if not losses:
-        return "takes more bytes than a pack for storage with the same errors (purpose='storage', --for storage)"
+        return "takes more bytes than with purpose='storage' (--for storage) and the same errors"
     fewer = " in fewer bytes" if is_larger else ""
-    return f"{'; '.join(losses)} (purpose='storage', --for storage, keeps all within {STORAGE_ERROR:g}{fewer})"
+    return f"{'; '.join(losses)}. purpose='storage' (--for storage) keeps all within {STORAGE_ERROR:g}{fewer}"
