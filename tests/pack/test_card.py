@@ -124,3 +124,15 @@ def test_an_adapter_that_is_not_there_is_left_out_under_its_own_name(tmp_path):
     with pytest.warns(SkippedAdapterWarning, match="left out gone"):
         pack = ex.fit([tmp_path / "gone", make_adapter(tmp_path / "sound", seed=2)], n_components=2, skip_bad=True)
     assert pack.summary.fit.skipped["gone"].startswith("gone does not exist")
+
+
+@pytest.mark.parametrize(
+    ("options", "has_rounding"), [({"max_error": 0.1}, False), ({"n_components": 2, "dtype": "int8"}, True)]
+)
+def test_rounding_is_left_out_where_it_is_all_of_the_error(tmp_path, options, has_rounding):
+    make_adapters(tmp_path / "in", "alpha beta gamma")
+    pack = ex.fit(tmp_path / "in", warn_above=1.0, **options)
+    text = (pack.save(tmp_path / "pack") / "README.md").read_text("utf-8")
+    (row,) = (line for line in text.splitlines() if line.startswith("| delta error"))
+    assert ("of which rounding" in row) == has_rounding
+    assert f"mean {pack.summary.in_fit.mean:.4f}, worst {pack.summary.in_fit.worst:.4f}" in row

@@ -87,9 +87,12 @@ def _head_row(figures: Summary) -> str:
 
 def _error_row(group: str, errors: Errors, *, is_bound: bool) -> str:
     plural, at_most = "" if errors.adapters == 1 else "s", ", at most" if is_bound else ""
+    # if rounding is the only error, the figure would repeat the mean
+    has_other_errors = errors.rounding_worst < errors.worst
+    rounding = f", of which rounding {errors.rounding_mean:.1e}" if has_other_errors else ""
     return (
         f"| delta error{at_most}, {errors.adapters} adapter{plural} {group} | mean {errors.mean:.4f}, worst "
-        f"{errors.worst:.4f} ({markdown_code(errors.worst_adapter)}), of which rounding {errors.rounding_mean:.1e} |"
+        f"{errors.worst:.4f} ({markdown_code(errors.worst_adapter)}){rounding} |"
     )
 
 
