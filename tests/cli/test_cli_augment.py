@@ -48,6 +48,15 @@ def test_the_table_says_how_many(cli, pack):
     assert "9 / 9 / 9" in out
 
 
+@pytest.mark.parametrize(("options", "is_noted"), [({}, True), ({"basis": 2}, False)])
+def test_a_coded_pack_without_a_basis_is_noted(cli, pack, tmp_path, options, is_noted):
+    opened = ex.Pack.open(pack)
+    coded = ex.fit([opened.adapter(name) for name in opened.names], max_error=0.1, **options)
+    run = succeeded(augment(cli, coded.save(tmp_path / "coded"), "--n-extra", 3, "--seed", 3))
+    said = "The pack was made for storage and has no basis for training" in run.err
+    assert said == ("--basis 32" in run.err) == is_noted
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(cli, pack):
     for output, seed in (("one", 3), ("two", 3), ("three", 4)):
         succeeded(augment(cli, pack, "--n-extra", 2, "--seed", seed, output=output))

@@ -40,6 +40,8 @@ def augment(
     with console.working():
         augmented = opened.augment(n_extra, seed)
         augmented.save(output, overwrite=overwrite)
+    for note in augmented.notes:
+        console.note(note)
     if json:
         console.print_json({"pack": str(output), **console.summary_json(augmented.summary, augmented.records)})
     else:

@@ -21,6 +21,12 @@ SERVE_WITHIN = 0.1
 """Default error up to which a basis serves an adapter, unless the error bound of the pack is more than half of it."""
 COEFFICIENT_DTYPE = "float32"
 """Storage of coefficients on a basis."""
+RANDOM_COMPONENTS_NOTE = (
+    "The pack was made for storage and has no basis for training: new tasks train on these random components, and on "
+    "those that saved bytes, often few or none. Fit it with basis=32 (--basis 32) or purpose='training' "
+    "(--for training) for components that the adapters share."
+)
+"""Note on an entropy-coded pack that was augmented without a basis."""
 
 
 def check_has_basis(pack: PackContents) -> "Pack":

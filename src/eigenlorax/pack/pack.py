@@ -454,7 +454,8 @@ class Pack(WritableContents):
         """Return a pack whose bases have additional random components, for training new tasks.
 
         The components are orthonormal to the others. Updates of the adapters do not change. If the pack has a `basis`,
-        only that is augmented.
+        only that is augmented. An entropy-coded pack without one gets a note (`Pack.notes`), because it has few other
+        components to train.
 
         Args:
             n_extra: Number of random components per side.
@@ -472,7 +473,10 @@ class Pack(WritableContents):
         adapters = {name: self._with_fingerprint(name) for name in self.names}
         if self.basis is not None:
             return self._copy(adapters, basis=self.basis.augment(n_extra, seed))
-        return self._copy(adapters, subspace=spaces.augment(self.subspace, n_extra, seed))
+        augmented = self._copy(adapters, subspace=spaces.augment(self.subspace, n_extra, seed))
+        if self.is_coded:
+            augmented.notes.append(basis_adapters.RANDOM_COMPONENTS_NOTE)
+        return augmented
 
     def _copy(
         self,
