@@ -206,6 +206,15 @@ class TestWhatIsNotServed:
         assert len(refused) == 6
         assert refused["of-codes"] == "vLLM does not support QALoRA"
 
+    def test_residuals_are_refused_with_the_options_that_avoid_them(self, cli, tmp_path, model):
+        make_adapters(tmp_path / "in", "a b", modules=modules(), rank=RANK, base=None)
+        ex.fit(tmp_path / "in", max_error=0.1).save(tmp_path / "pack")
+        run = succeeded(cli("serve-check", tmp_path / "pack", "--model", model))
+        (line,) = (line for line in run.out.splitlines() if line.startswith("Not served with a shared basis: "))
+        assert "each of 2 adapters (a, b): it has a residual in " in line
+        assert "fitted for serving (--for serving) represents it, and one with a basis of few components" in line
+        assert line.endswith("(--basis 32) may.")
+
     def test_what_lies_outside_the_subspace_is_served_expanded_alone(self, cli, tmp_path, model):
         make_adapters(tmp_path / "in", "a b", modules=modules(), rank=RANK, base=None)
         more = modules() | modules({"o_proj": (24, 24)})

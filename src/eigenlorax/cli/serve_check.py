@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import arguments, console, verbs
+from . import arguments, console, spelling, verbs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -119,7 +119,7 @@ def _group_by_reason(refused: "Mapping[str, str]") -> list[str]:
     """Return one sentence per reason, sorted by the number of adapters, largest first."""
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in refused.items():
-        names_by_reason.setdefault(reason, []).append(name)
+        names_by_reason.setdefault(spelling.on_command_line(reason), []).append(name)
     return [
         f"{f'each of {len(names):,} adapters' if len(names) > 1 else '1 adapter'} ({_first_names(names)}): {reason}."
         for reason, names in sorted(names_by_reason.items(), key=lambda group: -len(group[1]))

@@ -106,7 +106,7 @@ class EigenLoraxModel(BaseTuner):
         if smallest < largest and not (peft_config.core or peft_config.inference_mode):
             warnings.warn(
                 f"r={largest} (--rank) is larger than the {smallest} components of a module, so the rank of its update "
-                f"is at most {smallest}: a larger r (--rank) adds numbers to train, but no other updates.",
+                f"is at most {smallest}: a higher rank trains more numbers for the same updates.",
                 RankWarning,
                 stacklevel=2,
             )
