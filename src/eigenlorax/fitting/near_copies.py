@@ -64,8 +64,8 @@ def _note(count: int, pair: list[str], bound: float, distance: float) -> str:
         subject = f"{count:,} adapters, such as {pair[0]} and {pair[1]}, differ from another one"
     smaller = float(f"{distance / 3:.1g}")
     return (
-        f"{subject} by less than {bound:.3g}, the error that the pack allows, and may be nearly the same in it. A "
-        f"smaller max_error (--max-error {smaller:g}) tells them apart."
+        f"{subject} by less than {bound:.3g}, the error that the pack allows, and may be nearly the same in it. "
+        f"max_error={smaller:g} (--max-error {smaller:g}) tells them apart."
     )
 
 
