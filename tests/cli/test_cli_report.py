@@ -87,7 +87,7 @@ class TestReport:
             ("report pack -a in --labels a,b", ["--labels needs --evaluate with a file of rows", "remove --labels"]),
             ("report pack -a in --max-length 5", ["--max-length needs --evaluate"]),
             ("report pack -a in --text-column body", ["--text-column needs --evaluate"]),
-            ("report pack -a in --seed 99999999999999999999999", ["seed must be a whole number from 0 to 2**63 - 1"]),
+            ("report pack -a in --seed 99999999999999999999999", ["--seed must be a whole number from 0 to 2**63 - 1"]),
             ("report pack -a in -o pack/subspace_config.json", ["packs and adapters use the name", "pack/report.json"]),
             ("report pack -a in -o in/alpha/adapter_config.json", ["packs and adapters use the name"]),
             ("report pack -a in -o pack/README.md", ["is the model card of the pack", "pack/report.md"]),

@@ -175,6 +175,7 @@ BAD = {
     "no such start": (f"{TRAIN} --start nope", 3, "--start nope is neither"),
     "no room for extra directions": (f"{TRAIN} --n-extra 2", 3, "eigenlorax augment pack --n-extra 2 --seed 0"),
     "more extra directions than there are": (f"{TRAIN} --n-extra 99 --no-add", 3, "99"),
+    "fewer extra directions than none": (f"{TRAIN} --n-extra -1", 3, "--n-extra must be at least 0, got -1"),
     "a rank of nothing": (f"{TRAIN} --rank 0", 3, "--rank must be an integer of at least 1"),
     "epochs of nothing": (f"{TRAIN} --epochs 0", 3, "--epochs must be a number above 0"),
     "no such options": (f"{TRAIN} --trainer-options gone.yaml", 3, "gone.yaml does not exist"),

@@ -7,6 +7,7 @@ import re
 OPTIONS = {
     "adapters": "--adapters",
     "allow_pickle": "--allow-pickle",
+    "alpha": "--alpha",
     "basis": "--basis",
     "batch_size": "--batch-size",
     "carry_missing": "--carry-missing",
@@ -24,6 +25,7 @@ OPTIONS = {
     "format": "--format",
     "gpus": "--tensor-parallel-size",
     "head_error": "--head-error",
+    "head_learning_rate": "--head-learning-rate",
     "labels": "--labels",
     "learning_rate": "--learning-rate",
     "left_out": "--left-out",
@@ -41,6 +43,7 @@ OPTIONS = {
     "ratio": "--ratio",
     "resume": "--resume",
     "same_base": "--same-base",
+    "seed": "--seed",
     "serve_within": "--serve-within",
     "skip_bad": "--skip-bad",
     "solver": "--solver",
@@ -58,8 +61,9 @@ _QUOTES = "[]'"
 # not within a path or a quoted name
 _BEFORE = r"(?<![\w/\\'\"=.-])"
 _VALUE = r"(?:\[[^\]]*\]|'[^']*'|\([^)]*\)|[^\s,;:()'\"`/]+?(?=[.?!]?(?:[\s,;:)`]|$)))"
-# `r` of a config is no option in general: it is replaced at the start of a message only
-_KEYWORDS = "|".join(keyword for keyword in OPTIONS if keyword != "r")
+# fields of configs, names of adapters and words of sentences too, so replaced before "must" only
+_AMBIGUOUS = ("alpha", "r", "seed")
+_KEYWORDS = "|".join(keyword for keyword in OPTIONS if keyword not in _AMBIGUOUS)
 # words that mean other things in sentences are replaced at their start and in lists of options only
 _UNIQUE = "|".join(keyword for keyword in OPTIONS if "_" in keyword)
 
@@ -70,7 +74,7 @@ _COLUMN = re.compile(r"Columns(?:\.\w+|\([^)]*\)) \((--[a-z-]+)\)")
 _NAME_AND_OPTION = re.compile(rf"{_BEFORE}(?:{_KEYWORDS})(?: \((--[a-z-]+|-k)\)|, (--[a-z-]+|-k))(?![\w-])")
 _ASSIGNED = re.compile(rf"{_BEFORE}({_KEYWORDS})=({_VALUE})?")
 _NAME = re.compile(rf"{_BEFORE}({_UNIQUE})\b(?![=/])")
-_FIRST_WORD = re.compile(rf"^({_KEYWORDS}|r)(?= (?:must|is) )")
+_FIRST_WORD = re.compile(rf"^((?:{_KEYWORDS})(?= (?:must|is) )|(?:{'|'.join(_AMBIGUOUS)})(?= must ))")
 _REMOVED = re.compile(rf"(?<=\bRemove )({_KEYWORDS})\b(?!=)")
 _IN_LIST = re.compile(rf"((?:--[a-z-]+|-k)(?:, | and | or ))({_KEYWORDS})\b(?!=)")
 

@@ -111,7 +111,7 @@ class Training:
             number = getattr(self, name)
             if number is not None and not (math.isfinite(number) and number > 0):
                 raise OptionError(f"{name} must be a number above 0, got {number!r}.")
-        for name, minimum in (("batch_size", 1), ("max_length", 2), ("seed", 0)):
+        for name, minimum in (("batch_size", 1), ("max_length", 2), ("seed", 0), ("n_extra", 0)):
             number = getattr(self, name)
             if number is not None and number < minimum:
                 raise OptionError(f"{name} must be at least {minimum}, got {number!r}.")
