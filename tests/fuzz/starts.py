@@ -93,7 +93,10 @@ def _make_head(folder: Path) -> None:
         modules=MODULES,
         head=(2, 31),
         tensors={
-            f"base_model.model.{VALUE}.lora_magnitude_vector": torch.ones(13),
+            **{
+                f"base_model.model.{module}.lora_magnitude_vector": torch.ones(n_out)
+                for module, (n_out, _) in MODULES.items()
+            },
             "base_model.model.embed.lora_embedding_A": torch.ones(3, 40),
             "base_model.model.embed.lora_embedding_B": torch.ones(7, 3),
             f"base_model.model.{QUERY}.base_layer.bias": torch.ones(17),

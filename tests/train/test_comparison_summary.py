@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from eigenlorax.reports.numbers import plural
 from eigenlorax.train import comparison_summary
 from eigenlorax.train.comparison_summary import Difference, MethodRun, difference
 
@@ -93,7 +94,7 @@ def table_of(runs, tried=None):
     ("number", "text"), [(1, "1 epoch"), (1.0, "1 epoch"), (1.5, "1.5 epochs"), (12345, "12,345 epochs")]
 )
 def test_some(number, text):
-    assert comparison_summary.plural(number, "epoch") == text
+    assert plural(number, "epoch") == text
 
 
 class TestTheTable:
