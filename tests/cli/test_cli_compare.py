@@ -116,7 +116,11 @@ BAD = {
         3,
         "odd.jsonl is not a file of `eige",
     ),
-    "another contest": (f"{QUICK} --resume -o begun.json --epochs 2", 3, "started with epochs=1.0, and now it is 2.0"),
+    "another contest": (
+        f"{QUICK} --resume -o begun.json --epochs 2",
+        3,
+        "started with --epochs 1.0, and now it is 2.0",
+    ),
     "other rows": (f"{QUICK} --resume -o begun.json --train train.jsonl", 3, "started with other training rows"),
 }
 

@@ -88,7 +88,7 @@ class TestATrainingAndItsEvaluation:
         assert_refused(
             cli(*CLASSIFY, "--epochs", "2", "--resume", "--name", "new"),
             3,
-            "started with epochs=1.0, and now it is 2.0",
+            "started with --epochs 1.0, and now it is 2.0",
         )
 
     @needs_fork
