@@ -1,11 +1,15 @@
 """Adapters of a coded pack whose heads are coded too: PEFT loads them from their folders, and a bank serves them."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import eigenlorax as ex
 from eigenlorax.core import registry
+from eigenlorax.errors import FormatError
 from tiny import make_bert
 
 HEAD = "base_model.model.classifier.weight"
@@ -70,3 +74,14 @@ def test_a_pack_loads_them_into_a_model(path, ids):
     pack.load_into(model, "a4")
     head = model.get_base_model().classifier.modules_to_save["a4"].weight
     assert torch.equal(head, pack["a4"].heads[HEAD])
+
+
+def test_a_folder_that_was_moved_out_of_its_pack(path, tmp_path):
+    pack = ex.Pack.open(path)
+    moved = shutil.copytree(path / "adapters" / "a2", tmp_path / "a2")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "subspace": str(path)}))
+    assert torch.equal(ex.read_adapter(moved).heads[HEAD], pack["a2"].heads[HEAD])
+    registry.clear()
+    with pytest.raises(FormatError, match="heads cannot be decoded: .*refers to reference 0"):
+        ex.read_adapter(moved)

@@ -7,7 +7,7 @@ tensors that several adapters resemble.
 import json
 import math
 import zlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import dtypes
+from ..core import dtypes, keys
 from ..core.json_dataclasses import from_json
-from ..core.limits import MAX_JSON_BYTES, check_coded_count, check_expansion
-from ..errors import FormatError
+from ..core.limits import MAX_JSON_BYTES, PARSE_FAILURES, check_coded_count, check_expansion
+from ..errors import FormatError, reason
 from . import entropy, varint
 from .quantised_tensor import MANTISSA_BITS, QuantisedTensor, StepSize, row_count
+from .storage.coded import tensor_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,3 +286,27 @@ def _inflate(data: bytes, at: int, limit: int) -> tuple[bytes, int]:
     if len(part) != size or len(inflated) > limit or not decompressor.eof or decompressor.unused_data:
         raise FormatError("a deflated part of coded tensors is damaged.")
     return inflated, at + size
+
+
+def decode_heads(tensors: Mapping[str, Tensor], references: References) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file with decoded heads in place of their empty tensors, whatever their keys.
+
+    Raises:
+        FormatError: The codes are not valid, or refer to a tensor that is not among the references.
+    """
+    try:
+        listed = dict(from_bytes(tensor_bytes(tensors, keys.CODED_HEADS)))
+        check_total(listed.values(), references.coded)
+        decoded = decode_tensors([code for _, code in sorted(listed.items(), key=lambda pair: pair[0])], references)
+        return {
+            key: decoded[tensor.shape[1]] if is_mark(tensor) else tensor
+            for key, tensor in tensors.items()
+            if key != keys.CODED_HEADS
+        }
+    except PARSE_FAILURES as error:
+        raise FormatError(f"the adapter's heads cannot be decoded: {reason(error)}.") from error
+
+
+def is_mark(tensor: Tensor) -> bool:
+    """Return whether a tensor of an adapter's file only marks the key of a coded head."""
+    return tensor.dtype == torch.uint8 and tensor.ndim == 2 and not len(tensor)

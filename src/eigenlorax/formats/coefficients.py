@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..codec.storage.base import ModuleSlot
 from ..codec.storage.table import as_float_tensors
+from ..codec.tensor_codes import References, decode_heads
 from ..core import dtypes, keys, limits, module_names, registry
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, LoRAFactors, from_factors
@@ -77,8 +78,12 @@ def _classify(
     tensor_names = {*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.EMBEDDED.values()}
     modules: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
+    if keys.CODED_HEADS in tensors:
+        tensors = decode_heads(tensors, _references(config))
     float_tensors = as_float_tensors(
-        tensors, lambda: slots(config, where), lambda: _as_written(_subspace(config, where), config)
+        tensors,
+        lambda: slots(_with_modules(config, where), where),
+        lambda: _as_written(_subspace(config, where), config),
     )
     for key, tensor in float_tensors.items():
         module, _, name = key.removeprefix(keys.MODEL_PREFIX).rpartition(".")
@@ -279,6 +284,20 @@ def _subspace(config: Mapping[str, Any], where: str) -> Subspace:
         )
     n_extra = config.get("n_extra") or 0
     return spaces.augment(subspace, n_extra, config.get("extra_seed") or 0) if n_extra else subspace
+
+
+def _references(config: Mapping[str, Any]) -> References:
+    """Return the reference tensors of the pack that an adapter is from; none if it is not loaded."""
+    fingerprint = config.get("subspace_fingerprint")
+    pack = registry.find_pack(fingerprint) if isinstance(fingerprint, str) else None
+    return pack.reference_tensors if pack is not None else References()
+
+
+def _with_modules(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a config with all modules of the subspace if it names none: an adapter in a pack may leave them out."""
+    if config.get(keys.TARGET_MODULES):
+        return dict(config)
+    return {**config, keys.TARGET_MODULES: sorted(_subspace(config, where).modules)}
 
 
 def _subspace_module(module: str, fields: _Fields, subspace: Subspace, where: str) -> str:

@@ -14,8 +14,7 @@ from ..codec.storage import coded
 from ..codec.tensor_codes import CodedTensor, References
 from ..core import keys
 from ..core.adapter import Adapter, LazyMapping
-from ..core.limits import PARSE_FAILURES, damaged_on_error
-from ..errors import FormatError, reason
+from ..core.limits import damaged_on_error
 from .scanned_adapter import ScannedAdapter
 
 MIN_HEAD_ERROR, MAX_HEAD_ERROR = 0.1, 0.3
@@ -286,31 +285,6 @@ def file_tensors(tensors: Mapping[str, Tensor], coded_key: str) -> dict[str, Ten
     return {**tensors.exact, **marks, coded_key: tensors.blob}
 
 
-def decode_heads(tensors: Mapping[str, Tensor], references: References) -> dict[str, Tensor]:
-    """Return the tensors of an adapter's file with decoded heads in place of their empty tensors, whatever their keys.
-
-    Raises:
-        FormatError: The codes are not valid, or refer to a tensor that is not among the references.
-    """
-    try:
-        listed = dict(tensor_codes.from_bytes(coded.tensor_bytes(tensors, keys.CODED_HEADS)))
-        tensor_codes.check_total(listed.values(), references.coded)
-        codes = [code for _, code in sorted(listed.items(), key=lambda pair: pair[0])]
-        decoded = tensor_codes.decode_tensors(codes, references)
-        return {
-            key: decoded[tensor.shape[1]] if _is_mark(tensor) else tensor
-            for key, tensor in tensors.items()
-            if key != keys.CODED_HEADS
-        }
-    except PARSE_FAILURES as error:
-        raise FormatError(f"the adapter's heads cannot be decoded: {reason(error)}.") from error
-
-
-def _is_mark(tensor: Tensor) -> bool:
-    """Return whether a tensor only marks the key of a coded head."""
-    return tensor.dtype == torch.uint8 and tensor.ndim == 2 and not len(tensor)
-
-
 def from_file(tensors: Mapping[str, Tensor], coded_key: str, references: References) -> Mapping[str, Tensor]:
     """Return the tensors of a file that `file_tensors` returned, with coded tensors.
 
@@ -323,7 +297,7 @@ def from_file(tensors: Mapping[str, Tensor], coded_key: str, references: Referen
     exact = {
         key: tensor
         for key, tensor in tensors.items()
-        if key != coded_key and not (coded_key == keys.CODED_HEADS and key in codes and _is_mark(tensor))
+        if key != coded_key and not (coded_key == keys.CODED_HEADS and key in codes and tensor_codes.is_mark(tensor))
     }
     if len(codes) != len(listed) or codes.keys() & exact.keys():
         raise ValueError(f"a tensor of {coded_key} is there twice")

@@ -122,19 +122,26 @@ def prepare(
     ratios = check(ratios)
     report = progress or (lambda stage, done, total: None)
     stage = _describe_work(plan.jobs, len(ratios))
-    adapters = [replace(adapter, name=name) for name, adapter in originals.items()]
+    # heads would take the bytes of small LoRAs, and all versions have the originals' heads
+    adapters = [replace(adapter, name=name, heads={}) for name, adapter in originals.items()]
     excluded = _excluded_patterns(pack, adapters)
     packs: list[Pack] = []
     for done, ratio in enumerate(ratios):
         report(stage, done, len(ratios))
         packs.append(
             fitting.fit(
-                adapters, ratio=ratio, exclude_modules=excluded, same_base=True, warn_above=1.0, progress=report
+                adapters,
+                ratio=ratio,
+                head_error=0,
+                exclude_modules=excluded,
+                same_base=True,
+                warn_above=1.0,
+                progress=report,
             )
         )
     report(stage, len(ratios), len(ratios))
-    own = _pack_version("pack", None, pack, list(originals))
-    fits = [_pack_version(FIT, ratio, fitted, list(originals)) for ratio, fitted in zip(ratios, packs, strict=True)]
+    own = _pack_version("pack", None, pack, originals)
+    fits = [_pack_version(FIT, ratio, fitted, originals) for ratio, fitted in zip(ratios, packs, strict=True)]
     records = packs[0].records
     carried = sum(record.carried_bytes for record in records.values())
     lora_float16 = 2 * lora_numbers(records) + carried
@@ -187,12 +194,27 @@ def _excluded_patterns(pack: Pack, originals: Sequence[Adapter]) -> list[str]:
     return [glob.escape(name) for name in pack.fit_info.excluded_modules if name in modules]
 
 
-def _pack_version(method: str, ratio: float | None, pack: Pack, names: Sequence[str]) -> StoredVersion:
-    """Return the adapters of a pack as a version. names: adapters whose bytes and errors are counted."""
-    records = [pack.records[name] for name in names]
+def _pack_version(method: str, ratio: float | None, pack: Pack, originals: Mapping[str, Adapter]) -> StoredVersion:
+    """Return the adapters of a pack, with the heads of the originals, as a version.
+
+    Args:
+        method: Name of the method.
+        ratio: Compression ratio that was asked for; None for the pack itself.
+        pack: The pack.
+        originals: Adapters whose bytes and errors are counted.
+    """
+    records = [pack.records[name] for name in originals]
     errors = [record.delta_error for record in records]
-    stored = pack.info.stored_bytes + sum(record.coefficient_bytes + record.carried_bytes for record in records)
-    return StoredVersion(method, ratio, stored, max(errors), statistics.fmean(errors), pack.adapter)
+
+    def with_heads(name: str) -> Adapter:
+        return replace(pack.adapter(name), heads=originals[name].heads if name in originals else {})
+
+    stored = (
+        pack.info.stored_bytes
+        - pack.info.reference_bytes
+        + sum(record.coefficient_bytes + record.carried_bytes for record in records)
+    )
+    return StoredVersion(method, ratio, stored, max(errors), statistics.fmean(errors), with_heads)
 
 
 def _truncated_versions(

@@ -19,12 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..codec.storage.base import ModuleSlot
 from ..codec.storage.table import as_float_tensors
-from ..codec.tensor_codes import References
+from ..codec.tensor_codes import References, decode_heads
 from ..core import convolution, keys, module_patterns
 from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
 from ..formats import coefficients
-from ..pack.outside_tensors import decode_heads
 from . import renaming, resolve
 from .config import EigenLoraxConfig
 from .forward import AdaptedLayer, wrap_layer
