@@ -22,8 +22,8 @@ GOALS = (
     Goal(
         "Make a collection small",
         ("eigenlorax fit adapters/ -o pack/",),
-        "In the pack, every adapter is within an error of 0.1, related or not. --basis 32 adds a basis to train on. "
-        "vLLM's shared basis then serves the adapters that this represents within --serve-within, often none.",
+        "Every adapter in the pack stays within an error of 0.1, related or not. Not for training, unless --basis 32 "
+        "adds a basis. vLLM's shared basis serves only the adapters that this basis represents well, often none.",
     ),
     Goal(
         "Train new tasks on coefficients",
