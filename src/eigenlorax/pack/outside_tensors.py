@@ -153,6 +153,11 @@ class OutsideCoding:
         )
 
     def _encode_all(self, tensors: Mapping[str, Tensor], *, is_head: bool) -> StoredTensors:
+        if self.head_error is None:
+            exact = dict(tensors)
+            source_bytes = sum(tensor.nbytes for tensor in exact.values())
+            numbers = sum(tensor.numel() for tensor in exact.values())
+            return StoredTensors(exact, 0.0, source_bytes, numbers, isinstance(tensors, DecodedTensors))
         source_bytes, numbers, waiting = 0, 0, 0
         codes: dict[str, CodedTensor] = {}
         errors: dict[str, float] = {}
@@ -160,8 +165,6 @@ class OutsideCoding:
         for key in tensors:
             tensor = tensors[key]
             source_bytes, numbers = source_bytes + tensor.nbytes, numbers + tensor.numel()
-            if self.head_error is None:
-                continue
             if (known := self._known_code(tensors, key)) is not None:
                 self._add_codes(codes, {key: known})
                 continue
