@@ -194,9 +194,7 @@ def refit(
 
 def _default_basis(pack: Pack, fit_options: Mapping[str, Any]) -> int | None:
     """Return the number of components of the pack's basis, if it has one and the new pack may have one too."""
-    bounds = {name: fit_options[name] for name in BYTE_TARGETS}
-    storages = fit_options["dtype"], fit_options["coefficient_dtype"]
-    if pack.basis is None or not is_entropy_coded(bounds, fit_options["weighting"], *storages):
+    if pack.basis is None or not _becomes_coded(fit_options):
         return None
     return pack.basis.fit_info.n_components
 
@@ -205,11 +203,13 @@ def _head_error(pack: Pack, fit_options: Mapping[str, Any], head_error: float | 
     """Return the option of `fit`: the argument, else the bound of a pack that stays entropy-coded, else the default."""
     if head_error is not None or not pack.is_coded:
         return head_error
+    return (pack.fit_info.head_error or 0.0) if _becomes_coded(fit_options) else None
+
+
+def _becomes_coded(fit_options: Mapping[str, Any]) -> bool:
+    """Return whether `fit` makes an entropy-coded pack with these options."""
     bounds = {name: fit_options[name] for name in BYTE_TARGETS}
-    storages = fit_options["dtype"], fit_options["coefficient_dtype"]
-    if not is_entropy_coded(bounds, fit_options["weighting"], *storages):
-        return None
-    return pack.fit_info.head_error or 0.0
+    return is_entropy_coded(bounds, fit_options["weighting"], fit_options["dtype"], fit_options["coefficient_dtype"])
 
 
 def _bound_note(refitted: Pack) -> str | None:
