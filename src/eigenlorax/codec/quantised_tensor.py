@@ -95,10 +95,10 @@ def quantise_tensor(
 
 def _quantise(tensor: Tensor, bound: float, reference: tuple[int, Tensor] | None) -> QuantisedTensor | None:
     number, prediction = (None, None) if reference is None else reference
-    found = _search_step_size(tensor, bound, prediction)
-    if found is None:
+    quantisation = _search_step_size(tensor, bound, prediction)
+    if quantisation is None:
         return None
-    step_size, integers, error = found
+    step_size, integers, error = quantisation
     return QuantisedTensor(tensor.dtype, integers, step_size, number, error)
 
 
@@ -129,17 +129,16 @@ def _search_step_size(tensor: Tensor, bound: float, prediction: Tensor | None) -
             break
         step_size = StepSize.at_most(size)
         integers = (difference / float(step_size)).round()
-        found = error(predicted + integers * float(step_size))
-        if found <= limit:
-            best = step_size, integers.to(torch.int64), found / norm
-            if found >= CLOSE * limit:
+        deviation = error(predicted + integers * float(step_size))
+        if deviation <= limit:
+            best = step_size, integers.to(torch.int64), deviation / norm
+            if deviation >= CLOSE * limit:
                 break
-            smallest = float(step_size)
-            proposed = size * min(0.9995 * limit / max(found, 1e-300), 4.0)
-            size = proposed if proposed < too_large else (smallest * too_large) ** 0.5
+            proposed = size * min(0.9995 * limit / max(deviation, 1e-300), 4.0)
+            size = proposed if proposed < too_large else (float(step_size) * too_large) ** 0.5
         else:
             too_large = size
-            proposed = size * 0.9995 * limit / found
+            proposed = size * 0.9995 * limit / deviation
             size = proposed if best is None else max(proposed, (float(best[0]) * too_large) ** 0.5)
     return best
 
