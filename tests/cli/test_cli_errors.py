@@ -39,7 +39,7 @@ def test_a_message_about_a_message_is_short_too():
 def test_the_command_prints_no_more(cli, tmp_path):
     folder = change_config(make_adapter(tmp_path / "one", seed=1), peft_type="A" * 10**6)
     done = cli("inspect", folder)
-    assert_refused(done, 3, folder, "only LORA adapters are supported")
+    assert_refused(done, 3, folder, "only LORA and ADALORA adapters are supported")
     assert len(done.err) < 3200
 
 

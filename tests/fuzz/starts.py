@@ -75,6 +75,7 @@ def adapters() -> Mapping[str, Tree]:
         "convolution": lambda folder: ex.write_adapter(lora_files.planted(CONVOLUTION, seed=1, mixed=False), folder),
         "official": lambda folder: test_official.make(folder, lora_alpha=7),
         "metadata": _make_metadata,
+        "adalora": _make_adalora,
     }
     return {name: _made(lambda folder, make=make: make(folder / "one")) for name, make in makers.items()}
 
@@ -103,6 +104,20 @@ def _make_head(folder: Path) -> None:
         },
         config={"use_dora": True, "bias": "lora_only"},
     )
+
+
+def _make_adalora(folder: Path) -> None:
+    """Of PEFT's AdaLoRA, with a masked triplet and a module without any."""
+    make_adapter(folder, seed=1, modules=MODULES)
+    tensors = {}
+    for module, factors in ex.read_adapter(folder).modules.items():
+        rank = 0 if module == VALUE else factors.spec.rank
+        values = torch.arange(float(rank))[:, None]
+        parts = {"lora_A": factors.down[:rank], "lora_B": factors.up[:, :rank], "lora_E": values}
+        tensors |= {f"base_model.model.{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+        init_r = factors.spec.rank
+    save_file(tensors, folder / WEIGHTS)
+    change_config(folder, peft_type="ADALORA", init_r=init_r, rank_pattern={f"{VALUE}.lora_E": [False] * init_r})
 
 
 def _make_metadata(folder: Path) -> None:

@@ -13,6 +13,8 @@ FORMAT_VERSION = 7
 PEFT_TYPE = "EIGENLORAX"
 # `peft_type` in the adapters of the authors' own code
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
+# `peft_type` of PEFT's AdaLoRA
+ADALORA_PEFT_TYPE = "ADALORA"
 # Path from an adapter's folder in a pack to the pack, by which its config refers to the subspace
 INSIDE_PACK = "../.."
 
@@ -74,6 +76,9 @@ KERNELS = "kernels"
 # Bases within an adapter's own file, for adapters that are saved without a pack
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}
 LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
+# Tensors of a module in PEFT's AdaLoRA: B diag(E) A in place of B A
+ADALORA_VALUES = "lora_E"
+ADALORA_PARTS = (*LORA_PARTS.values(), ADALORA_VALUES)
 # The authors' own code keeps components and coefficients ("loadings") as parameters of one layer per side
 OFFICIAL_SIDES = {"eigenlora_A": "down", "eigenlora_B": "up"}
 OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
@@ -93,6 +98,8 @@ _CARRIED = re.compile(
 )
 _FACTOR_BIAS = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B)(\.(?P<adapter>[^.]+))?(?P<tail>\.bias)")
 _HEAD = re.compile(r"(?P<module>.+)\.modules_to_save\.(?P<tail>.+)")
+# parameters, not layers: they have no `.weight`
+_ADALORA = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_E)(\.(?!(?:weight|bias)$)[^.]+)?")
 _OFFICIAL = re.compile(
     r"(?P<module>.+)\.(?P<side>eigenlora_A|eigenlora_B)(\.[^.]+)?\.(?P<part>components|loadings)(\.[^.]+)?"
 )
@@ -173,6 +180,21 @@ def parse_peft_key(raw: str, modules_to_save: Sequence[str] = ()) -> TensorName:
             "dropped. Save the adapter as a PEFT LoRA."
         )
     return TensorName(Kind.HEAD, key.rpartition(".")[0], f"{MODEL_PREFIX}{key}")
+
+
+def is_factor_key(raw: str) -> bool:
+    """Return whether the name of a tensor is that of a LoRA's factor, such as `….lora_A.weight`."""
+    return _FACTOR.fullmatch(raw.removeprefix(MODEL_PREFIX)) is not None
+
+
+def parse_adalora_key(raw: str) -> tuple[str, str] | None:
+    """Parse the name of a tensor in an AdaLoRA checkpoint.
+
+    Returns:
+        Module and part (one of `ADALORA_PARTS`); None if the name has another form, as the names of heads have.
+    """
+    match = _ADALORA.fullmatch(raw.removeprefix(MODEL_PREFIX))
+    return (match["module"], match["part"]) if match else None
 
 
 def parse_official_key(raw: str) -> tuple[str, str, str] | None:

@@ -141,7 +141,7 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         raise FormatError(
             f"{folder} has coefficients of an adapter in a pack. Write it as an ordinary LoRA with `eigenlorax export`."
         )
-    check_config(config, path, (LORA, keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE))
+    check_config(config, path, (LORA, keys.ADALORA_PEFT_TYPE, keys.PEFT_TYPE, keys.OFFICIAL_PEFT_TYPE))
     return text, config
 
 
@@ -162,7 +162,7 @@ def check_config(config: dict[str, Any], path: str, peft_types: Sequence[str] = 
     """Raise `FormatError` if an adapter's config has another peft_type, or a field of the wrong type."""
     peft_type = config.get("peft_type")
     if peft_type not in peft_types:
-        raise FormatError(f"{path}: peft_type is {peft_type!r}; only LORA adapters are supported.")
+        raise FormatError(f"{path}: peft_type is {peft_type!r}; only LORA and ADALORA adapters are supported.")
     for field in ("base_model_name_or_path", "revision"):
         if not isinstance(config.get(field), str | None):
             raise FormatError(f"{path}: {field} is {config[field]!r}; a string or null was expected.")

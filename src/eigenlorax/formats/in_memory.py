@@ -42,7 +42,7 @@ def from_peft_model(model: PeftModel) -> list[Adapter]:
     """Return the adapters of a PEFT model, with copies of their tensors, by their names in the model.
 
     Args:
-        model: A `PeftModel` with LoRAs, or with adapters of our own type.
+        model: A `PeftModel` with LoRAs or AdaLoRAs, or with adapters of our own type.
 
     Raises:
         FormatError: An adapter has another PEFT type.
@@ -85,7 +85,7 @@ def from_state_dict(state_dict: Mapping[str, Tensor], config: Any, name: str) ->
 
 
 def _adapter(name: str, config_text: str, tensors: Mapping[str, Tensor], where: str) -> Adapter:
-    files.check_config(json.loads(config_text), f"the config of {where}")
+    files.check_config(json.loads(config_text), f"the config of {where}", (files.LORA, keys.ADALORA_PEFT_TYPE))
     keys.check_tensor_names(tensors, where)
     adapter = peft.from_tensors(name, config_text, tensors, where=where)
     peft.check_complete(adapter, where)

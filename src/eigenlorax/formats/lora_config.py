@@ -25,6 +25,7 @@ _COMMON_FIELDS = (
     "fan_in_fan_out",
     "lora_dropout",
     "modules_to_save",
+    "trainable_token_indices",
 )
 
 

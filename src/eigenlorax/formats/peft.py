@@ -19,7 +19,7 @@ from ..core import atomic_files, dtypes, keys, narrowing
 from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec, Origin
 from ..core.keys import Kind
 from ..errors import FormatError, NonFiniteError, ShapeError
-from . import coefficients, files, lora_config, official, safetensors_file
+from . import adalora, coefficients, files, lora_config, official, safetensors_file
 from .files import Header, Load, OpenedFolder, Weights
 from .folders import AdapterLocation
 from .lora_config import ScalingConfig
@@ -42,7 +42,8 @@ def read(
     """Read a PEFT LoRA. Its tensors are read at each access.
 
     An adapter that was trained on coefficients is returned as the equivalent LoRA if its subspace is loaded
-    (`Pack.open`). So is an adapter in the format of the paper's authors if its config has `lora_alpha`.
+    (`Pack.open`). So is an adapter in the format of the paper's authors if its config has `lora_alpha`. An AdaLoRA
+    checkpoint is returned as the LoRA with the same update, and the config of that LoRA.
 
     Args:
         source: A local folder, a URL (`s3://…`, `hf://…`), or a Hub id (`org/name`, `org/name@revision`).
@@ -121,12 +122,14 @@ class _TensorNames:
 
 
 def assemble(opened: OpenedFolder) -> Adapter:
-    """Return the adapter of an opened folder with a LoRA. Its tensors are read at each access.
+    """Return the adapter of an opened folder with a LoRA or an AdaLoRA. Its tensors are read at each access.
 
     Raises:
         FormatError: A tensor is not recognised, occurs twice or lacks its partner.
         ShapeError: The factors of a module do not fit each other or the config.
     """
+    if opened.config["peft_type"] == keys.ADALORA_PEFT_TYPE:
+        opened = adalora.as_lora(opened)
     config, weights = opened.config, opened.weights
     tensors = _classify(opened)
     carried = dict(tensors.carried)
