@@ -8,9 +8,6 @@ from torch import Tensor
 
 from ...core.adapter import LoRAFactors
 
-MAX_REFERENCES = 3
-"""Maximum number of earlier versions that a version is predicted from."""
-
 
 @dataclass(frozen=True, slots=True)
 class Version:
@@ -30,7 +27,7 @@ class Version:
 
 
 class DecodedVersion(Protocol):
-    """A version as its bytes say, with all that is needed to predict later versions."""
+    """A version as its bytes say, with all that is needed to predict a later version."""
 
     @property
     def modules(self) -> Mapping[str, LoRAFactors]:
@@ -47,7 +44,7 @@ class EncodedVersion:
 
     Attributes:
         data: The bytes.
-        references: Indices of the earlier versions that the bytes refer to, of those that were passed.
+        has_reference: True if the bytes refer to the earlier version that was passed.
         delta_error: Relative error of the update over all modules, as it is decoded.
         tensor_error: Largest relative error of another tensor.
         lora_bytes: Bytes that the LoRA factors take.
@@ -56,7 +53,7 @@ class EncodedVersion:
     """
 
     data: bytes
-    references: tuple[int, ...]
+    has_reference: bool
     delta_error: float
     tensor_error: float
     lora_bytes: int
