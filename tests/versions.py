@@ -14,7 +14,7 @@ OF_ADAPTERS = {
 
 
 def older(body, version):
-    """The content of a manifest as a release that knew this version, 1 to 6, and none later has written it.
+    """The content of a manifest as a release that knew this version, 1 to 7, and none later has written it.
 
     A subspace that was extended has no version before 3.
     """
@@ -29,6 +29,7 @@ def older(body, version):
     if version < 7:
         subspace.pop("reference_bytes", None)
     body = {**body, "adapters": adapters, "format_version": version, "fit": fit, "subspace": subspace}
+    assert not body.pop("histories", None)
     if version < 7:
         assert body.pop("basis", None) is None
         body = {key: value for key, value in body.items() if key not in ("shared_fields", "source_fields")}

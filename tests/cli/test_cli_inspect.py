@@ -136,7 +136,7 @@ class TestAPack:
 
     def test_of_a_newer_format(self, cli, pack):
         path = pack / "subspace_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 8}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 9}))
         before = contents(pack.parent)
         for verb in (
             ["inspect"],
@@ -145,7 +145,7 @@ class TestAPack:
             ["add", pack.parent / "new"],
         ):
             done = cli(verb[0], pack, *verb[1:])
-            assert_refused(done, 4, path, "pack format 8", "up to format 7", "pip install --upgrade eigenlorax")
+            assert_refused(done, 4, path, "pack format 9", "up to format 8", "pip install --upgrade eigenlorax")
         assert contents(pack.parent) == before
 
     def test_that_a_mistaken_tool_signed(self, cli, pack):

@@ -131,7 +131,7 @@ class TestWritten:
         pack, place = made
         manifest = json.loads((place / keys.MANIFEST).read_text())
         coefficients = kind["coefficient_dtype"] or "int8"
-        assert manifest["format_version"] == 7
+        assert manifest["format_version"] == 8
         assert (manifest["subspace"]["dtype"], manifest["coefficient_dtype"]) == (kind["dtype"], coefficients)
         assert (pack.storage, pack.coefficient_storage) == (kind["dtype"], coefficients)
         assert (pack.summary.dtype, pack.summary.coefficient_dtype) == (kind["dtype"], coefficients)

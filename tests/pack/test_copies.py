@@ -221,7 +221,7 @@ class TestAdd:
             pack.add(shared_adapters(8, noise=0.1)[1], name="copy")
         opened = ex.Pack.open(path)
         opened.verify()
-        assert json.loads((path / MANIFEST).read_text())["format_version"] == 7
+        assert json.loads((path / MANIFEST).read_text())["format_version"] == 8
         assert tensor_bytes(path) == size(opened)
         for name, expected in {**before, "copy": before["a1"]}.items():
             assert_same_updates(updates(opened, name), expected)

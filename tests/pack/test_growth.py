@@ -269,7 +269,7 @@ class TestSteps:
         with ex.Pack.edit(saved) as pack:
             assert pack.add(make_adapter(tmp_path / "late", seed=9), extend=3).delta_error < 1e-5
         manifest = json.loads((saved / "subspace_config.json").read_text())
-        assert (manifest["format_version"], len(manifest["subspace"]["growth"])) == (7, 1)
+        assert (manifest["format_version"], len(manifest["subspace"]["growth"])) == (8, 1)
         after = contents(saved / "adapters")
         assert {p: one for p, one in after.items() if p.partition("/")[0] != "late"} == before
 

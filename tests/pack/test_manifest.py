@@ -151,11 +151,11 @@ def test_what_is_no_manifest(text, message):
 
 
 def test_a_newer_format_is_refused_before_anything_else(data):
-    newer = signed({"format_version": 8, "eigenlorax_version": "9.1", "anything": []})
-    with pytest.raises(PackVersionError, match="pack format 8 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
+    newer = signed({"format_version": 9, "eigenlorax_version": "9.1", "anything": []})
+    with pytest.raises(PackVersionError, match="pack format 9 .*eigenlorax 9.1.*pip install --upgrade eigenlorax"):
         manifest_json.parse(newer, PATH)
-    with pytest.raises(PackVersionError, match="pack format 8"):
-        manifest_json.parse(json.dumps({**json.loads(data), "format_version": 8}).encode(), PATH)
+    with pytest.raises(PackVersionError, match="pack format 9"):
+        manifest_json.parse(json.dumps({**json.loads(data), "format_version": 9}).encode(), PATH)
 
 
 FREE = {("eigenlorax_version",), ("digest",)}

@@ -17,6 +17,7 @@ from adapters import MODULES, change_tensors, factors, make_adapter, make_adapte
 from eigenlorax.codec import class_tables, entropy
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning, UntrainedAdapterWarning
+from eigenlorax.pack.history import VersionRecord
 from planted import factors_in, orthonormal, shared_collection
 from rests import with_rests
 from versions import entries_of, write_older
@@ -140,7 +141,7 @@ def test_earlier_versions(tmp_path, version):
         pack.verify()
         pack.remove("b")
     manifest = json.loads((folder / "subspace_config.json").read_text())
-    assert manifest["format_version"] == 7
+    assert manifest["format_version"] == 8
     assert manifest["subspace"] == newest["subspace"]
     # the files stay what they were, with whole configs
     assert entries_of(manifest) == {
@@ -162,7 +163,7 @@ def test_an_augmented_pack_of_version_2(tmp_path):
     assert assert_reads_what_the_library_reads(folder) == len(MODULES)
     with ex.Pack.edit(folder) as edited:
         edited.add(make_adapter(tmp_path / "later", seed=10))
-    assert json.loads((folder / "subspace_config.json").read_text())["format_version"] == 7
+    assert json.loads((folder / "subspace_config.json").read_text())["format_version"] == 8
     assert assert_reads_what_the_library_reads(folder) == 2 * len(MODULES)
 
 
@@ -429,6 +430,15 @@ class TestSpecification:
         assert subspace["stored_bytes"] == tensors["components.coded"].nbytes
         self.assert_named({*tensors, "eigenlorax_coded"})
         self.assert_named(json.loads((folder / "adapters" / "adapter-0" / "adapter_config.json").read_text()))
+
+    def test_of_the_fields_of_a_history(self, tmp_path):
+        pack = ex.Pack.empty()
+        for number in (1, 2):
+            pack.append(make_adapter(tmp_path / "a", seed=number, head=(2, 31)), lossless=True)
+        history = json.loads((pack.save(tmp_path / "pack") / "subspace_config.json").read_text())["histories"][
+            "adapter"
+        ]
+        self.assert_named({*history, *VersionRecord.__dataclass_fields__})
 
     def test_of_a_streams_bytes(self):
         example = re.search(

@@ -9,7 +9,9 @@ from ..errors import AdapterNameError, FormatError
 from .options import suggestion
 
 # Newest pack format that can be read and written (docs/pack-format.md)
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
+# First format version whose files of bases are those of `FORMAT_VERSION`
+BASES_VERSION = 7
 PEFT_TYPE = "EIGENLORAX"
 # `peft_type` in the adapters of the authors' own code
 OFFICIAL_PEFT_TYPE = "EIGENLORA"
@@ -29,6 +31,13 @@ REPORTS = (REPORT_FIGURES, REPORT_PAGE)
 REPORT_SCHEMA = "eigenlorax-report"
 LOCK = ".lock"
 SUBSPACE_FILE = re.compile(r"subspace-[0-9a-f]{8}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Folder of the versions of all histories, and the files in it, each named by content
+VERSIONS = "versions"
+VERSION_FILE = re.compile(r"[0-9a-f]{16}\.bin")
+# Character between the name of a history and the label of a version, and the label that stands for the last version
+VERSION_MARK = "@"
+LATEST = "latest"
 # Files of an adapter: PEFT's own names first
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -86,8 +95,9 @@ OFFICIAL_COMPONENTS, OFFICIAL_COEFFICIENTS = "components", "loadings"
 # Longest tensor name that is read. Real names have about two hundred characters.
 MAX_CHARACTERS = 1024
 
-# Names of adapters are names of folders, on every system
+# Names of adapters are names of folders, on every system. Labels of versions become parts of such names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 # `adapter` is the name that the adapter had in the model it was saved from, such as `default`. PEFT leaves it out of
 # files, other tools do not.
@@ -133,9 +143,19 @@ class TensorName:
     key: str
 
 
+def is_digest(text: str) -> bool:
+    """Return whether a text is a sha256 in lower-case hexadecimal."""
+    return _SHA256.fullmatch(text) is not None
+
+
 def subspace_file(sha256: str) -> str:
     """Return the name of a subspace's file, after the sha256 of its bytes."""
     return f"subspace-{sha256[:8]}.safetensors"
+
+
+def version_file(sha256: str) -> str:
+    """Return the path in a pack of a version's file, after the sha256 of its bytes."""
+    return f"{VERSIONS}/{sha256[:16]}.bin"
 
 
 def check_tensor_names(names: Iterable[str], where: str) -> None:
@@ -271,6 +291,24 @@ def check_name(name: str) -> str:
             "one to train."
         )
     return name
+
+
+def check_label(label: str) -> str:
+    """Return `label` if it may be the label of a version, otherwise raise `AdapterNameError`."""
+    if not _LABEL.fullmatch(label) or label.endswith(".") or label.lower() == LATEST:
+        raise AdapterNameError(
+            f"version label {label!r} is not allowed: 1 to 64 letters, digits, '.', '_' or '-', starting with a letter "
+            f"or digit, not ending with '.', and not {LATEST!r}, which stands for the last version. Pass another label."
+        )
+    return label
+
+
+def split_version(name: object) -> tuple[str, str] | None:
+    """Return history and label of a name such as "run@1000"; None if it is not the name of a version."""
+    if not isinstance(name, str) or VERSION_MARK not in name:
+        return None
+    history, _, label = name.partition(VERSION_MARK)
+    return history, label
 
 
 def check_known(name: str, adapters: Iterable[str], where: str = "the pack") -> None:

@@ -201,3 +201,10 @@ def rounding_error(exact: Mapping[str, LoRAFactors], rounded: Mapping[str, LoRAF
         factors = (tensor.to(torch.float64) for tensor in (before.up, before.down, after.up, after.down))
         squared_error += before.scaling**2 * float(linalg.difference_square(*factors))
     return math.sqrt(squared_error / square) if square else 0.0
+
+
+def relative_distance(before: Mapping[str, LoRAFactors], after: Mapping[str, LoRAFactors]) -> float | None:
+    """Return √(Σ‖D' − D‖² / Σ‖D‖²) from updates D to updates D' of the same modules; None if every D is zero."""
+    square = math.fsum(delta_square(factors) for factors in before.values())
+    difference = math.fsum(_update_difference_square(factors, after[module]) for module, factors in before.items())
+    return math.sqrt(difference / square) if square else None

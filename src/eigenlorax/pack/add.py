@@ -104,9 +104,10 @@ def read_new(sources: Sequence[AdapterSource], pack: PackContents, options: AddO
 def _read(source: AdapterSource, pack: PackContents, options: AddOptions) -> ScannedAdapter:
     adapter = checks.read_source(source, options.reading)
     adapter = replace(adapter, name=keys.check_name(adapter.name if source.name is None else source.name))
-    if adapter.name.lower() in {name.lower() for name in pack.names}:
+    if adapter.name.lower() in {name.lower() for name in (*pack.names, *pack.histories)}:
+        kind = "an adapter" if adapter.name not in pack.histories else "a history"
         raise AdapterNameError(
-            f"The pack already has an adapter named {adapter.name!r}. Give the new one another name "
+            f"The pack already has {kind} named {adapter.name!r}. Give the new one another name "
             "(NAME=PATH, name=), or remove the old one first."
         )
     if adapter.subspace is None or adapter.subspace not in pack.info.lineage:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,12 @@ from ..codec.tensor_codes import References
 from ..core import atomic_files, keys
 from ..core.adapter import Adapter
 from ..core.subspace import Subspace
-from ..errors import OptionError
+from ..errors import AdapterNameError, OptionError
+from . import version_adapters
 from .adapter_files import ReadingContext
 from .folder import AdapterFolder, PackFolder
+from .history import History
+from .history_store import HistoryStore
 from .manifest import Entry, FitInfo, SubspaceInfo
 from .packed_adapter import PackedAdapter, Record, unpack
 from .subspace_file import StoredSubspace
@@ -31,7 +35,8 @@ class PackContents(Mapping[str, Adapter]):
     """A subspace, and adapters as coefficients in it.
 
     It is a read-only mapping from names to adapters, sorted by name. `pack["a"]` is `pack.adapter("a")`, and is read at
-    each access. Tensors of a pack on disk are read when they are used, and their bytes are checked against the
+    each access. `pack["run@1000"]` is a version of a history, and `pack["run@latest"]` its last one; versions are not
+    among the names. Tensors of a pack on disk are read when they are used, and their bytes are checked against the
     manifest.
 
     Attributes:
@@ -41,6 +46,7 @@ class PackContents(Mapping[str, Adapter]):
         revision: Revision of the base model; None if unknown.
         basis: Pack without adapters, in whose bases adapters are trained and served; None if there is none. Only
             entropy-coded packs have one.
+        history_store: The histories, with what reading and appending versions needs.
         notes: Sentences about choices of the fit. Not saved.
         seconds: Seconds of the fit, by stage. Not saved.
         frontier: Estimated bytes at other errors, after a fit to an error bound or a size. Not saved.
@@ -58,6 +64,7 @@ class PackContents(Mapping[str, Adapter]):
         coefficient_dtype: str | torch.dtype,
         basis: "Pack | None" = None,
         reference_tensors: References | None = None,
+        histories: HistoryStore | None = None,
     ) -> None:
         self.info = info
         self.basis = basis
@@ -67,6 +74,7 @@ class PackContents(Mapping[str, Adapter]):
         coefficient_storage = parse_storage(coefficient_dtype)
         assert coefficient_storage is not None
         self._storage, self._coefficient_storage = storage_by_name(info.dtype), coefficient_storage
+        self.history_store = histories or HistoryStore()
         self.notes: list[str] = []
         self.seconds: dict[str, float] = {}
         self.frontier: list[RatePoint] = []
@@ -81,7 +89,7 @@ class PackContents(Mapping[str, Adapter]):
         return len(self._adapters)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._adapters
+        return name in self._adapters or name in self.history_store
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -102,6 +110,11 @@ class PackContents(Mapping[str, Adapter]):
     def names(self) -> list[str]:
         """Names of the adapters, sorted."""
         return sorted(self._adapters)
+
+    @property
+    def histories(self) -> Mapping[str, History]:
+        """Histories by name, sorted."""
+        return MappingProxyType(dict(sorted(self.history_store.histories.items())))
 
     @property
     def subspace(self) -> Subspace:
@@ -196,6 +209,8 @@ class PackContents(Mapping[str, Adapter]):
             return None
         if folder.manifest.adapters != self._adapters or folder.manifest.subspace != self.info:
             return None
+        if folder.manifest.histories != self.history_store.histories:
+            return None
         saved_basis = folder.manifest.basis.subspace if folder.manifest.basis is not None else None
         if saved_basis != (self.basis.info if self.basis is not None else None):
             return None
@@ -246,8 +261,8 @@ class PackContents(Mapping[str, Adapter]):
         """Return an adapter as an ordinary LoRA.
 
         Args:
-            name: Name of the adapter.
-            dtype: Dtype of the factors. Default: `lossless_dtype`.
+            name: Name of the adapter, or of a version: "run@1000", or "run@latest" for the last one.
+            dtype: Dtype of the factors. Default: `lossless_dtype`; for a version, the dtype of its source.
 
         Raises:
             AdapterNameError: The name is unknown.
@@ -258,6 +273,9 @@ class PackContents(Mapping[str, Adapter]):
             >>> adapter.ranks
             (3,)
         """
+        if keys.split_version(name) is not None:
+            history, record = self.history_store.find(name)
+            return version_adapters.to_adapter(history, record, self.history_store.decode(history, record), dtype)
         return unpack(self.packed(name), self.subspace, dtype or self.lossless_dtype)
 
     @property
@@ -270,10 +288,21 @@ class PackContents(Mapping[str, Adapter]):
         return self._saved(name)[1].current
 
     def digest(self, name: str) -> str:
-        """Return a sha256 of everything that an adapter on disk depends on, from the manifest alone.
+        """Return a sha256 of everything that an adapter or version depends on, from the manifest alone.
 
-        It changes when the subspace is augmented or extended.
+        That of an adapter changes when the subspace is augmented or extended. That of a version covers the files of all
+        versions that it refers to, directly or not.
+
+        Args:
+            name: Name of an adapter on disk, or of a version such as "run@1000" or "run@latest".
+
+        Raises:
+            AdapterNameError: The name is unknown.
+            OptionError: The adapter is not on disk yet.
         """
+        if keys.split_version(name) is not None:
+            history, record = self.history_store.find(name)
+            return history.digest(record)
         folder, _ = self._saved(name)
         content = [
             folder.manifest.subspace_sha256,
@@ -310,4 +339,15 @@ class PackContents(Mapping[str, Adapter]):
         return replace(packed, subspace=packed.subspace or self.info.fingerprint)
 
     def _check_has(self, name: str) -> None:
+        """Raise `AdapterNameError` unless the pack has an adapter of this name."""
+        if keys.split_version(name) is not None:
+            raise AdapterNameError(
+                f"{name!r} is a version of a history, and not an adapter over the pack's bases. Export it, and pass "
+                "the folder."
+            )
+        if name in self.history_store.histories:
+            raise AdapterNameError(
+                f"{name!r} is a history. Choose one of its versions, such as "
+                f"{name + keys.VERSION_MARK + keys.LATEST!r}."
+            )
         keys.check_known(name, self._adapters)

@@ -10,6 +10,7 @@ from .. import formats
 from ..core import atomic_files, dtypes, keys, metrics, narrowing, staging
 from ..core.adapter import LazyMapping, LoRAFactors
 from ..core.progress import Progress
+from ..errors import AdapterNameError
 from . import writer
 from .contents import PackContents
 from .packed_adapter import PackedAdapter, unpack
@@ -38,7 +39,12 @@ class ExportPlan:
     def targets(self) -> dict[str, Path]:
         """Folder or file of each adapter, by name."""
         suffixes = {name: formats.writable(target_format).suffix for name, target_format in self.formats.items()}
-        return {name: self.directory / (name + suffix) for name, suffix in suffixes.items()}
+        return {name: self.directory / (path_name(name) + suffix) for name, suffix in suffixes.items()}
+
+
+def path_name(name: str) -> str:
+    """Return the name of an adapter's file or folder: that of a version "run@1000" is "run-1000"."""
+    return name.replace(keys.VERSION_MARK, "-")
 
 
 def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | None) -> dict[str, Path]:
@@ -52,7 +58,13 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
         progress: Callback with the arguments (stage, done, total), called before each adapter.
     """
     targets = plan.targets
+    by_path: dict[str, str] = {}
     for name, target in targets.items():
+        same = by_path.setdefault(str(target).lower(), name)
+        if same != name:
+            raise AdapterNameError(
+                f"{same!r} and {name!r} would both be exported to {target}. Export one of them to another folder."
+            )
         writer.check_outside(target)
         atomic_files.recover(target)
         if formats.writable(plan.formats[name]).suffix:
@@ -66,8 +78,11 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
     with atomic_files.defer_folder_syncs():
         for done, (name, target) in enumerate(targets.items()):
             progress("exporting adapters", done, len(targets))
-            packed = held.pop(name) if name in held else pack.packed(name)
-            adapter = unpack(packed, pack.subspace, factor_dtype(pack, packed, plan.dtype))
+            if name in pack.history_store:
+                adapter = pack.adapter(name, plan.dtype)
+            else:
+                packed = held.pop(name) if name in held else pack.packed(name)
+                adapter = unpack(packed, pack.subspace, factor_dtype(pack, packed, plan.dtype))
             formats.write_adapter(adapter, target, format=plan.formats[name], overwrite=plan.overwrite)
     progress("exporting adapters", len(targets), len(targets))
     return targets
@@ -79,6 +94,9 @@ def _check_all_writable(pack: PackContents, plan: ExportPlan, progress: Progress
     held_bytes = 0
     for done, (name, target_format) in enumerate(plan.formats.items()):
         progress("checking adapters", done, len(plan.formats))
+        if name in pack.history_store:
+            _check_version_writable(pack, name, target_format, plan.dtype)
+            continue
         packed = _check_writable(pack, name, target_format, plan.dtype)
         held_bytes += _memory(packed)
         if held_bytes <= HELD_BYTES or len(plan.formats) == 1:
@@ -103,6 +121,15 @@ def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dty
             pass
     formats.check_writable(unpack(packed, pack.subspace, chosen), format)
     return packed
+
+
+def _check_version_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> None:
+    """Check that the format can name all modules of a version, and the dtype can represent all numbers."""
+    adapter = pack.adapter(name)
+    if dtype is not None:
+        for _ in narrowing.narrow_adapter(name, adapter.modules, dtype):
+            pass
+    formats.check_writable(adapter, format)
 
 
 def factor_dtype(pack: PackContents, packed: PackedAdapter, dtype: torch.dtype | None) -> torch.dtype:

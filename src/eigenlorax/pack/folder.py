@@ -24,6 +24,7 @@ from ..errors import FormatError, PackBusyError, PackDamagedError, PackExistsErr
 from ..formats import safetensors_file
 from . import adapter_files, manifest_json, subspace_file
 from .adapter_files import ReadingContext
+from .history import VersionRecord
 from .manifest import Entry, Manifest
 from .packed_adapter import PackedAdapter
 from .subspace_file import StoredSubspace
@@ -94,9 +95,15 @@ class PackFolder:
         with damaged_on_error(folder.own):
             return safetensors_file.from_bytes(weights, keys.ADAPTER_WEIGHTS)[keys.CODED]
 
+    def read_version(self, record: VersionRecord) -> bytes:
+        """Read the file of a version and check every byte of it."""
+        with self._busy_if_replaced(lambda current: record.file in current.version_files):
+            return _read_checked(self.path / record.file, record.sha256, record.file_bytes)
+
     def file_sizes(self) -> tuple[int, int] | None:
         """Return the bytes of the pack's files, model card included, and of its reports; None if a file is missing."""
-        files = [self.path / file for file in (keys.MANIFEST, *self.manifest.subspace_files)]
+        listed = (keys.MANIFEST, *self.manifest.subspace_files, *self.manifest.version_files)
+        files = [self.path / file for file in listed]
         for name, entry in self.manifest.adapters.items():
             current = self.adapter(name).current
             files += [current / file for file in entry.files]
@@ -114,7 +121,8 @@ class PackFolder:
             if self.manifest == current.basis:
                 return True
             # if only a part of the pack was opened, compare these adapters only
-            return current.select(current.adapters.keys() & self.manifest.adapters.keys()) == self.manifest
+            own = self.manifest.adapters.keys() | self.manifest.histories.keys()
+            return current.select((current.adapters.keys() | current.histories.keys()) & own) == self.manifest
 
         with self._busy_if_replaced(is_same):
             for opened in (self, self.basis):
@@ -122,6 +130,9 @@ class PackFolder:
                     opened._read_subspace_bytes()
             for name in self.manifest.needed:
                 self.adapter(name).read_files()
+            for history in self.manifest.histories.values():
+                for record in history.versions:
+                    self.read_version(record)
 
     @property
     def _subspace_path(self) -> Path:
@@ -253,18 +264,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_no_link(folder: Path) -> None:
-    """Raise `PackExistsError` if `adapters` is a link, because a writer would delete files in its target.
+    """Raise `PackExistsError` if a folder in the pack is a link, because a writer would delete files in its target.
 
     Readers follow such a link. `PackDamagedError` if that of a pack is not a folder at all.
     """
-    adapters = folder / keys.ADAPTERS
-    if (folder / keys.MANIFEST).is_file() and adapters.exists() and not adapters.is_dir():
-        raise PackDamagedError(f"{adapters} is not a folder. Restore the pack from a copy, or fit it again.")
-    if adapters.is_symlink():
-        raise PackExistsError(
-            f"{adapters} is a link to {adapters.readlink()}: changes of the pack would be made there, where another "
-            "pack may need the files. Nothing was changed; replace the link by a copy of that folder."
-        )
+    for path in (folder / keys.ADAPTERS, folder / keys.VERSIONS):
+        if (folder / keys.MANIFEST).is_file() and path.exists() and not path.is_dir():
+            raise PackDamagedError(f"{path} is not a folder. Restore the pack from a copy, or fit it again.")
+        if path.is_symlink():
+            raise PackExistsError(
+                f"{path} is a link to {path.readlink()}: changes of the pack would be made there, where another "
+                "pack may need the files. Nothing was changed; replace the link by a copy of that folder."
+            )
 
 
 def _read_checked(path: Path, sha256: str, limit: int) -> bytes:

@@ -9,6 +9,7 @@ from ..errors import PackDamagedError, PackMissingError
 from ..formats import hub_client
 from . import card, folder
 from .folder import PackFolder
+from .manifest import Manifest
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -96,7 +97,8 @@ def _fetch_manifest(
 
 def _missing(wanted: PackFolder) -> list[str]:
     """Return the files that the manifest lists and the folder lacks. Contents are checked when they are read."""
-    files = [wanted.path / file for file in wanted.manifest.subspace_files]
+    listed = [*wanted.manifest.subspace_files, *sorted(wanted.manifest.version_files)]
+    files = [wanted.path / file for file in listed]
     for name, entry in wanted.manifest.needed.items():
         files += [wanted.adapter(name).current / file for file in entry.files]
     return [file.relative_to(wanted.path).as_posix() for file in files if not file.is_file()]
@@ -130,7 +132,7 @@ def push(
         The commit.
     """
     listed = folder.open_pack(path).manifest
-    files = [keys.MANIFEST, *listed.subspace_files]
+    files = [keys.MANIFEST, *listed.subspace_files, *sorted(listed.version_files)]
     files += [f"{keys.ADAPTERS}/{name}/{file}" for name, entry in listed.adapters.items() for file in entry.files]
 
     def contents(repo: str) -> dict[str, Path | bytes]:
@@ -141,7 +143,7 @@ def push(
         repo_id,
         contents,
         lambda existing: _outdated(existing, files),
-        message=message or f"Upload a pack of {len(listed.adapters)} adapters",
+        message=message or f"Upload a pack of {_contents(listed)}",
         private=private,
         revision=revision,
         token=token,
@@ -149,8 +151,20 @@ def push(
     )
 
 
+def _contents(listed: Manifest) -> str:
+    """Return the numbers of adapters and histories, such as "3 adapters"."""
+    counts = {"adapter": len(listed.adapters), "history": len(listed.histories)}
+    plurals = {"adapter": "adapters", "history": "histories"}
+    shown = [
+        f"{count} {kind if count == 1 else plurals[kind]}"
+        for kind, count in counts.items()
+        if count or (kind == "adapter" and not listed.histories)
+    ]
+    return " and ".join(shown)
+
+
 def _outdated(existing: Sequence[str], files: Sequence[str]) -> Iterable[str]:
-    """Yield files of bases and adapters of a previous pack in a repository that the new pack does not list.
+    """Yield files of bases, adapters and versions of a previous pack in a repository that the new pack does not list.
 
     Only folders with a source's config count as packed adapters, because `adapters` may contain ordinary LoRAs.
     """
@@ -158,5 +172,6 @@ def _outdated(existing: Sequence[str], files: Sequence[str]) -> Iterable[str]:
     for path in existing:
         parent, _, file = path.rpartition("/")
         adapter = f"{parent}/" in packed and parent.rpartition("/")[0] == keys.ADAPTERS and file in _ADAPTER_FILES
-        if path not in files and (adapter or keys.SUBSPACE_FILE.fullmatch(path)):
+        version = parent == keys.VERSIONS and keys.VERSION_FILE.fullmatch(file)
+        if path not in files and (adapter or version or keys.SUBSPACE_FILE.fullmatch(path)):
             yield path

@@ -11,6 +11,7 @@ from ..core.atomic_files import Files
 from ..core.basis import Basis
 from ..core.json_dataclasses import JsonTypeError
 from ..core.subspace import Subspace
+from .history import History
 from .packed_adapter import PackedAdapter, Record
 
 SOLVERS = ("exact", "iterative")
@@ -221,6 +222,7 @@ class Manifest:
         basis: Pack without adapters in the same folder, with the basis for training; None if there is none.
         source_fields: Fields that the configs of most sources share, from which the files of the others differ.
         unlisted: Entries of adapters that were not selected, and whose codes selected adapters have.
+        histories: Histories, by name.
     """
 
     format_version: int
@@ -235,6 +237,7 @@ class Manifest:
     basis: "Manifest | None" = None
     source_fields: dict[str, Any] = field(default_factory=dict)
     unlisted: dict[str, Entry] = field(default_factory=dict)
+    histories: dict[str, History] = field(default_factory=dict)
 
     @property
     def subspace_files(self) -> dict[str, str]:
@@ -243,17 +246,22 @@ class Manifest:
         return {self.subspace_file: self.subspace_sha256, **training}
 
     @property
+    def version_files(self) -> set[str]:
+        """Paths of the files of all versions."""
+        return {record.file for history in self.histories.values() for record in history.versions}
+
+    @property
     def needed(self) -> dict[str, Entry]:
         """Entries of all adapters whose files are read: `adapters`, and parents that were not selected."""
         return self.adapters | self.unlisted
 
     def select(self, names: Collection[str]) -> "Manifest":
-        """Return the manifest with only these adapters; `AdapterNameError` for an unknown name.
+        """Return the manifest with only these adapters and histories; `AdapterNameError` for an unknown name.
 
         An adapter whose parent is not among them has its codes counted as its own.
         """
         for name in names:
-            keys.check_known(name, self.adapters)
+            keys.check_known(name, [*self.adapters, *self.histories])
         selected, parents = {}, {}
         for name, entry in self.adapters.items():
             if name not in names:
@@ -263,7 +271,8 @@ class Manifest:
                 size = parents[entry.parent].record.coefficient_bytes
                 entry = replace(entry, record=replace(entry.record, coefficient_bytes=size))
             selected[name] = entry
-        return replace(self, adapters=selected, unlisted=parents)
+        histories = {name: history for name, history in self.histories.items() if name in names}
+        return replace(self, adapters=selected, unlisted=parents, histories=histories)
 
     def files(self, name: str) -> list[dict[str, str]]:
         """Return the digests of the files that an adapter is read from: its own, and its parent's; none if unknown."""

@@ -1,6 +1,5 @@
 """Checks of a manifest whose fields have the right types: impossible values, and file names outside the pack."""
 
-import re
 from collections.abc import Iterable
 from typing import get_type_hints
 
@@ -14,7 +13,6 @@ from . import source_configs
 from .manifest import SOLVERS, FitInfo, Manifest, SubspaceInfo
 from .packed_adapter import Record
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_ENERGY = 1.000001
 """Maximum energy: 1, with a margin for the rounding of a quotient of two sums."""
 _MAX_FIGURE = 2**63
@@ -47,7 +45,7 @@ def _check_bases(manifest: Manifest) -> None:
     digests = [manifest.subspace_sha256, *(each for each in manifest.subspace.lineage if each is not None)]
     _check_all(
         [
-            (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
+            (all(keys.is_digest(text) for text in digests), "a digest is not 64 hexadecimal digits"),
             (manifest.subspace.stored_bytes >= 0, "subspace.stored_bytes is negative"),
             (
                 0 <= manifest.subspace.reference_bytes <= manifest.subspace.stored_bytes,
@@ -163,7 +161,7 @@ def _check_adapters(manifest: Manifest) -> None:
             (len(names) == len(manifest.adapters), "two adapters differ by case alone"),
             (all(_FILES <= set(entry.files) <= allowed for entry in entries), "an adapter's files"),
             (all(keys.CARRIED in entry.files or not entry.record.carried_bytes for entry in entries), "carried_bytes"),
-            (all(_SHA256.fullmatch(text) for text in digests), "a digest is not 64 hexadecimal digits"),
+            (all(keys.is_digest(text) for text in digests), "a digest is not 64 hexadecimal digits"),
             (all(_has_valid_figures(entry.record) for entry in entries), "a figure of an adapter"),
         ]
     )

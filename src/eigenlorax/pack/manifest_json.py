@@ -4,7 +4,6 @@ docs/pack-format.md describes the fields.
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,9 +14,10 @@ from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
 from ..core.subspace import Augmentation
 from ..errors import AdapterNameError, PackDamagedError, PackVersionError
 from ..version import __version__
-from . import manifest_checks
+from . import history_json, manifest_checks
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .packed_adapter import Record
+from .shared_fields import most_common
 
 _FORMAT = "eigenlorax-pack"
 _SINCE: dict[int, dict[str, Any]] = {
@@ -50,6 +50,7 @@ def to_bytes(manifest: Manifest) -> bytes:
         "basis": _bases_fields(manifest.basis) if manifest.basis is not None else None,
         "source_fields": manifest.source_fields,
         **_adapter_fields(manifest.adapters),
+        "histories": history_json.to_json(manifest.histories),
     }
     body["digest"] = atomic_files.digest(_canonical(body))
     # without the blanks of the canonical form, which would be a third of the file
@@ -61,12 +62,9 @@ def _adapter_fields(adapters: Mapping[str, Entry]) -> dict[str, Any]:
     entries = {
         name: {**asdict(entry.record), "files": entry.files, "parent": entry.parent} for name, entry in adapters.items()
     }
-    shared = {}
-    for name in _SHARED_FIELDS:
-        counts = Counter(json.dumps(fields[name]) for fields in entries.values())
-        text, count = min(counts.items(), key=lambda pair: (-pair[1], pair[0]), default=("", 0))
-        if count > 1 and (name != "ranks" or len(json.loads(text)) <= _MAX_SHARED_RANKS):
-            shared[name] = json.loads(text)
+    shared = most_common(entries.values(), _SHARED_FIELDS)
+    if len(shared.get("ranks", [])) > _MAX_SHARED_RANKS:
+        del shared["ranks"]
     return {
         "shared_fields": shared,
         "adapters": {
@@ -138,6 +136,7 @@ def _manifest(body: dict[str, Any]) -> Manifest:
             keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
             for name, fields in entries.items()
         },
+        histories=history_json.read(body.get("histories", ...), entries) if body["format_version"] >= 8 else {},
     )
     manifest_checks.check(manifest)
     return manifest

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import formats
+from ..codec.storage.table import CODED
 from ..core import dtypes, keys, registry
 from ..core import subspace as spaces
 from ..core.options import name_list
@@ -30,19 +31,21 @@ from . import (
     writer,
 )
 from .add import AddOptions
+from .append import DEFAULT_MAX_ERROR
 from .copies import share_codes, warn_of_copies
 from .export import ExportErrors, ExportPlan
 from .folder import PackFolder
+from .history_store import HistoryStore
 from .loss_warnings import check_warn_above, warn_of_losses
-from .manifest import Entry
+from .manifest import Entry, FitInfo
 from .packed_adapter import PackedAdapter, Record
-from .writable_contents import WritableContents
+from .versioned_contents import VersionedContents
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 
-class Pack(WritableContents):
+class Pack(VersionedContents):
     """A subspace, and adapters as coefficients in it.
 
     `add`, `add_all` and `remove` change only this object; `save` writes it. A pack from disk reads its tensors when
@@ -73,6 +76,25 @@ class Pack(WritableContents):
         return cls._from_folder(folder.open_pack(Path(path)))
 
     @classmethod
+    def empty(cls, base_model: str | None = None, *, revision: str | None = None) -> "Pack":
+        """Return a pack in memory without bases and adapters, for histories (`append`).
+
+        Args:
+            base_model: Name or path of the base model. Default: that of the first version.
+            revision: Revision of the base model.
+
+        Example:
+            >>> runs = eigenlorax.Pack.empty("org/base")
+            >>> len(runs), dict(runs.histories)
+            (0, {})
+        """
+        # an entropy-coded pack, because only such packs need no bases
+        subspace = Subspace({})
+        fit_info = FitInfo(None, None, DEFAULT_MAX_ERROR, None, None, auto=False, weighting="delta", sweeps=0)
+        info = manifest.describe(subspace, CODED)
+        return cls(subspace, info, {}, fit_info, base_model=base_model, revision=revision, coefficient_dtype=CODED.name)
+
+    @classmethod
     def _from_folder(cls, opened: PackFolder) -> "Pack":
         listed = opened.manifest
         pack = cls(
@@ -84,6 +106,7 @@ class Pack(WritableContents):
             revision=listed.revision,
             coefficient_dtype=listed.coefficient_dtype,
             basis=cls._from_folder(opened.basis) if opened.basis is not None else None,
+            histories=HistoryStore(listed.histories, opened.read_version),
         )
         pack._folder, pack._source_fields = opened, listed.source_fields
         pack.remember()
@@ -104,7 +127,8 @@ class Pack(WritableContents):
 
         Args:
             source: Folder, or repository as `org/name` or `org/name@revision`.
-            adapters: Names of the adapters to download and open; `[]` for the subspace only. Default: all.
+            adapters: Names of the adapters and histories to download and open; `[]` for the subspace only. Default:
+                all.
             revision, token, cache_dir, local_files_only: Options of `huggingface_hub.snapshot_download`.
 
         Raises:
@@ -238,12 +262,12 @@ class Pack(WritableContents):
         """Write adapters as ordinary LoRAs, and return the path of each by name.
 
         An adapter whose source was a PEFT folder becomes the folder `directory`/NAME. An adapter whose source was a
-        single file becomes `directory`/NAME.safetensors in the same format. All adapters are checked before anything is
-        written.
+        single file becomes `directory`/NAME.safetensors in the same format. A version "run@1000" becomes `run-1000`.
+        All adapters are checked before anything is written.
 
         Args:
             directory: Folder of the exported adapters.
-            names: Adapters to export. Default: all.
+            names: Adapters to export, and versions such as "run@1000" or "run@latest". Default: all adapters.
             format: "peft", "kohya" or "diffusers", for all adapters. Default: the format of each adapter's source.
             dtype: Dtype of the factors. Default: the widest dtype of each adapter's source; for adapters of older
                 packs, which do not record it, the default of `adapter`.
@@ -269,12 +293,15 @@ class Pack(WritableContents):
         if format is not None:
             formats.writable(format)
         for name in wanted:
-            self._check_has(name)
+            if name not in self.history_store:
+                self._check_has(name)
         plan = ExportPlan(Path(directory), {name: format or self._format(name) for name in wanted}, parsed, overwrite)
         return export.export_adapters(self, plan, progress)
 
     def _format(self, name: str) -> str:
         """Return the format of an adapter's source, from the manifest alone if possible."""
+        if name in self.history_store:
+            return formats.format_of(self.history_store.find(name)[1].origin)
         adapter = self._adapters[name]
         if isinstance(adapter, Entry) and keys.SOURCE_FILE not in adapter.files:
             return formats.PEFT
@@ -425,10 +452,10 @@ class Pack(WritableContents):
         return records
 
     def remove(self, *names: str) -> None:
-        """Remove adapters, but no components.
+        """Remove adapters, but no components, and histories.
 
         Args:
-            names: Names of the adapters.
+            names: Names of the adapters and histories.
 
         Raises:
             AdapterNameError: A name is unknown. No adapter is removed then.
@@ -438,9 +465,11 @@ class Pack(WritableContents):
             >>> pack.names
             ['b', 'c']
         """
-        for name in names:
+        histories = set(names) & self.history_store.histories.keys()
+        removed = set(names) - histories
+        for name in removed:
             self._check_has(name)
-        removed = set(names)
+        self.history_store.remove(histories)
         orphans = {
             name: self.packed(name)
             for name, adapter in self._adapters.items()
@@ -499,6 +528,7 @@ class Pack(WritableContents):
             coefficient_dtype=self.coefficient_storage,
             basis=basis,
             reference_tensors=self.reference_tensors,
+            histories=self.history_store.copied(),
         )
         copied._source_fields = self._source_fields
         return copied
@@ -614,7 +644,7 @@ class Pack(WritableContents):
 
         Args:
             repo_id: Repository as `org/name`, which is created if it does not exist.
-            adapters: Names of the adapters to upload. Default: all.
+            adapters: Names of the adapters and histories to upload. Default: all.
             private: True to create a private repository; an existing public one raises an error. Default: the default
                 of the account.
             revision: Branch, which is created if it does not exist. Default: the main branch.
@@ -629,10 +659,11 @@ class Pack(WritableContents):
             >>> path = pack.save("pack/")
             >>> commit = pack.push_to_hub("org/my-pack", private=True)  # doctest: +SKIP
         """
-        names = self.names if adapters is None else sorted(set(name_list(adapters)))
-        for name in names:
-            self._check_has(name)
+        histories = list(self.histories)
+        selected = [*self.names, *histories] if adapters is None else sorted(set(name_list(adapters)))
+        names = [name for name in selected if name not in histories]
         pushed = self._copy(share_codes({name: self.packed(name) for name in names}))
+        pushed.history_store = self.history_store.copied(selected)
         with tempfile.TemporaryDirectory() as temporary:
             return hub.push(
                 pushed.save(Path(temporary) / "pack"),

@@ -42,9 +42,14 @@ class WritableContents(PackContents):
         entries = {name: adapter for name, adapter in self._adapters.items() if isinstance(adapter, Entry)}
         entries |= {name: Entry.of(loaded[name], content) for name, content in files.items()}
         new, bases = self._list(entries, previous if in_place else None)
-        new = replace(new, source_fields=self._source_fields)
-        self._folder = writer.write(target, previous, new, bases, files)
+        new = replace(new, source_fields=self._source_fields, histories=dict(self.history_store.histories))
+        versions = self.history_store.files(in_place=in_place)
+        named_by_content = LazyMapping(
+            dict.fromkeys([*bases, *versions]), lambda file: bases[file] if file in bases else versions[file]
+        )
+        self._folder = writer.write(target, previous, new, named_by_content, files)
         self._adapters = dict(new.adapters)
+        self.history_store.saved(self._folder.read_version)
         if self.basis is not None:
             self.basis._folder = self._folder.basis
 
@@ -59,7 +64,8 @@ class WritableContents(PackContents):
         bases: dict[str, bytes] = {}
         if self.basis is not None:
             basis, bases = self.basis._list({}, previous.basis if previous is not None else None)
-        if previous is not None and (previous.subspace, previous.format_version) == (self.info, keys.FORMAT_VERSION):
+        has_bases = previous is not None and previous.format_version >= keys.BASES_VERSION
+        if previous is not None and has_bases and previous.subspace == self.info:
             file, sha256 = previous.subspace_file, previous.subspace_sha256
         else:
             # bases that were read from another format have other tensors there

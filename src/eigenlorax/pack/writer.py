@@ -69,6 +69,8 @@ def _is_left_over(path: Path) -> bool:
     """
     if path.name == keys.ADAPTERS:
         return path.is_dir() and all(_is_staged(child) or _is_packed(child) for child in path.iterdir())
+    if path.name == keys.VERSIONS:
+        return path.is_dir() and all(_is_staged(child) or _is_version(child) for child in path.iterdir())
     if keys.SUBSPACE_FILE.fullmatch(path.name):
         return not path.is_dir()
     return path.name == keys.LOCK or _is_staged(path)
@@ -81,6 +83,10 @@ def _is_staged(path: Path) -> bool:
 def _is_packed(path: Path) -> bool:
     """Return whether a folder is an adapter of a pack: only such folders contain their source's config."""
     return (path / keys.SOURCE_CONFIG).is_file() and not path.is_symlink()
+
+
+def _is_version(path: Path) -> bool:
+    return keys.VERSION_FILE.fullmatch(path.name) is not None and not path.is_dir()
 
 
 @contextmanager
@@ -98,12 +104,12 @@ def created(folder: Path) -> Iterator[None]:
 
 
 def _remove_new(folder: Path, existing: set[Path]) -> None:
-    """Remove `adapters` and the lock if this writer created them.
+    """Remove the folders of adapters and versions, and the lock, if this writer created them.
 
     The lock is still held. A process that waits for it creates a new one when it is removed.
     """
-    lock, adapters = folder / keys.LOCK, folder / keys.ADAPTERS
-    for path, remove in ((adapters, Path.rmdir), (lock, Path.unlink)):
+    lock, adapters, versions = (folder / name for name in (keys.LOCK, keys.ADAPTERS, keys.VERSIONS))
+    for path, remove in ((adapters, Path.rmdir), (versions, Path.rmdir), (lock, Path.unlink)):
         if path not in existing:
             with suppress(OSError):
                 remove(path)
@@ -139,7 +145,7 @@ def replaced_manifest(target: Path, opened: PackFolder | None, overwrite: bool) 
 
 
 def write(
-    folder: Path, previous: Manifest | None, new: Manifest, bases: Files, adapters: Mapping[str, Files]
+    folder: Path, previous: Manifest | None, new: Manifest, named_by_content: Files, adapters: Mapping[str, Files]
 ) -> PackFolder:
     """Replace the pack in a folder, and return the new one.
 
@@ -149,19 +155,22 @@ def write(
         folder: Folder of the pack.
         previous: Current manifest; None if there is none that can be read.
         new: New manifest.
-        bases: Files of bases that may not be on disk yet, by name.
+        named_by_content: Files of bases and versions that may not be on disk yet, by path in the folder.
         adapters: Files of adapters that may not be on disk yet, by adapter and name.
     """
     data = manifest_json.to_bytes(new)
     # check that the new manifest can be read, before it replaces one that can
     manifest_json.parse(data, folder / keys.MANIFEST)
-    atomic_files.remove_abandoned(folder)
+    for path in (folder, folder / keys.VERSIONS):
+        atomic_files.remove_abandoned(path)
     written: list[Path] = []
     try:
         # files reach the disk before the manifest that lists them
         with atomic_files.defer_folder_syncs():
-            for file, content in bases.items():
+            for file, content in named_by_content.items():
                 target = folder / file
+                if not target.parent.is_dir():
+                    target.parent.mkdir()
                 if not _holds(target, content):
                     written += [] if target.exists() else [target]
                     atomic_files.write_file(target, content)
@@ -232,3 +241,12 @@ def _tidy(folder: Path, manifest: Manifest) -> None:
     for path in folder.iterdir():
         if keys.SUBSPACE_FILE.fullmatch(path.name) and path.name not in manifest.subspace_files:
             atomic_files.remove(path)
+    versions, listed = folder / keys.VERSIONS, manifest.version_files
+    if versions.is_dir():
+        for path in versions.iterdir():
+            if _is_version(path) and f"{keys.VERSIONS}/{path.name}" not in listed:
+                atomic_files.remove(path)
+        if not listed:
+            # other files in it stay
+            with suppress(OSError):
+                versions.rmdir()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class Version:
     tensor_bounds: Mapping[str, float]
 
 
+@runtime_checkable
 class DecodedVersion(Protocol):
     """A version as its bytes say, with all that is needed to predict a later version."""
 

@@ -1,0 +1,272 @@
+"""Appending a version to a history: read it, compare it with the earlier versions, and encode it."""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..codec.versions import lossy
+from ..codec.versions.version import DecodedVersion, EncodedVersion, Version
+from ..core import atomic_files, keys, metrics
+from ..core.adapter import Adapter, LoRAFactors
+from ..core.options import format_value, to_float, to_int
+from ..errors import AdapterNameError, OptionError, ShapeError
+from ..formats import checks, lora_config
+from ..formats.checks import StatedBase
+from ..formats.sources import AdapterSource
+from . import lossless_versions, source_configs
+from .contents import PackContents
+from .history import History, VersionRecord
+from .history_store import offered_reference
+from .lossless_versions import LosslessVersion
+from .outside_tensors import MAX_HEAD_ERROR, MIN_HEAD_ERROR, error_bound
+
+DEFAULT_MAX_ERROR = 0.05
+"""Error bound of a version without `max_error`."""
+DEFAULT_NAME = "adapter"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
+"""Folder in which the Trainer of transformers saves a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionOptions:
+    """Options of `Pack.append`, all of them valid.
+
+    Attributes:
+        label: Label of the version; None to derive it from the step or the labels of the history.
+        step: Training step; None if unknown.
+        metrics: Metrics by name.
+        max_error: Error bound of the update; None if lossless.
+        head_error: Error bound of task heads; None if lossless.
+        same_base: True to accept an adapter that names another base model.
+        reading: Options of `read_adapter`.
+    """
+
+    label: str | None
+    step: int | None
+    metrics: dict[str, float]
+    max_error: float | None
+    head_error: float | None
+    same_base: bool
+    reading: Mapping[str, Any]
+
+    @property
+    def lossless(self) -> bool:
+        return self.max_error is None
+
+
+def error_bounds(max_error: Any, head_error: Any, *, lossless: bool) -> tuple[float | None, float | None]:
+    """Return the error bounds of the update and of task heads, both None if lossless.
+
+    Args:
+        max_error: Option of `Pack.append`; None for `DEFAULT_MAX_ERROR`.
+        head_error: Option of `Pack.append`; None for `max_error`, at least 0.1 and at most 0.3.
+        lossless: Option of `Pack.append`.
+
+    Raises:
+        OptionError: A bound is not above 0 and below 1, or is passed for a lossless version.
+    """
+    bounds = {"max_error": max_error, "head_error": head_error}
+    if lossless:
+        passed = [name for name, bound in bounds.items() if bound is not None]
+        if passed:
+            raise OptionError(f"{passed[0]} has no effect on a lossless version. Remove it, or lossless=True.")
+        return None, None
+    for name, bound in bounds.items():
+        if bound is not None and not 0 < to_float(name, bound) < 1:
+            raise OptionError(f"{name} is a relative error, above 0 and below 1, got {bound!r}.")
+    max_error = DEFAULT_MAX_ERROR if max_error is None else float(max_error)
+    default = min(max(max_error, MIN_HEAD_ERROR), MAX_HEAD_ERROR)
+    return max_error, default if head_error is None else float(head_error)
+
+
+def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    """Return metrics as floats; `OptionError` if a number is not finite or a name is not text."""
+    checked = {}
+    for name, number in (metrics or {}).items():
+        if not isinstance(name, str):
+            raise OptionError(f"the name of a metric is text, got {name!r}.")
+        checked[name] = to_float(f"metric {name!r}", number)
+        if not math.isfinite(checked[name]):
+            raise OptionError(f"metric {name!r} is {number!r}; a metric is a finite number. Leave it out.")
+    return checked
+
+
+def run_and_step(source: object) -> tuple[str | None, int | None]:
+    """Return the name of the run's folder and the step of a Trainer's checkpoint folder; None where it is no such."""
+    if not isinstance(source, str | Path):
+        return None, None
+    path = Path(source)
+    match = _CHECKPOINT.fullmatch(path.name)
+    if match is None:
+        return None, None
+    run = path.absolute().parent.name
+    return run if keys.is_valid_name(run) else None, int(match[1])
+
+
+def default_name(histories: Collection[str]) -> str:
+    """Return the name of the only history, or `DEFAULT_NAME` if there is none or several."""
+    return next(iter(histories)) if len(histories) == 1 else DEFAULT_NAME
+
+
+def check_step(step: Any) -> int | None:
+    """Return a step as an integer of at least 0; None if there is none."""
+    if step is None:
+        return None
+    number: int = to_int("step", step)
+    if not 0 <= number < 2**63:
+        raise OptionError(f"step={format_value(number)}: a step is at least 0 and below 2**63.")
+    return number
+
+
+def append(source: AdapterSource, name: str, pack: PackContents, options: VersionOptions) -> VersionRecord:
+    """Read and encode a version, add it to its history in a pack, and return its record.
+
+    Args:
+        source: The adapter.
+        name: Name of the history, which may be new.
+        pack: The pack.
+        options: Options of `Pack.append`.
+
+    Raises:
+        AdapterNameError, BaseModelError, ShapeError, NonFiniteError: The version does not belong to the history.
+    """
+    store = pack.history_store
+    history = store.histories.get(name) or History(name, ())
+    if history.name not in store.histories:
+        _check_new_name(name, pack)
+    label = _label(history, options)
+    full_name = f"{name}{keys.VERSION_MARK}{label}"
+    adapter = replace(_in_memory(checks.read_source(source, options.reading)), name=full_name)
+    if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
+        # an empty pack may state none yet
+        present = [StatedBase("the pack", pack.base_model, pack.revision)] * bool(
+            pack.base_model or pack.names or store.histories
+        )
+        checks.check_one_base([*present, StatedBase.of(adapter)], options.same_base)
+    previous = None
+    if history.versions:
+        previous = store.decode(history, history.latest)
+        _check_same_shapes(adapter, previous, history)
+    scan = checks.scan(adapter)
+    offered = offered_reference(history, lossless=options.lossless)
+    encoded = _encode(adapter, store.decode(history, offered) if offered is not None else None, options)
+    config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
+    if not history.versions:
+        history = History(name, (), source_configs.shared_fields([config, config]))
+    tensors = [*adapter.heads.values(), *adapter.carried.values()]
+    record = VersionRecord(
+        version=label,
+        step=options.step,
+        metrics=options.metrics,
+        sha256=atomic_files.digest(encoded.data),
+        reference=offered.version if offered is not None and encoded.has_reference else None,
+        lossless=options.lossless,
+        max_error=options.max_error,
+        head_error=options.head_error,
+        delta_error=encoded.delta_error,
+        tensor_error=encoded.tensor_error,
+        lora_bytes=encoded.lora_bytes,
+        tensor_bytes=encoded.tensor_bytes,
+        source_lora_bytes=sum(factors.down.nbytes + factors.up.nbytes for factors in adapter.modules.values()),
+        source_tensor_bytes=sum(tensor.nbytes for tensor in tensors),
+        source_file_bytes=adapter.file_bytes,
+        source_sha256=scan.content_hash,
+        change=_change(previous, encoded.decoded),
+        source_config=source_configs.to_bytes(config, history.source_fields).decode("utf-8"),
+        origin=adapter.origin,
+    )
+    store.append(history, record, encoded.data, encoded.decoded)
+    pack.base_model = pack.base_model or adapter.base_model
+    pack.revision = pack.revision or adapter.revision
+    return record
+
+
+def _check_new_name(name: str, pack: PackContents) -> None:
+    """Raise `AdapterNameError` unless a new history may have this name."""
+    keys.check_name(name)
+    for known in (*pack.names, *pack.history_store.histories):
+        if known.lower() == name.lower():
+            kind = "an adapter" if known in pack.names else "a history"
+            raise AdapterNameError(
+                f"The pack already has {kind} named {known!r}, so that no history can be named {name!r}. Pass another "
+                "name."
+            )
+
+
+def _label(history: History, options: VersionOptions) -> str:
+    """Return the label of a new version: the one that was passed, the step, or the next integer."""
+    label = options.label
+    if label is None and options.step is not None:
+        label = str(options.step)
+    if label is None:
+        numbers = [int(known) for known in history.labels if re.fullmatch(r"[0-9]{1,18}", known)]
+        label = str(max(numbers, default=0) + 1)
+    if label.lower() in {known.lower() for known in history.labels}:
+        raise AdapterNameError(
+            f"The history {history.name!r} already has a version {label!r}. Pass another version, or remove that one "
+            "first."
+        )
+    return keys.check_label(label)
+
+
+def _in_memory(adapter: Adapter) -> Adapter:
+    """Return an adapter whose tensors are in memory, because they are read several times."""
+    return replace(
+        adapter,
+        modules={module: adapter.modules[module] for module in sorted(adapter.specs)},
+        heads={key: adapter.heads[key] for key in sorted(adapter.heads)},
+        carried={key: adapter.carried[key] for key in sorted(adapter.carried)},
+    )
+
+
+def _check_same_shapes(adapter: Adapter, previous: DecodedVersion, history: History) -> None:
+    """Raise `ShapeError` unless an adapter has the modules and tensors of the previous version. Ranks may differ."""
+    latest = history.full_name(history.latest)
+    remedy = "It belongs to another run: pass another name."
+    own = {**adapter.heads, **adapter.carried}
+    for kind, names, known in (("module", adapter.specs, previous.modules), ("tensor", own, previous.tensors)):
+        differing = sorted(names.keys() ^ known.keys())
+        if differing:
+            lacks = "lacks" if differing[0] in known else "has"
+            raise ShapeError(
+                f"Adapter {adapter.name!r} {lacks} {kind} {differing[0]}, unlike version {latest} "
+                f"({len(differing)} {kind}s differ). {remedy}"
+            )
+    shapes = {module: _module_shape(factors) for module, factors in adapter.modules.items()}
+    for module, factors in previous.modules.items():
+        if shapes[module] != _module_shape(factors):
+            raise ShapeError(
+                f"Module {module} has shape (out, in, kernel) = {shapes[module]} in adapter {adapter.name!r} and "
+                f"{_module_shape(factors)} in version {latest}. {remedy}"
+            )
+    for key, tensor in previous.tensors.items():
+        if own[key].shape != tensor.shape:
+            raise ShapeError(
+                f"Tensor {key} has shape {tuple(own[key].shape)} in adapter {adapter.name!r} and "
+                f"{tuple(tensor.shape)} in version {latest}. {remedy}"
+            )
+
+
+def _module_shape(factors: LoRAFactors) -> tuple[int, int, tuple[int, ...]]:
+    return factors.up.shape[0], factors.down.shape[1], factors.kernel
+
+
+def _encode(adapter: Adapter, reference: DecodedVersion | None, options: VersionOptions) -> EncodedVersion:
+    tensors = {**adapter.heads, **adapter.carried}
+    if options.max_error is None or options.head_error is None:
+        return lossless_versions.encode(LosslessVersion(adapter.modules, tensors), reference)
+    bounds = {
+        key: error_bound(key, tensor, options.head_error, is_head=key in adapter.heads)
+        if tensor.is_floating_point()
+        else 0.0
+        for key, tensor in tensors.items()
+    }
+    return lossy.encode(Version(adapter.modules, tensors, options.max_error, bounds), reference)
+
+
+def _change(previous: DecodedVersion | None, decoded: DecodedVersion) -> float | None:
+    """Return the relative distance of a version to the previous one; None if there is none, or its update is zero."""
+    return metrics.relative_distance(previous.modules, decoded.modules) if previous is not None else None

@@ -1,0 +1,133 @@
+"""Histories in the manifest of a pack: JSON without repeated fields, and checks of what is read."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from math import isfinite
+from typing import Any, get_type_hints
+
+from ..core import keys
+from ..core.json_dataclasses import JsonTypeError, from_json
+from . import source_configs
+from .history import History, VersionRecord
+from .shared_fields import most_common
+
+_FIELDS = {"shared_fields", "source_fields", "versions"}
+_DEFAULTS: Mapping[str, Any] = {"step": None, "metrics": {}, "reference": None, "origin": None, "change": None}
+"""Values of fields that an entry does without."""
+_SHARED_FIELDS = {
+    "lossless",
+    "max_error",
+    "head_error",
+    "delta_error",
+    "tensor_error",
+    "tensor_bytes",
+    "source_lora_bytes",
+    "source_tensor_bytes",
+    "source_file_bytes",
+    "source_config",
+}
+"""Fields that are often the same for most versions."""
+_MAX_FIGURE = 2**63
+_FIGURES = [name for name, kind in get_type_hints(VersionRecord).items() if kind in (int, float)]
+_BOUNDS = ("max_error", "head_error")
+
+
+def to_json(histories: Mapping[str, History]) -> dict[str, Any]:
+    """Return the field `histories` of a manifest."""
+    return {name: _history_fields(history) for name, history in sorted(histories.items())}
+
+
+def _history_fields(history: History) -> dict[str, Any]:
+    entries = [asdict(record) for record in history.versions]
+    shared = most_common(entries, _SHARED_FIELDS)
+    implied = {**_DEFAULTS, **shared}
+    return {
+        "shared_fields": shared,
+        "source_fields": dict(history.source_fields),
+        "versions": [
+            {
+                name: value
+                for name, value in entry.items()
+                if name not in implied or value != implied[name] or type(value) is not type(implied[name])
+            }
+            for entry in entries
+        ],
+    }
+
+
+def read(value: Any, adapters: Mapping[str, Any]) -> dict[str, History]:
+    """Return the histories of the field `histories` of a manifest.
+
+    Args:
+        value: The field.
+        adapters: Adapters of the pack, by name, of which a history has another name.
+
+    Raises:
+        JsonTypeError, AdapterNameError: A field is wrong.
+    """
+    histories = {
+        keys.check_name(name): _history(name, fields) for name, fields in from_json(dict, value, "histories").items()
+    }
+    names = [name.lower() for name in (*histories, *adapters)]
+    if histories and len(set(names)) < len(names):
+        raise JsonTypeError("a history has the name of an adapter or of another history.")
+    return histories
+
+
+def _history(name: str, value: Any) -> History:
+    where = f"histories.{name}"
+    fields = from_json(dict, value, where)
+    if fields.keys() != _FIELDS:
+        raise JsonTypeError(f"{where} has the fields {sorted(fields)}, and should have {sorted(_FIELDS)}.")
+    shared = from_json(dict, fields["shared_fields"], f"{where}.shared_fields")
+    if not shared.keys() <= _SHARED_FIELDS:
+        raise JsonTypeError(f"{where}.shared_fields has {sorted(shared)}, and may have {sorted(_SHARED_FIELDS)}.")
+    source_fields = from_json(dict, fields["source_fields"], f"{where}.source_fields")
+    if not source_configs.is_small(source_fields):
+        raise JsonTypeError(f"{where}.source_fields is too large.")
+    versions = tuple(
+        from_json(
+            VersionRecord,
+            {**_DEFAULTS, **shared, **from_json(dict, entry, f"{where}.versions[{i}]")},
+            f"{where}.versions[{i}]",
+        )
+        for i, entry in enumerate(from_json(list, fields["versions"], f"{where}.versions"))
+    )
+    history = History(name, versions, source_fields)
+    _check_labels(history)
+    kinds: dict[str, bool] = {}
+    for i, record in enumerate(versions):
+        _check(record, kinds, f"{where}.versions[{i}]")
+        kinds[record.version] = record.lossless
+    return history
+
+
+def _check_labels(history: History) -> None:
+    labels = {keys.check_label(record.version).lower() for record in history.versions}
+    if not labels:
+        raise JsonTypeError(f"histories.{history.name} has no version.")
+    if len(labels) < len(history):
+        raise JsonTypeError(f"histories.{history.name} has two versions of one label.")
+
+
+def _check(record: VersionRecord, earlier: Mapping[str, bool], where: str) -> None:
+    """Raise `JsonTypeError` for impossible values of a version.
+
+    Args:
+        record: The version.
+        earlier: Whether each earlier version is lossless, by label.
+        where: Path to the version in the manifest, for the message.
+    """
+    bounds = [getattr(record, name) for name in _BOUNDS]
+    for is_right, text in (
+        (keys.is_digest(record.sha256) and keys.is_digest(record.source_sha256), "a digest"),
+        (all(isfinite(number) for number in record.metrics.values()), "metrics"),
+        (record.step is None or 0 <= record.step < _MAX_FIGURE, "step"),
+        (all(0 <= getattr(record, name) < _MAX_FIGURE for name in _FIGURES), "a figure"),
+        (record.change is None or 0 <= record.change < _MAX_FIGURE, "change"),
+        (all((bound is None) == record.lossless for bound in bounds), "lossless goes without error bounds, which"),
+        (all(bound is None or 0 < bound < 1 for bound in bounds), "an error bound"),
+        (record.reference is None or earlier.get(record.reference) == record.lossless, "reference"),
+    ):
+        if not is_right:
+            raise JsonTypeError(f"{where}: {text} is wrong.")

@@ -1,0 +1,157 @@
+"""Histories of an open pack: their records, the bytes of versions that are not on disk yet, and decoded versions."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+from ..codec.versions import lossy
+from ..codec.versions.version import DecodedVersion
+from ..core import keys
+from ..core.adapter import LazyMapping
+from ..core.limits import damaged_on_error
+from ..errors import AdapterNameError
+from . import lossless_versions
+from .history import History, VersionRecord
+
+HELD_BYTES = 2**28
+"""Maximum bytes of decoded versions that stay in memory, so that the next version is coded without decoding a chain.
+
+The version that was used last stays, however large it is."""
+KEY_DISTANCE = 32
+"""Maximum number of versions in a chain, the first of which is a key version that refers to no other one."""
+
+
+class HistoryStore:
+    """Histories of an open pack.
+
+    Args:
+        histories: The histories, by name.
+        read_file: Function that reads the file of a version from disk; None if the pack is not on disk.
+        unsaved: Bytes of versions that are not on disk, by path in the pack.
+    """
+
+    def __init__(
+        self,
+        histories: Mapping[str, History] | None = None,
+        read_file: Callable[[VersionRecord], bytes] | None = None,
+        unsaved: Mapping[str, bytes] | None = None,
+    ) -> None:
+        self.histories = dict(histories or {})
+        self._read_file = read_file
+        self._unsaved = dict(unsaved or {})
+        # by full name, the version that was used last at the end
+        self._decoded: OrderedDict[str, DecodedVersion] = OrderedDict()
+
+    def __contains__(self, name: object) -> bool:
+        parts = keys.split_version(name)
+        return parts is not None and parts[0] in self.histories and parts[1] in self.histories[parts[0]]
+
+    def copied(self, names: Collection[str] | None = None) -> "HistoryStore":
+        """Return a store of the same histories, or of those of some names, that reads the same files."""
+        chosen = {name: history for name, history in self.histories.items() if names is None or name in names}
+        return HistoryStore(chosen, self._read_file, self._unsaved)
+
+    def history(self, name: str) -> History:
+        """Return a history by name; `AdapterNameError` if there is none."""
+        keys.check_known(name, self.histories, "the histories of the pack")
+        return self.histories[name]
+
+    def find(self, name: str) -> tuple[History, VersionRecord]:
+        """Return the history and the record of a version, by a name such as "run@1000" or "run@latest".
+
+        Raises:
+            AdapterNameError: There is no such history or version.
+        """
+        parts = keys.split_version(name)
+        if parts is None:
+            raise AdapterNameError(f"{name!r} is not the name of a version. Expected a name such as 'run@1000'.")
+        history = self.history(parts[0])
+        return history, history[parts[1]]
+
+    def read(self, record: VersionRecord) -> bytes:
+        """Return the bytes of a version's file, from memory if it is not on disk."""
+        if record.file in self._unsaved:
+            return self._unsaved[record.file]
+        assert self._read_file is not None
+        return self._read_file(record)
+
+    def decode(self, history: History, record: VersionRecord) -> DecodedVersion:
+        """Return a version as its bytes say. Of its chain, only the part is decoded that is not in memory.
+
+        Raises:
+            PackDamagedError: A file was changed, or cannot be decoded.
+        """
+        decoded = None
+        remaining: list[VersionRecord] = []
+        for earlier in reversed(history.chain(record)):
+            decoded = self._decoded.get(history.full_name(earlier))
+            if decoded is not None:
+                break
+            remaining.insert(0, earlier)
+        name = history.full_name(record)
+        with damaged_on_error(f"version {name} ({record.file})"):
+            if record.lossless:
+                for each in remaining:
+                    decoded = lossless_versions.decode(self.read(each), decoded, history.config(each))
+            elif remaining:
+                decoded = lossy.decode_chain([self.read(each) for each in remaining], decoded)
+        assert decoded is not None
+        self._hold(name, decoded)
+        return decoded
+
+    def _hold(self, name: str, decoded: DecodedVersion) -> None:
+        """Keep a decoded version in memory, in place of those that were not used for longest."""
+        self._decoded[name] = decoded
+        self._decoded.move_to_end(name)
+        while len(self._decoded) > 1 and sum(map(_memory, self._decoded.values())) > HELD_BYTES:
+            self._decoded.popitem(last=False)
+
+    def append(self, history: History, record: VersionRecord, data: bytes, decoded: DecodedVersion) -> None:
+        """Add a version to a history, which may be new.
+
+        Args:
+            history: The history without the version.
+            record: The version.
+            data: Its bytes.
+            decoded: The version as its bytes say.
+        """
+        history = replace(history, versions=(*history.versions, record))
+        self.histories[history.name] = history
+        self._unsaved[record.file] = data
+        self._hold(history.full_name(record), decoded)
+
+    def remove(self, names: Collection[str]) -> None:
+        """Remove whole histories."""
+        self.histories = {name: history for name, history in self.histories.items() if name not in names}
+        self._decoded.clear()
+
+    def files(self, *, in_place: bool) -> Mapping[str, bytes]:
+        """Return the files of the versions by path in the pack, read when they are used.
+
+        Args:
+            in_place: True to leave out those that are on disk already.
+        """
+        records = {record.file: record for history in self.histories.values() for record in history.versions}
+        chosen = {file: record for file, record in records.items() if not in_place or file in self._unsaved}
+        return LazyMapping(dict(sorted(chosen.items())), lambda file: self.read(records[file]))
+
+    def saved(self, read_file: Callable[[VersionRecord], bytes]) -> None:
+        """Note that all files are on disk, from where `read_file` reads them."""
+        self._read_file, self._unsaved = read_file, {}
+
+
+def _memory(version: DecodedVersion) -> int:
+    """Return the bytes of a decoded version's tensors."""
+    factors = sum(each.down.nbytes + each.up.nbytes for each in version.modules.values())
+    return factors + sum(tensor.nbytes for tensor in version.tensors.values())
+
+
+def offered_reference(history: History, *, lossless: bool) -> VersionRecord | None:
+    """Return the version that the next one of a history may refer to: the last one; None for a new key version.
+
+    Args:
+        history: The history.
+        lossless: True if the next version is lossless. It refers to no other kind.
+    """
+    latest = next((record for record in reversed(history.versions) if record.lossless == lossless), None)
+    return latest if latest is not None and len(history.chain(latest)) < KEY_DISTANCE else None

@@ -1,0 +1,61 @@
+"""Decoded versions as ordinary adapters."""
+
+from dataclasses import replace
+
+import torch
+
+from ..codec.versions.version import DecodedVersion
+from ..core import narrowing
+from ..core.adapter import Adapter, LazyMapping, LoRAFactors
+from ..core.limits import damaged_on_error
+from ..formats import checks, peft
+from .history import History, VersionRecord
+
+
+def to_adapter(
+    history: History, record: VersionRecord, decoded: DecodedVersion, dtype: torch.dtype | None = None
+) -> Adapter:
+    """Return a version as an adapter, whose tensors are copies of the decoded ones.
+
+    Args:
+        history: The history.
+        record: The version.
+        decoded: The version as its bytes say.
+        dtype: Dtype of the factors. Default: that of the source.
+
+    Raises:
+        PackDamagedError: The version's config does not fit its tensors.
+    """
+    name = history.full_name(record)
+    with damaged_on_error(f"version {name} ({record.file})"):
+        others = peft.from_tensors(name, history.config(record), decoded.tensors, where=name)
+        if others.specs:
+            raise ValueError(f"{min(others.specs)} is a module, and its tensors are not LoRA factors")
+        adapter = Adapter(
+            name=name,
+            specs={module: factors.spec for module, factors in sorted(decoded.modules.items())},
+            modules=decoded.modules,
+            base_model=others.base_model,
+            revision=others.revision,
+            heads=others.heads,
+            carried=others.carried,
+            source_config=others.source_config,
+            origin=record.origin,
+        )
+        checks.check_in_memory(adapter)
+    if dtype is not None:
+        adapter = replace(adapter, specs={m: replace(spec, dtype=dtype) for m, spec in adapter.specs.items()})
+
+    def copy(module: str) -> LoRAFactors:
+        factors = decoded.modules[module]
+        if dtype is not None and dtype != factors.spec.dtype:
+            return narrowing.narrow(factors, dtype)
+        # a caller may change the tensors, which later versions are predicted from
+        return replace(factors, down=factors.down.clone(), up=factors.up.clone())
+
+    return replace(
+        adapter,
+        modules=LazyMapping(adapter.specs, copy),
+        heads=LazyMapping(others.heads, lambda key: decoded.tensors[key].clone()),
+        carried=LazyMapping(others.carried, lambda key: decoded.tensors[key].clone()),
+    )

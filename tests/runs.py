@@ -1,0 +1,40 @@
+"""Folders of training runs: adapters on a random walk, one per checkpoint."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from adapters import MODULES, make_adapter
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def make_run(
+    folder: Path,
+    steps: Iterable[int],
+    *,
+    seed: int = 1,
+    rate: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+    **options,
+) -> list[Path]:
+    """Checkpoints as the Trainer saves them. Each differs from the one before by `rate` times noise of its size."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    checkpoints = []
+    for step in steps:
+        path = make_adapter(folder / f"checkpoint-{step}", seed=seed, head=(2, 31), modules=MODULES, **options)
+        if not tensors:
+            tensors = {key: tensor.double() for key, tensor in load_file(path / WEIGHTS).items()}
+        else:
+            tensors = {
+                key: tensor + rate * tensor.std() * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+                for key, tensor in tensors.items()
+            }
+        saved = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+        save_file(saved, path / WEIGHTS, metadata={"format": "pt"})
+        checkpoints.append(path)
+    return checkpoints
