@@ -4,10 +4,23 @@ Names may differ by leading components (`bert.encoder…`, `encoder…`), since 
 without its head, and by what transformers has renamed (`renamed_modules`).
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from ..errors import ModuleNameError
 from .renamed_modules import count_renamings, newest_name
+
+# a number between dots, as in "layers.3.attention"
+_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
+
+
+def layer_and_kind(name: str) -> tuple[int | None, str]:
+    """Return 3 and `layers.*.attention` for `layers.3.attention`: the first number, and the name without numbers.
+
+    The layer is None for a name without a number between dots.
+    """
+    layer = _NUMBER.search(name)
+    return int(layer[0]) if layer else None, _NUMBER.sub("*", name)
 
 
 def without_first_component(name: str) -> str | None:

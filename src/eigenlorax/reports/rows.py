@@ -1,7 +1,6 @@
 """Figures of each adapter and each module, from measurements and the pack's records."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codec.storage.table import storage_by_name
+from ..core import module_names
 from ..pack.pack import Pack
 from ..pack.packed_adapter import Record
 from ..pack.summary import lora_numbers
@@ -127,13 +127,9 @@ def _truncated(pack: Pack, measured: Measured) -> list[float]:
     return spreads.relative(measured.total - torch.tensor(kept, dtype=torch.float64), measured.total)
 
 
-# a number between dots, as in "layers.3.attention"
-_NUMBER = re.compile(r"(?<![^.])\d{1,9}(?![^.])")
-
-
 def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> ModuleFigures:
     """Return the figures of one module, which `adapters` adapters have."""
-    layer = _NUMBER.search(name)
+    layer, kind = module_names.layer_and_kind(name)
     errors: dict[str, float] = {}
     error: float | None = None
     factor_errors: tuple[float | None, float | None] = None, None
@@ -146,8 +142,8 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
     down, up = (_side(pack, measured, name, side) for side in ("down", "up"))
     return ModuleFigures(
         name=name,
-        layer=int(layer[0]) if layer else None,
-        kind=_NUMBER.sub("*", name),
+        layer=layer,
+        kind=kind,
         adapters=adapters,
         down=down,
         up=up,
