@@ -38,3 +38,12 @@ def make_run(
         save_file(saved, path / WEIGHTS, metadata={"format": "pt"})
         checkpoints.append(path)
     return checkpoints
+
+
+def tensors_of(adapter) -> dict[str, Tensor]:
+    """All tensors of an adapter by PEFT's key."""
+    found = {**adapter.heads, **adapter.carried}
+    for module, factors in adapter.modules.items():
+        for part, weight in zip(("lora_A", "lora_B"), factors.weights, strict=True):
+            found[f"base_model.model.{module}.{part}.weight"] = weight
+    return found

@@ -26,7 +26,7 @@ from eigenlorax.errors import (
 from eigenlorax.pack import history_store
 from eigenlorax.pack.folder import PackFolder
 from planted import tree
-from runs import WEIGHTS, make_run
+from runs import WEIGHTS, make_run, tensors_of
 
 STEPS = (10, 20, 30, 40, 50)
 MANIFEST = "subspace_config.json"
@@ -49,16 +49,6 @@ def runs(run):
 @pytest.fixture
 def saved(runs, tmp_path):
     return ex.Pack.open(runs.save(tmp_path / "pack"))
-
-
-def tensors_of(adapter):
-    """All tensors of an adapter by PEFT's key."""
-    found = dict(adapter.heads) | dict(adapter.carried)
-    for module, factors in adapter.modules.items():
-        found[f"base_model.model.{module}.lora_A.weight"], found[f"base_model.model.{module}.lora_B.weight"] = (
-            factors.weights
-        )
-    return found
 
 
 def assert_equal_tensors(found, expected):

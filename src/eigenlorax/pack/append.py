@@ -140,6 +140,8 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
     label = _label(history, options)
     full_name = f"{name}{keys.VERSION_MARK}{label}"
     adapter = replace(_in_memory(checks.read_source(source, options.reading)), name=full_name)
+    if options.lossless:
+        _check_restorable(source, adapter)
     if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
         # an empty pack may state none yet
         present = [StatedBase("the pack", pack.base_model, pack.revision)] * bool(
@@ -210,6 +212,18 @@ def _label(history: History, options: VersionOptions) -> str:
             "first."
         )
     return keys.check_label(label)
+
+
+def _check_restorable(source: AdapterSource, adapter: Adapter) -> None:
+    """Raise `OptionError` if an adapter was converted while it was read, so that its folder cannot be restored."""
+    if isinstance(source.source, Adapter):
+        return
+    path = Path(source.source) / keys.ADAPTER_CONFIG
+    if path.is_file() and path.read_bytes() != (adapter.source_config or "").encode("utf-8"):
+        raise OptionError(
+            f"{source.source} is no LoRA of PEFT's, but is converted to one when it is read. A lossless version would "
+            "restore another folder: remove lossless=True (--lossless)."
+        )
 
 
 def _in_memory(adapter: Adapter) -> Adapter:

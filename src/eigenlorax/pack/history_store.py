@@ -117,12 +117,19 @@ class HistoryStore:
         """
         history = replace(history, versions=(*history.versions, record))
         self.histories[history.name] = history
-        self._unsaved[record.file] = data
+        self.add_file(record, data)
         self._hold(history.full_name(record), decoded)
 
-    def remove(self, names: Collection[str]) -> None:
-        """Remove whole histories."""
-        self.histories = {name: history for name, history in self.histories.items() if name not in names}
+    def add_file(self, record: VersionRecord, data: bytes) -> None:
+        """Add the bytes of a version that is not on disk."""
+        self._unsaved[record.file] = data
+
+    def replace(self, history: History) -> None:
+        """Replace the history of the same name by one with fewer versions, or remove it if none is left."""
+        self.histories[history.name] = history
+        if not history.versions:
+            del self.histories[history.name]
+        # from now on, versions are decoded from the bytes that readers have
         self._decoded.clear()
 
     def files(self, *, in_place: bool) -> Mapping[str, bytes]:
@@ -146,12 +153,13 @@ def _memory(version: DecodedVersion) -> int:
     return factors + sum(tensor.nbytes for tensor in version.tensors.values())
 
 
-def offered_reference(history: History, *, lossless: bool) -> VersionRecord | None:
+def offered_reference(history: History, *, lossless: bool, height: int = 1) -> VersionRecord | None:
     """Return the version that the next one of a history may refer to: the last one; None for a new key version.
 
     Args:
         history: The history.
         lossless: True if the next version is lossless. It refers to no other kind.
+        height: Number of versions in the longest chain that begins with the next version.
     """
     latest = next((record for record in reversed(history.versions) if record.lossless == lossless), None)
-    return latest if latest is not None and len(history.chain(latest)) < KEY_DISTANCE else None
+    return latest if latest is not None and len(history.chain(latest)) + height <= KEY_DISTANCE else None

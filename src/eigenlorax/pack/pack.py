@@ -39,6 +39,7 @@ from .history_store import HistoryStore
 from .loss_warnings import check_warn_above, warn_of_losses
 from .manifest import Entry, FitInfo
 from .packed_adapter import PackedAdapter, Record
+from .prune import remove_named
 from .versioned_contents import VersionedContents
 
 if TYPE_CHECKING:
@@ -452,24 +453,25 @@ class Pack(VersionedContents):
         return records
 
     def remove(self, *names: str) -> None:
-        """Remove adapters, but no components, and histories.
+        """Remove adapters, but no components, and histories or versions of them.
 
         Args:
-            names: Names of the adapters and histories.
+            names: Names of adapters, histories and versions ("run@1000"). A history without versions is removed. All
+                other versions decode to the same numbers as before.
 
         Raises:
-            AdapterNameError: A name is unknown. No adapter is removed then.
+            AdapterNameError: A name is unknown. Nothing is removed then.
 
         Example:
             >>> pack.remove("a")
             >>> pack.names
             ['b', 'c']
         """
-        histories = set(names) & self.history_store.histories.keys()
-        removed = set(names) - histories
+        store = self.history_store
+        removed = {name for name in names if name not in store.histories and name not in store}
         for name in removed:
             self._check_has(name)
-        self.history_store.remove(histories)
+        remove_named(store, [name for name in names if name not in removed])
         orphans = {
             name: self.packed(name)
             for name, adapter in self._adapters.items()

@@ -1,13 +1,18 @@
 """Contents of a pack whose histories can be changed."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from .. import formats
 from ..core import keys
+from ..errors import OptionError
 from ..formats import sources
-from . import append
+from . import append, prune, writer
 from .append import VersionOptions
 from .history import VersionRecord
+from .prune import Pruned
 from .writable_contents import WritableContents
 
 
@@ -74,3 +79,63 @@ class VersionedContents(WritableContents):
             options,
         )
         return append.append(sources.single(name, source), name, self, version_options)
+
+    def prune(self, name: str, *, keep_last: int | None = None, keep_every: int | None = None) -> Pruned:
+        """Remove versions of a history, and return what was removed and how many bytes that frees.
+
+        A version that refers to a removed one is encoded again, to exactly the numbers that it decodes to now. Only
+        this object changes; `save` writes the pack.
+
+        Args:
+            name: Name of the history.
+            keep_last: Number of versions at the end that stay, at least 1. Default: 1, since the latest always stays.
+            keep_every: Versions stay whose step is a multiple of this. Without a step, the label counts if it is an
+                integer, and else the position, from 1. Default: none.
+
+        Raises:
+            AdapterNameError: The pack has no history of this name.
+            OptionError: Neither keep_last nor keep_every is passed, or one is below 1.
+
+        Example:
+            >>> runs = eigenlorax.Pack.empty()
+            >>> records = [runs.append("adapters/a", step=step, lossless=True) for step in (10, 20, 30, 40)]
+            >>> runs.prune("adapter", keep_last=1, keep_every=20).removed
+            ('10', '30')
+        """
+        history = self.history_store.history(name)
+        return prune.remove_versions(self.history_store, history, prune.pruned_labels(history, keep_last, keep_every))
+
+    def restore(self, name: str, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a lossless version as the PEFT folder that it was, to resume training from, and return the folder.
+
+        `adapter_config.json` has the same bytes as the source's, and `adapter_model.safetensors` the same tensors and
+        metadata, bit for bit. States of the optimizer and the Trainer are not part of a pack.
+
+        Args:
+            name: Name of the version, such as "run@1000" or "run@latest".
+            directory: The folder to write.
+            overwrite: Replace an existing folder of these two files.
+
+        Raises:
+            AdapterNameError: The pack has no such version.
+            OptionError: The version is not lossless, or was no PEFT folder. `export` writes it.
+            PackExistsError: The folder exists, and `overwrite` is not set.
+
+        Example:
+            >>> runs = eigenlorax.Pack.empty()
+            >>> record = runs.append("adapters/a", name="run", lossless=True)
+            >>> folder = runs.restore("run@latest", "restored")
+            >>> sorted(path.name for path in folder.iterdir())
+            ['adapter_config.json', 'adapter_model.safetensors']
+        """
+        history, record = self.history_store.find(name)
+        remedy = f"Write an ordinary LoRA with pack.export(directory, {name!r}) (`eigenlorax export`)."
+        if not record.lossless:
+            raise OptionError(
+                f"Version {history.full_name(record)!r} is stored within an error bound of {record.max_error:g}, and "
+                f"cannot be restored bit for bit. {remedy}"
+            )
+        if formats.format_of(record.origin) != formats.PEFT:
+            raise OptionError(f"Version {history.full_name(record)!r} was a single file, and no PEFT folder. {remedy}")
+        writer.check_outside(Path(directory))
+        return formats.write_adapter(self.adapter(name), Path(directory), format=formats.PEFT, overwrite=overwrite)

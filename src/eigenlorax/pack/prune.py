@@ -1,0 +1,179 @@
+"""Removal of versions from a history. What depends on a removed version is encoded again."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..codec.versions import lossy
+from ..codec.versions.version import DecodedVersion
+from ..core import atomic_files, metrics
+from ..core.options import to_int
+from ..errors import OptionError, PackError
+from . import lossless_versions
+from .history import History, VersionRecord
+from .history_store import HistoryStore, offered_reference
+from .lossless_versions import LosslessVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """Outcome of a pruning.
+
+    Attributes:
+        removed: Labels of the versions that were removed, in order.
+        encoded_again: Labels of the versions that referred to them and were encoded again, in order.
+        freed_bytes: Bytes of the history's files before, minus those after.
+    """
+
+    removed: tuple[str, ...]
+    encoded_again: tuple[str, ...]
+    freed_bytes: int
+
+
+def pruned_labels(history: History, keep_last: Any, keep_every: Any) -> list[str]:
+    """Return the labels of the versions that a pruning removes.
+
+    Args:
+        history: The history.
+        keep_last: Number of versions at the end that stay, at least 1; None for 1.
+        keep_every: Divisor of the steps that stay, at least 1; None to keep the last versions only. Where a version has
+            no step, its label counts, or its position from 1 if the label is no integer.
+
+    Raises:
+        OptionError: Both are None, or one is below 1.
+    """
+    if keep_last is None and keep_every is None:
+        raise OptionError("nothing says which versions stay: pass keep_last, keep_every or both.")
+    last, every = (
+        None if number is None else _at_least_one(name, number)
+        for name, number in (("keep_last", keep_last), ("keep_every", keep_every))
+    )
+    kept = {record.version for record in history.versions[-(last or 1) :]}
+    if every is not None:
+        kept |= {
+            record.version
+            for position, record in enumerate(history.versions, start=1)
+            if _number(record, position) % every == 0
+        }
+    return [label for label in history.labels if label not in kept]
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    number: int = to_int(name, value)
+    if number < 1:
+        raise OptionError(f"{name}={number}: it is a number of at least 1.")
+    return number
+
+
+def _number(record: VersionRecord, position: int) -> int:
+    if record.step is not None:
+        return record.step
+    return int(record.version) if re.fullmatch(r"[0-9]{1,18}", record.version) else position
+
+
+def remove_named(store: HistoryStore, names: Iterable[str]) -> None:
+    """Remove histories and versions by name, such as "run" and "run@1000". All names are known."""
+    labels: dict[str, set[str]] = {}
+    for name in names:
+        if name in store.histories:
+            labels.setdefault(name, set()).update(store.histories[name].labels)
+        else:
+            history, record = store.find(name)
+            labels.setdefault(history.name, set()).add(record.version)
+    for name, removed in labels.items():
+        remove_versions(store, store.histories[name], removed)
+
+
+def remove_versions(store: HistoryStore, history: History, labels: Collection[str]) -> Pruned:
+    """Remove versions of a history. All others decode to the same numbers as before.
+
+    Args:
+        store: The histories of the pack.
+        history: One of them.
+        labels: Labels of the versions. Without any other version, the history is removed.
+    """
+    heights = _heights([record for record in history.versions if record.version not in labels])
+    remaining = replace(history, versions=())
+    again = []
+    for position, record in enumerate(history.versions):
+        if record.version in labels:
+            continue
+        if record.reference in labels:
+            record = _encode_again(store, history, remaining, record, heights[record.version])
+            again.append(record.version)
+        if position and history.versions[position - 1].version in labels:
+            record = replace(record, change=_change(store, history, remaining, record.version))
+        remaining = replace(remaining, versions=(*remaining.versions, record))
+    store.replace(remaining)
+    freed = _file_bytes(history) - _file_bytes(remaining)
+    return Pruned(tuple(label for label in history.labels if label in labels), tuple(again), freed)
+
+
+def _heights(kept: Sequence[VersionRecord]) -> dict[str, int]:
+    """Return, for each version, the number of versions in the longest chain that begins with it."""
+    heights = {record.version: 1 for record in kept}
+    for record in reversed(kept):
+        if record.reference in heights:
+            heights[record.reference] = max(heights[record.reference], heights[record.version] + 1)
+    return heights
+
+
+def _encode_again(
+    store: HistoryStore, history: History, remaining: History, record: VersionRecord, height: int
+) -> VersionRecord:
+    """Encode a version whose reference is removed, with another one or as a key version, and return its new record.
+
+    Args:
+        store: The histories of the pack.
+        history: The history before the removal.
+        remaining: The history after it, up to the version.
+        record: The version.
+        height: Number of versions in the longest chain that begins with it.
+    """
+    offered = offered_reference(remaining, lossless=record.lossless, height=height)
+    reference = store.decode(history, history[offered.version]) if offered is not None else None
+    decoded = store.decode(history, record)
+    if record.lossless:
+        encoded = lossless_versions.encode(LosslessVersion(decoded.modules, decoded.tensors), reference)
+    else:
+        encoded = lossy.encode_again(decoded, reference)
+        again = lossy.decode_chain([encoded.data], reference if encoded.has_reference else None)
+        if not _is_equal(decoded, again):
+            raise PackError(
+                f"Version {history.full_name(record)!r} would not decode to the same numbers after the removal. "
+                "Nothing was changed. Please report it with the output of `eigenlorax env`."
+            )
+    record = replace(
+        record,
+        sha256=atomic_files.digest(encoded.data),
+        reference=offered.version if offered is not None and encoded.has_reference else None,
+        lora_bytes=encoded.lora_bytes,
+        tensor_bytes=encoded.tensor_bytes,
+    )
+    store.add_file(record, encoded.data)
+    return record
+
+
+def _is_equal(decoded: DecodedVersion, again: DecodedVersion) -> bool:
+    """Return whether two versions have the same numbers."""
+    pairs = [
+        *((factors.down, again.modules[module].down) for module, factors in decoded.modules.items()),
+        *((factors.up, again.modules[module].up) for module, factors in decoded.modules.items()),
+        *((tensor, again.tensors[key]) for key, tensor in decoded.tensors.items()),
+    ]
+    return all(torch.equal(before, after) for before, after in pairs)
+
+
+def _change(store: HistoryStore, history: History, remaining: History, label: str) -> float | None:
+    """Return the distance of a version to the last remaining one before it; None if there is none."""
+    if not remaining.versions:
+        return None
+    previous = store.decode(history, history[remaining.latest.version])
+    return metrics.relative_distance(previous.modules, store.decode(history, history[label]).modules)
+
+
+def _file_bytes(history: History) -> int:
+    return sum({record.file: record.file_bytes for record in history.versions}.values())
