@@ -1,6 +1,7 @@
 """Lossless versions: every bit returns, how many bytes they take, and what damaged bytes do."""
 
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -149,6 +150,71 @@ def test_decoded_tensors_share_no_memory() -> None:
 def test_an_unknown_dtype_is_an_error() -> None:
     with pytest.raises(OptionError, match="tensor a has the dtype complex64; a lossless version can have float64, "):
         lossless.encode({"a": torch.zeros(3, dtype=torch.complex64)}, None)
+
+
+FLOAT_BITS = {"float64": (52, 11), "float32": (23, 8), "float16": (10, 5), "bfloat16": (7, 8)}
+"""Bits of mantissa and exponent."""
+
+
+def decode_by_the_page(data: bytes, earlier: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """Decode the bytes of each tensor, number by number, as docs/pack-format.md says."""
+    size, at = varint.decode(data, 0)
+    rows = json.loads(byte_planes.zstd.decompress(data[at : at + size]))
+    at += size
+    blocks: list[list[list]] = []
+    for row in rows:
+        kind = (row[1], row[3])
+        last = next((block for block in reversed(blocks) if (block[0][1], block[0][3]) == kind), None)
+        if last is None or sum(int(np.prod(member[2])) for member in last) >= 2**20:
+            blocks.append([row])
+        else:
+            last.append(row)
+    decoded = {}
+    for block in blocks:
+        dtype, width = block[0][1], getattr(torch, block[0][1]).itemsize
+        before = b"".join(bits(earlier[row[0]]) for row in block) if block[0][3] else None
+        n = sum(int(np.prod(row[2])) for row in block)
+        planes = []
+        for _ in range(width):
+            size, at = varint.decode(data, at)
+            plane = data[at : at + size]
+            planes.append(plane if size == n else byte_planes.zstd.decompress(plane))
+            at += size
+        folded = [sum(plane[i] << 8 * k for k, plane in enumerate(planes)) for i in range(n)]
+        integers = [number // 2 if number % 2 == 0 else -(number + 1) // 2 for number in folded]
+        if before is not None:
+            numbers = [int.from_bytes(before[width * i : width * (i + 1)], "little") for i in range(n)]
+            order = list(range(n))
+            if dtype in FLOAT_BITS:
+                mantissa, exponent = FLOAT_BITS[dtype]
+                order.sort(key=lambda i: (numbers[i] >> mantissa & (2**exponent - 1)) & 255)
+                numbers = [inverted(number, width) for number in numbers]
+            restored = dict(zip(order, integers, strict=True))
+            integers = [restored[i] + numbers[i] for i in range(n)]
+        integers = [number % 2 ** (8 * width) for number in integers]
+        for row in block:
+            own, integers = integers[: int(np.prod(row[2]))], integers[int(np.prod(row[2])) :]
+            assert zlib.crc32(b"".join(number.to_bytes(width, "little") for number in own)) == row[4]
+            own = [inverted(number, width) for number in own] if dtype in FLOAT_BITS else own
+            decoded[row[0]] = b"".join(number.to_bytes(width, "little") for number in own)
+    assert at == len(data)
+    return decoded
+
+
+def inverted(number: int, width: int) -> int:
+    """Invert all bits but the highest if that is 1."""
+    highest = 1 << (8 * width - 1)
+    return number ^ (highest - 1) if number & highest else number
+
+
+@pytest.mark.parametrize("dtype", [*(getattr(torch, name) for name in FLOAT_BITS), torch.int32, torch.uint8])
+def test_the_bytes_are_those_of_the_page(dtype: torch.dtype) -> None:
+    before = {"a": random_bits(dtype, (7, 300), 1), "b": random_bits(dtype, (40,), 2), "c": random_bits(dtype, (9,), 3)}
+    integers = before["a"].view(INTEGERS[dtype.itemsize])
+    near = {"a": (integers + (torch.arange(300) % 5).to(integers.dtype)).view(dtype), "b": before["b"]}
+    after = {**near, "d": random_bits(dtype, (), 4), "c": random_bits(dtype, (9,), 5), "e": torch.arange(4)}
+    encoded = lossless.encode(after, before)
+    assert decode_by_the_page(encoded, before) == {key: bits(tensor) for key, tensor in after.items()}
 
 
 @pytest.mark.skipif(not RUN.exists(), reason="needs ../shared")
