@@ -11,11 +11,14 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+
+from safetensors.torch import save as to_safetensors
 
 import children
 import eigenlorax as ex
@@ -27,6 +30,7 @@ from eigenlorax.core import keys
 from eigenlorax.core.atomic_files import STAGING_PREFIX
 from eigenlorax.errors import DuplicateAdapterWarning
 from outcomes import contents
+from runs import make_run, tensors_of
 
 VERBS = {
     "add": "add {pack} {sources}/delta zeta={sources}/gamma --warn-above 1",
@@ -51,6 +55,33 @@ VERBS = {
     "export files in place": "export {place}/styles -o {place}/files --overwrite",
 }
 """Commands on the folder `place`, where there are packs and exports of them already. A new verb is one more line."""
+
+
+def append_versions(place: Path, runs: Path) -> None:
+    """Append two versions, which are saved together."""
+    with ex.Pack.edit(place / "runs") as pack:
+        for step in (50, 60):
+            pack.append(runs / "run" / f"checkpoint-{step}", lossless=True)
+
+
+def prune(place: Path, runs: Path) -> None:
+    """Prune a history, so that a version is encoded again."""
+    with ex.Pack.edit(place / "runs") as pack:
+        pack.prune("run", keep_last=1, keep_every=20)
+
+
+def remove_versions(place: Path, runs: Path) -> None:
+    """Remove the first version of a history, and another history."""
+    with ex.Pack.edit(place / "runs") as pack:
+        pack.remove("run@10", "other")
+
+
+CALLS: dict[str, Callable[[Path, Path], None]] = {
+    "Pack.append": append_versions,
+    "Pack.prune": prune,
+    "Pack.remove": remove_versions,
+}
+"""What Python can do without a verb: functions of the folder `place`, and of a folder with the checkpoints of a run."""
 NOT_KILLED = {
     "inspect": "reads",
     "evaluate": "reads",
@@ -90,13 +121,18 @@ class Crashes:
         self._place = scratch / "work" / "place"
         self._make()
         self._old = contents(self._before)
+        before = ex.Pack.open(self._before / "runs")
+        self._versions = {
+            name: digest_of(before[name])
+            for history in before.histories.values()
+            for name in map(history.full_name, history)
+        }
         self._new: dict[str, dict] = {}
         self._changes: dict[str, int] = {}
 
-    def draw(self, number: int, seed: int) -> Iterator[Crash]:
+    def draw(self, number: int, seed: int, verbs: Sequence[str] = (*VERBS, *CALLS)) -> Iterator[Crash]:
         """Cases by chance, the same for the same seed: each verb as often as the others, half of them at a change."""
         drawn = random.Random(seed)
-        verbs = list(VERBS)
         for n in range(number):
             verb = verbs[n % len(verbs)]
             self._run_undisturbed(verb)
@@ -141,6 +177,12 @@ class Crashes:
         images = ex.fit(styles, n_components=4, warn_above=1.0)
         images.save(self._before / "styles")
         images.export(self._before / "files", dtype="float16")
+        checkpoints = make_run(self._scratch / "trained" / "run", range(10, 70, 10))
+        histories = ex.Pack.empty()
+        for name in ("run", "other"):
+            for checkpoint in checkpoints[:4]:
+                histories.append(checkpoint, name=name, lossless=True)
+        histories.save(self._before / "runs")
 
     def _copy(self) -> None:
         shutil.rmtree(self._place.parent, ignore_errors=True)
@@ -154,9 +196,15 @@ class Crashes:
     def _fork(self, verb: str, prepare: Callable[[], object] = int, more: tuple[str, ...] = ()) -> Done:
         def run() -> None:
             prepare()
-            main([*self._arguments(verb), *more])
+            self._perform(verb, more)
 
         return children.run(run)
+
+    def _perform(self, verb: str, more: tuple[str, ...] = ()) -> None:
+        if verb in CALLS:
+            CALLS[verb](self._place, self._scratch / "trained")
+        else:
+            main([*self._arguments(verb), *more])
 
     def _run_undisturbed(self, verb: str) -> None:
         """Note what a verb makes, and in how many changes."""
@@ -173,17 +221,18 @@ class Crashes:
     def _here(self, verb: str) -> Done:
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
             try:
-                main(self._arguments(verb))
+                self._perform(verb)
             except SystemExit as left:
                 return Done(int(left.code or 0), out.getvalue(), err.getvalue())
-        raise AssertionError("a command ends by leaving")
+        assert verb in CALLS, "a command ends by leaving"
+        return Done(0, out.getvalue(), err.getvalue())
 
     def _counted(self, verb: str) -> Done:
         def run() -> None:
             seen = []
             sys.addaudithook(lambda event, given: changes_within(self._place, event, given) and seen.append(event))
             try:
-                main(self._arguments(verb))
+                self._perform(verb)
             finally:
                 sys.stderr.write(f"changes: {len(seen)}")
 
@@ -201,6 +250,7 @@ class Crashes:
                 opened.verify()
                 for name in opened.names:
                     opened.packed(name)
+                self._check_versions(opened, crash)
         for adapter in adapters:
             there, before, after = (_below(adapter, one) for one in (found, self._old, new))
             assert there in (before, after), (crash, adapter)
@@ -208,6 +258,14 @@ class Crashes:
             ours = path.rpartition("/")[2].startswith(STAGING_PREFIX) or STAGING_PREFIX in path or ".fitting" in path
             if not ours and _above(path, [*packs, *adapters]) is None and path not in (*packs, *adapters):
                 assert found.get(path) in (self._old.get(path), new.get(path)), (crash, path)
+
+    def _check_versions(self, opened: ex.Pack, crash: Crash) -> None:
+        """Whether each version has the same numbers as in the pack that was there."""
+        for history in opened.histories.values():
+            for record in history:
+                name = history.full_name(record)
+                before = self._versions.setdefault(name, digest_of(opened[name]))
+                assert digest_of(opened[name]) == before, (crash, name)
 
     def _finish(self, crash: Crash, found: dict, new: dict) -> None:
         """Run a killed verb again; or, where its pack is there already, write that again, as the next writer will."""
@@ -218,10 +276,16 @@ class Crashes:
                     pass
             return
         done = self._fork(crash.verb)
-        if done.code == EXISTS and "--overwrite" not in VERBS[crash.verb]:
+        if done.code == EXISTS and "--overwrite" not in VERBS.get(crash.verb, ""):
             # some of what it writes is there already
             done = self._fork(crash.verb, more=("--overwrite",))
         assert done.code == 0, (crash, done)
+
+
+def digest_of(adapter: ex.Adapter) -> str:
+    """A digest of the numbers of an adapter."""
+    tensors = {key: tensor.contiguous() for key, tensor in sorted(tensors_of(adapter).items())}
+    return sha256(to_safetensors(tensors)).hexdigest()
 
 
 def _killer(delay: float | None) -> Callable[[], object]:
