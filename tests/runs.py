@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapters import MODULES, make_adapter
+from adapters import make_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -26,7 +26,7 @@ def make_run(
     tensors: dict[str, Tensor] = {}
     checkpoints = []
     for step in steps:
-        path = make_adapter(folder / f"checkpoint-{step}", seed=seed, head=(2, 31), modules=MODULES, **options)
+        path = make_adapter(folder / f"checkpoint-{step}", seed=seed, head=(2, 31), **options)
         if not tensors:
             tensors = {key: tensor.double() for key, tensor in load_file(path / WEIGHTS).items()}
         else:

@@ -1,11 +1,12 @@
 """Inputs that are right, from which hostile ones are made: small, one of each kind of file that is read."""
 
 import json
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import test_official
@@ -19,6 +20,7 @@ from eigenlorax.core import keys, module_patterns
 from eigenlorax.errors import EigenloraxWarning
 from make_reference_packs import PACKS
 from reports import synthetic
+from runs import make_run
 
 from .changes import Tree, write
 
@@ -63,6 +65,36 @@ def packs() -> Mapping[str, Tree]:
 
 def _frozen(name: str) -> Tree:
     return _below("pack", tree_of(PACKS / name))
+
+
+@cache
+def histories() -> Mapping[str, Tree]:
+    """Packs of versions, with other tensors and in other dtypes."""
+    makers = {
+        "lossless": partial(_make_history, lossless=True),
+        "lossless-float16": partial(_make_history, lossless=True, dtype=torch.float16),
+        "lossless-file": _make_file_history,
+    }
+    return {name: _made(make) for name, make in makers.items()}
+
+
+def _make_history(folder: Path, *, dtype: torch.dtype = torch.float32, **options: bool) -> None:
+    pack = ex.Pack.empty()
+    for step, checkpoint in enumerate(make_run(folder / "run", range(3), dtype=dtype, modules=MODULES)):
+        pack.append(checkpoint, metrics={"loss": 0.5 + step}, **options)
+    pack.save(folder / "pack")
+    shutil.rmtree(folder / "run")
+
+
+def _make_file_history(folder: Path) -> None:
+    """Of a single file, whose metadata comes back."""
+    truth = lora_files.planted(UNET, seed=3, mixed=False)
+    file = lora_files.write(folder / "style.safetensors", truth, "kohya", metadata={"note": "n"})
+    pack = ex.Pack.empty()
+    for _ in range(2):
+        pack.append(file, lossless=True)
+    pack.save(folder / "pack")
+    file.unlink()
 
 
 @cache

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from random import Random
+from typing import Any
 from unittest.mock import patch
 
 import eigenlorax as ex
@@ -85,8 +86,22 @@ def signed(tree: Tree, drawn: list[Change]) -> Tree:
                 data = tree.get(f"pack/{keys.ADAPTERS}/{name}/{file}")
                 if isinstance(data, bytes):
                     entry["files"][file] = atomic_files.digest(data)
+        tree = _with_version_files(tree, body)
         tree = changed({**tree, MANIFEST: json.dumps(body, indent=1).encode()}, of_manifest)
     return {**tree, MANIFEST: _with_digest(tree[MANIFEST])} if MANIFEST in tree else tree
+
+
+def _with_version_files(tree: Tree, body: dict[str, Any]) -> Tree:
+    """The pack with files of versions that are named by what they contain now; the manifest states their digests."""
+    tree, files = dict(tree), {name: data for name, data in tree.items() if name.startswith(f"pack/{keys.VERSIONS}/")}
+    for history in body.get("histories", {}).values():
+        for entry in history["versions"]:
+            data = files.get(name := f"pack/{keys.version_file(entry['sha256'])}")
+            if isinstance(data, bytes):
+                tree.pop(name, None)
+                entry["sha256"] = atomic_files.digest(data)
+                tree[f"pack/{keys.version_file(entry['sha256'])}"] = data
+    return tree
 
 
 def _with_digest(manifest: bytes | Special) -> bytes | Special:
@@ -134,6 +149,11 @@ def _draw_manifest(random: Random, tree: Tree) -> list[Change]:
     return mutations.draw(random, tree, [MANIFEST])
 
 
+def _draw_versions(random: Random, tree: Tree) -> list[Change]:
+    files = sorted(name for name in tree if name.startswith(f"pack/{keys.VERSIONS}/"))
+    return mutations.draw(random, tree, random.choice((files, files, [MANIFEST])))
+
+
 def _draw_pack_files(random: Random, tree: Tree) -> list[Change]:
     if random.random() < 0.3:
         return mutations.consistent(random, tree)
@@ -157,9 +177,9 @@ def read_pack(folder: Path) -> int:
             call()
         except EigenloraxError as error:
             first = first or error
-    for name in pack.names:
+    versions = [history.full_name(record) for history in pack.histories.values() for record in history]
+    for name in (*pack.names, *versions):
         try:
-            pack.packed(name)
             pack.digest(name)
             (path,) = pack.export(folder / "out", name).values()
             largest = max(largest, sum(one.stat().st_size for one in ([*path.iterdir()] if path.is_dir() else [path])))
@@ -398,6 +418,7 @@ TARGETS: Mapping[str, Target] = {
     for one in (
         Target("manifest", starts.packs, _draw_manifest, read_pack, 24, signed),
         Target("pack", starts.packs, _draw_pack_files, read_pack, 30, signed),
+        Target("versions", starts.histories, _draw_versions, read_pack, 10, signed),
         Target("pack-special", starts.packs, _draw_specials, read_pack, 3, signed),
         Target("config", starts.adapters, _draw_config, read_adapter, 10),
         Target("tensors", starts.adapters, _draw_tensors, read_adapter, 10),

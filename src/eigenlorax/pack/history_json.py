@@ -95,11 +95,21 @@ def _history(name: str, value: Any) -> History:
     )
     history = History(name, versions, source_fields)
     _check_labels(history)
+    for text in {record.source_config for record in versions}:
+        _check_config(text, source_fields, where)
     kinds: dict[str, bool] = {}
     for i, record in enumerate(versions):
         _check(record, kinds, f"{where}.versions[{i}]")
         kinds[record.version] = record.lossless
     return history
+
+
+def _check_config(text: str, source_fields: Mapping[str, Any], where: str) -> None:
+    """Raise `JsonTypeError` unless a `source_config` is an object, and its differences have a known form."""
+    try:
+        source_configs.from_bytes(text.encode("utf-8"), source_fields)
+    except ValueError as error:
+        raise JsonTypeError(f"{where}.versions: {error}.") from error
 
 
 def _check_labels(history: History) -> None:

@@ -1,14 +1,15 @@
 """Decoded versions as ordinary adapters."""
 
+import json
 from dataclasses import replace
 
 import torch
 
 from ..codec.versions.version import DecodedVersion
-from ..core import narrowing
+from ..core import keys, narrowing
 from ..core.adapter import Adapter, LazyMapping, LoRAFactors
 from ..core.limits import damaged_on_error
-from ..formats import checks, peft
+from ..formats import checks, files, peft
 from .history import History, VersionRecord
 
 
@@ -28,9 +29,12 @@ def to_adapter(
     """
     name = history.full_name(record)
     with damaged_on_error(f"version {name} ({record.file})"):
-        others = peft.from_tensors(name, history.config(record), decoded.tensors, where=name)
-        if others.specs:
-            raise ValueError(f"{min(others.specs)} is a module, and its tensors are not LoRA factors")
+        config = history.config(record)
+        files.check_config(json.loads(config), keys.ADAPTER_CONFIG)
+        others = peft.from_tensors(name, config, decoded.tensors, where=name)
+        misnamed = sorted(decoded.tensors.keys() ^ {*others.heads, *others.carried})
+        if misnamed or others.specs:
+            raise ValueError(f"{[*misnamed, *others.specs][0]!r} is no name of a tensor beside the LoRA factors")
         adapter = Adapter(
             name=name,
             specs={module: factors.spec for module, factors in sorted(decoded.modules.items())},
