@@ -1,21 +1,73 @@
 """Encode and decode versions within an error bound. Each is predicted from at most one earlier version."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from ...core import keys
+from ...core.adapter import LoRAFactors
+from ...core.limits import PARSE_FAILURES
+from ...errors import FormatError, OptionError, reason
+from ..quantised_tensor import MAX_NORM, MIN_NORM
+from . import container, gauge, increments, lossless
+from .container import BlockLabels, Header, Labels, ParsedVersion
+from .decoded import LossyVersion, ModuleLayout
+from .increments import Increments
+from .lattice import LatticeRows
+from .lora_rows import quantise_modules
+from .rate_rounding import classes_and_bits
+from .tensor_rows import quantise_tensors
 from .version import DecodedVersion, EncodedVersion, Version
 
 
 def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion:
     """Encode a version within its error bounds.
 
-    Args:
-        version: The version.
-        reference: Decoded version that it may be predicted from, usually the previous one; None for a key version.
+    Whatever cannot be encoded within its bound is stored exactly: tensors with a bound of 0, tensors that are not of
+    floats, factors whose update is beyond the range of float64's squares.
 
-    Raises:
-        NonFiniteError: A number is not finite.
+    Args:
+        version: The version. All numbers are finite.
+        reference: Decoded version that it may be predicted from, usually the previous one; None for a key version.
+            A version of another codec predicts nothing.
     """
-    raise NotImplementedError
+    reference = reference if isinstance(reference, LossyVersion) else None
+    modules = dict(sorted(version.modules.items()))
+    exact_modules: dict[str, ModuleLayout] = {}
+    exact: dict[str, Tensor] = {}
+    quantised = None
+    if _is_in_range(modules):
+        try:
+            quantised = quantise_modules(modules, version.max_error, reference)
+        except OptionError:
+            quantised = None
+    if quantised is None:
+        exact_modules = {module: ModuleLayout.of(factors) for module, factors in modules.items()}
+        for module, factors in modules.items():
+            exact |= {keys.lora_key(module, "down"): factors.down, keys.lora_key(module, "up"): factors.up}
+    others = quantise_tensors(version.tensors, version.tensor_bounds, reference)
+    decoded = LossyVersion(
+        level=quantised.level if quantised is not None else 0,
+        module_rows=quantised.modules if quantised is not None else {},
+        tensor_rows=others.tensors,
+        exact_modules=exact_modules,
+        exact=dict(sorted((exact | dict(others.exact)).items())),
+    )
+    orders = quantised.orders if quantised is not None else {}
+    encoded = _to_bytes(decoded, reference, orders)
+    return replace(encoded, delta_error=quantised.error if quantised is not None else 0.0, tensor_error=others.error)
+
+
+def _is_in_range(modules: Mapping[str, LoRAFactors]) -> bool:
+    """Return whether float64 can represent the square of the update, and its parts."""
+    norms = [float(side.to(torch.float64).norm()) for each in modules.values() for side in (each.down, each.up)]
+    scalings = [abs(factors.scaling) for factors in modules.values()]
+    # the update is at most the product of the three, which stays in the range of `quantised_tensor`
+    return all(norm == 0 or MIN_NORM ** (1 / 3) < norm < MAX_NORM ** (1 / 3) for norm in norms + scalings)
 
 
 def encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> EncodedVersion:
@@ -25,12 +77,99 @@ def encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> E
 
     Args:
         decoded: The version.
-        reference: Decoded version that it may be predicted from; None for a key version.
+        reference: Decoded version that it is predicted from if that takes fewer bytes; None for a key version.
+
+    Raises:
+        OptionError: The version was not decoded by this codec.
     """
-    raise NotImplementedError
+    if not isinstance(decoded, LossyVersion):
+        raise OptionError("a lossless version cannot be encoded within an error bound again.")
+    key_version = _to_bytes(decoded, None, {})
+    if not isinstance(reference, LossyVersion):
+        return key_version
+    orders = {}
+    for name, module in decoded.module_rows.items():
+        earlier = reference.module_rows.get(name)
+        if earlier is not None and earlier.layout.rank != module.layout.rank:
+            orders[name] = gauge.match_rows(module.down.values, earlier.up.values, earlier.down.values)
+    predicted = _to_bytes(decoded, reference, orders)
+    return min(predicted, key_version, key=lambda encoded: len(encoded.data))
 
 
-def decode_chain(chain: Sequence[bytes], start: DecodedVersion | None = None) -> DecodedVersion:
+def _to_bytes(
+    decoded: LossyVersion, reference: LossyVersion | None, orders: Mapping[str, Int64[np.ndarray, " rank"]]
+) -> EncodedVersion:
+    """Return a version as bytes, with errors of 0.
+
+    Args:
+        decoded: The version. The classes of its rows are not used.
+        reference: Version that predicts it; None for none.
+        orders: Rows of the reference that predict a module's rows, where these are not all of them in their order.
+    """
+    modules = {name: module.layout for name, module in decoded.module_rows.items()}
+    tensors = {key: tensor.layout for key, tensor in decoded.tensor_rows.items()}
+    earlier = labels_of(reference) if reference is not None else None
+    header = Header(
+        has_reference=reference is not None,
+        level=decoded.level,
+        modules=modules if earlier is None or dict(earlier.modules) != modules else None,
+        tensors=tensors if earlier is None or dict(earlier.tensors) != tensors else None,
+        orders={name: order.tolist() for name, order in orders.items()},
+        exact_modules=dict(decoded.exact_modules),
+    )
+    sources = container.find_references(header, earlier, modules, tensors)
+    blocks, changes = [], []
+    for rows, source in zip(decoded.all_rows, sources, strict=True):
+        change = rows.integers.astype(np.int64)
+        if (predicting := _source_rows(reference, source)) is not None:
+            change = change - predicting.predict(rows.levels)
+        classes, _ = classes_and_bits(change)
+        blocks.append(LatticeRows(rows.integers, rows.levels, classes))
+        changes.append(change)
+    decoded = decoded.with_rows(blocks)
+    labels, lora_blocks = labels_of(decoded), 2 * len(modules)
+    exact_before = reference.exact if reference is not None else None
+    parsed = ParsedVersion(
+        header=header,
+        labels=labels,
+        references=sources,
+        lora_streams=increments.encode(labels.row_shapes[:lora_blocks], changes[:lora_blocks]),
+        tensor_streams=increments.encode(labels.row_shapes[lora_blocks:], changes[lora_blocks:]),
+        exact=lossless.encode(decoded.exact, exact_before) if decoded.exact else b"",
+    )
+    data, lora_bytes = container.to_bytes(parsed, earlier)
+    return EncodedVersion(
+        data=data,
+        has_reference=reference is not None,
+        delta_error=0.0,
+        tensor_error=0.0,
+        lora_bytes=lora_bytes,
+        tensor_bytes=len(data) - lora_bytes,
+        decoded=decoded,
+    )
+
+
+def labels_of(version: LossyVersion) -> Labels:
+    """Return the layouts, levels and classes of a version."""
+    return Labels(
+        {name: module.layout for name, module in version.module_rows.items()},
+        {key: tensor.layout for key, tensor in version.tensor_rows.items()},
+        [BlockLabels(rows.levels, rows.classes) for rows in version.all_rows],
+    )
+
+
+def _source_rows(
+    reference: LossyVersion | None, source: tuple[int, Int64[np.ndarray, " count"] | None] | None
+) -> LatticeRows | None:
+    """Return the rows of a reference that predict a block; None for none."""
+    if reference is None or source is None:
+        return None
+    number, order = source
+    rows = reference.all_rows[number]
+    return rows if order is None else rows.reordered(order)
+
+
+def decode_chain(chain: Sequence[bytes], start: DecodedVersion | None = None) -> LossyVersion:
     """Decode the last version of a chain, in which each version refers to the previous one. Faster than one by one.
 
     Args:
@@ -40,4 +179,61 @@ def decode_chain(chain: Sequence[bytes], start: DecodedVersion | None = None) ->
     Raises:
         FormatError: The bytes are damaged, or do not fit their references.
     """
-    raise NotImplementedError
+    if start is not None and not isinstance(start, LossyVersion):
+        raise FormatError("a version within an error bound refers to a lossless one.")
+    try:
+        return _decode_chain(chain, start)
+    except PARSE_FAILURES as error:
+        raise FormatError(f"a version cannot be decoded: {reason(error)}") from error
+
+
+def _decode_chain(chain: Sequence[bytes], version: LossyVersion | None) -> LossyVersion:
+    parsed, labels = [], labels_of(version) if version is not None else None
+    for data in chain:
+        parsed.append(container.parse(data, labels))
+        labels = parsed[-1].labels
+    coded = [
+        part
+        for each in parsed
+        for part in (
+            (each.labels.row_shapes[: each.labels.lora_blocks], each.lora_streams),
+            (each.labels.row_shapes[each.labels.lora_blocks :], each.tensor_streams),
+        )
+    ]
+    changes = (blocks for together in increments.decode(coded) for blocks in together)
+    for each in parsed:
+        version = _apply(each, [*next(changes), *next(changes)], version)
+    if version is None:
+        raise FormatError("a chain has no version.")
+    return version
+
+
+def _apply(
+    parsed: ParsedVersion, changes: Sequence[Sequence[Increments]], reference: LossyVersion | None
+) -> LossyVersion:
+    """Return a version from its decoded increments and its reference."""
+    blocks = []
+    for labels, shape, source, parts in zip(
+        parsed.labels.blocks, parsed.labels.shapes, parsed.references, changes, strict=True
+    ):
+        predicting = _source_rows(reference, source)
+        integers = predicting.predict(labels.levels) if predicting is not None else np.zeros(shape, np.int64)
+        for part in parts:
+            integers[part.rows] += part.integers
+        if np.abs(integers).max(initial=0) >= 2**31:
+            raise FormatError("an integer is beyond 32 bits.")
+        blocks.append(LatticeRows(integers.astype(np.int32), labels.levels, labels.classes))
+    exact_before = reference.exact if reference is not None else None
+    exact = lossless.decode(parsed.exact, exact_before) if parsed.exact else {}
+    for module, layout in parsed.header.exact_modules.items():
+        _check_exact(module, layout, exact)
+    return LossyVersion.from_rows(
+        parsed.header.level, parsed.labels.modules, parsed.labels.tensors, blocks, parsed.header.exact_modules, exact
+    )
+
+
+def _check_exact(module: str, layout: ModuleLayout, exact: Mapping[str, Tensor]) -> None:
+    """Raise `FormatError` unless the factors of a module are among the exact tensors, in its layout."""
+    down, up = (exact.get(keys.lora_key(module, side)) for side in keys.SIDES)
+    if down is None or up is None or ModuleLayout.of(LoRAFactors(down, up, layout.scaling, layout.kernel)) != layout:
+        raise FormatError(f"the factors of module {module} are not those of its layout.")

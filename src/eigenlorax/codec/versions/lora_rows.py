@@ -1,0 +1,143 @@
+"""Quantise the LoRA factors of a version within the error bound of its update."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from ...core.adapter import LoRAFactors, delta_square
+from . import gauge
+from .blocks import Block, QuantisedBlock
+from .decoded import LossyVersion, ModuleLayout, ModuleRows
+from .lattice import step_sizes
+from .search import Quantisation, SampledRows, search
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """A module in the gauge in which it is quantised.
+
+    Attributes:
+        factors: Its factors.
+        layout: Shape, scaling and dtypes.
+        blocks: Up and down rows.
+        order: Rows of the reference that predict them; None for the same rows in their order, or no reference.
+    """
+
+    factors: LoRAFactors
+    layout: ModuleLayout
+    blocks: tuple[Block, Block]
+    order: Int64[np.ndarray, " rank"] | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedModules:
+    """The modules of a version as integers.
+
+    Attributes:
+        level: Level of rows of weight 1.
+        modules: Rows by module name, without classes.
+        orders: Rows of the reference that predict a module's rows, where these are not all of them in their order.
+        error: Relative error of the update.
+    """
+
+    level: int
+    modules: Mapping[str, ModuleRows]
+    orders: Mapping[str, Int64[np.ndarray, " rank"]]
+    error: float
+
+
+def quantise_modules(
+    modules: Mapping[str, LoRAFactors], max_error: float, reference: LossyVersion | None
+) -> QuantisedModules:
+    """Quantise factors as coarsely as the error bound allows, predicted from a reference if that takes fewer bits.
+
+    Args:
+        modules: Factors by module name, sorted.
+        max_error: Bound of the relative error over all modules, after rounding to the dtypes of the factors.
+        reference: Version that may predict them; None for none.
+
+    Raises:
+        OptionError: The bound cannot be met.
+    """
+    square = sum(delta_square(factors) for factors in modules.values())
+    limit = max_error**2 * square
+    prepared = {module: _prepare(factors, None, 0.0) for module, factors in modules.items()}
+    earlier_level = None
+    if reference is not None:
+        noise = float(step_sizes(np.array([reference.level]))[0]) ** 2 / 12
+        predicted = {
+            module: _prepare(factors, reference.module_rows.get(module), noise) for module, factors in modules.items()
+        }
+        if _estimated_bits(predicted, limit, reference.level) < _estimated_bits(prepared, limit, None):
+            prepared, earlier_level = predicted, reference.level
+    if limit:
+        blocks = [block for module in prepared.values() for block in module.blocks]
+        quantised, quantisation, error_square = search(
+            blocks, limit, earlier_level, lambda quantisation: _attempt(prepared, quantisation)
+        )
+    else:
+        # no number of an update of zero matters
+        quantisation = Quantisation(0, 0.0)
+        quantised, error_square = _attempt(prepared, quantisation)
+    return QuantisedModules(
+        level=quantisation.level,
+        modules={name: ModuleRows(prepared[name].layout, up.rows, down.rows) for name, (up, down) in quantised.items()},
+        orders={name: module.order for name, module in prepared.items() if module.order is not None},
+        error=math.sqrt(error_square / square) if square else 0.0,
+    )
+
+
+def _estimated_bits(prepared: Mapping[str, _Module], limit: float, earlier_level: int | None) -> float:
+    if not limit:
+        return 0.0
+    sample = SampledRows([block for module in prepared.values() for block in module.blocks])
+    return sample.bits(sample.choose(limit, earlier_level))
+
+
+def _prepare(factors: LoRAFactors, reference: ModuleRows | None, noise: float) -> _Module:
+    """Return a module in the gauge that is closest to its reference, or in that of its singular components."""
+    layout = ModuleLayout.of(factors)
+    up, down = factors.up.to(torch.float64).numpy().T, factors.down.to(torch.float64).numpy()
+    order = up_reference = down_reference = aligned = None
+    if reference is not None and reference.layout.widths == layout.widths:
+        up_reference, down_reference = reference.up, reference.down
+        if reference.layout.rank != layout.rank:
+            order = gauge.match_rows(down, up_reference.values, down_reference.values)
+            up_reference, down_reference = up_reference.reordered(order), down_reference.reordered(order)
+        aligned = gauge.align(up, down, up_reference.values, down_reference.values, noise)
+    if aligned is None:
+        aligned = gauge.singular_gauge(up, down)
+        if up_reference is not None and down_reference is not None:
+            order = np.full(layout.rank, -1)
+            up_reference, down_reference = up_reference.reordered(order), down_reference.reordered(order)
+    up, down = aligned
+    # the error of a row counts with the norm of the row that it is multiplied by
+    scale = abs(layout.scaling)
+    blocks = (
+        Block(up, scale * np.linalg.norm(down, axis=1), up_reference),
+        Block(down, scale * np.linalg.norm(up, axis=1), down_reference),
+    )
+    return _Module(factors, layout, blocks, order)
+
+
+def _attempt(
+    prepared: Mapping[str, _Module], quantisation: Quantisation
+) -> tuple[dict[str, tuple[QuantisedBlock, QuantisedBlock]], float]:
+    """Quantise all modules, and return their up and down rows and their squared error."""
+    quantised, square = {}, 0.0
+    for name, module in prepared.items():
+        up, down = (block.quantise(quantisation.level, quantisation.multiplier) for block in module.blocks)
+        square += _error_square(module.factors, module.layout.factors(up.values, down.values))
+        quantised[name] = up, down
+    return quantised, square
+
+
+def _error_square(factors: LoRAFactors, decoded: LoRAFactors) -> float:
+    """Return the squared Frobenius norm of the difference of two updates, as the update of the joined factors."""
+    up = np.hstack([factors.up.double().numpy(), -decoded.up.double().numpy()])
+    down = np.vstack([factors.down.double().numpy(), decoded.down.double().numpy()])
+    return max(factors.scaling**2 * float(np.sum((up.T @ up) * (down @ down.T))), 0.0)

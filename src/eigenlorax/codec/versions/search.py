@@ -1,0 +1,147 @@
+"""Search for the coarsest quantisation within an error bound: first on a sample of the numbers, then on all of them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ...errors import OptionError
+from .blocks import Block, QuantisedBlock, join
+from .lattice import LEVELS_PER_OCTAVE, MAX_LEVEL
+
+T = TypeVar("T")
+
+MAX_MULTIPLIER = 1.2
+"""Largest Lagrange multiplier of `round_by_rate`. Greater ones save nothing."""
+SAMPLE_NUMBERS = 1 << 16
+"""About how many numbers of a version are looked at to choose its level."""
+MIN_COLUMNS = 16
+"""Smallest number of sampled columns."""
+MAX_RISE = 4
+"""Largest increase of the level over that of the reference."""
+AIM = 0.996
+"""Share of the squared error that the first attempt aims at, because a sample only estimates it."""
+CLOSE = 0.98
+"""Share of the squared error that ends the search."""
+MAX_ATTEMPTS = 12
+_BISECTIONS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Quantisation:
+    """How the rows of a version are quantised.
+
+    Attributes:
+        level: Level of rows of weight 1: a step size of 2^(level / 8).
+        multiplier: Lagrange multiplier of `round_by_rate`.
+    """
+
+    level: int
+    multiplier: float
+
+
+class SampledRows:
+    """A sample of the columns of several blocks, to estimate errors and bits.
+
+    Args:
+        blocks: The blocks.
+    """
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        rows = sum(len(block.weights) for block in blocks)
+        columns = max(MIN_COLUMNS, SAMPLE_NUMBERS // max(rows, 1))
+        by_width: dict[int, list[Block]] = {}
+        for block in blocks:
+            sampled = block.columns(columns)
+            by_width.setdefault(sampled.values.shape[1], []).append(sampled)
+        # few large arrays take less time than many small ones
+        self._blocks = [join(alike) for alike in by_width.values()]
+        self._numbers = sum(block.values.size for block in blocks)
+
+    def square(self, quantisation: Quantisation) -> float:
+        """Return the estimated weighted squared error of all blocks."""
+        return sum(each.square for each in self._quantise(quantisation))
+
+    def bits(self, quantisation: Quantisation) -> float:
+        """Return about how many bits all blocks take."""
+        return sum(each.bits for each in self._quantise(quantisation))
+
+    def _quantise(self, quantisation: Quantisation) -> list[QuantisedBlock]:
+        return [block.quantise(quantisation.level, quantisation.multiplier) for block in self._blocks]
+
+    def choose(self, limit: float, earlier_level: int | None) -> Quantisation:
+        """Return the quantisation that is estimated to take the fewest bits within an error.
+
+        Args:
+            limit: Largest weighted squared error.
+            earlier_level: Level of the version that predicts the rows; None for none.
+        """
+        # uniform noise of a step size s has the mean square s² / 12
+        noise = math.sqrt(12 * limit / max(self._numbers, 1))
+        start = math.floor(LEVELS_PER_OCTAVE * math.log2(noise)) if earlier_level is None else earlier_level
+        highest = self._highest_level(max(-MAX_LEVEL, min(start, MAX_LEVEL)), limit)
+        levels = {highest, highest - 1}
+        if earlier_level is not None and earlier_level < highest:
+            levels.add(earlier_level)
+        candidates = [Quantisation(level, self.multiplier(level, limit)) for level in sorted(levels)]
+        return min(candidates, key=self.bits)
+
+    def _highest_level(self, start: int, limit: float) -> int:
+        """Return the highest level near `start` within an error, without a multiplier."""
+        level = start
+        while (square := self.square(Quantisation(level, 0.0))) > limit and level > -MAX_LEVEL:
+            level -= max(1, math.floor(LEVELS_PER_OCTAVE * math.log2(square / limit) / 2))
+        if level == start:
+            while level < start + MAX_RISE and self.square(Quantisation(level + 1, 0.0)) <= limit:
+                level += 1
+        return level
+
+    def multiplier(self, level: int, limit: float) -> float:
+        """Return about the largest multiplier within an error, at a level; 0 if there is none."""
+        if self.square(Quantisation(level, MAX_MULTIPLIER)) <= limit:
+            return MAX_MULTIPLIER
+        low, high = 0.0, MAX_MULTIPLIER
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.square(Quantisation(level, middle)) <= limit else (low, middle)
+        return low
+
+
+def search(
+    blocks: Sequence[Block],
+    limit: float,
+    earlier_level: int | None,
+    attempt: Callable[[Quantisation], tuple[T, float]],
+) -> tuple[T, Quantisation, float]:
+    """Return the result of the coarsest attempt within an error, its quantisation, and its squared error.
+
+    Args:
+        blocks: The rows.
+        limit: Largest squared error.
+        earlier_level: Level of the version that predicts the rows; None for none.
+        attempt: Quantises all rows, and returns a result and its exact squared error.
+
+    Raises:
+        OptionError: No quantisation meets the error.
+    """
+    sample = SampledRows(blocks)
+    quantisation = sample.choose(AIM * limit, earlier_level)
+    best: tuple[T, Quantisation, float] | None = None
+    for turn in range(MAX_ATTEMPTS):
+        outcome, square = attempt(quantisation)
+        if square <= limit and (best is None or square >= best[2]):
+            best = outcome, quantisation, square
+        if best is not None and (best[2] >= CLOSE * limit or best[1].multiplier >= MAX_MULTIPLIER or turn >= 3):
+            break
+        # the sample errs by about the same factor at other multipliers
+        ratio = square / max(sample.square(quantisation), 1e-300)
+        if square > limit and not quantisation.multiplier:
+            fall = LEVELS_PER_OCTAVE * math.log2(square / limit) / 2 if math.isfinite(square) else LEVELS_PER_OCTAVE
+            quantisation = Quantisation(quantisation.level - math.ceil(max(fall, 1)), 0.0)
+        else:
+            quantisation = Quantisation(
+                quantisation.level, sample.multiplier(quantisation.level, AIM * limit / max(ratio, 1e-300))
+            )
+    if best is None:
+        raise OptionError("the error bound cannot be met by integers of 31 bits")
+    return best

@@ -1,0 +1,254 @@
+"""Versions within an error bound: dense errors, exact values after every way to decode, and what damaged bytes do."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import reference
+from eigenlorax.codec.versions import lossy
+from eigenlorax.codec.versions.version import Version
+from eigenlorax.core.adapter import LoRAFactors
+from eigenlorax.errors import FormatError
+
+SHAPES = {"layer.0": (5, 48, 40), "layer.1": (3, 56, 64)}
+"""Rank, out and in, by module."""
+
+
+def start(dtype=torch.float32, scaling=2.0, seed=0):
+    """A version of two modules, a head and a bias."""
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype)
+
+    modules = {
+        name: LoRAFactors(normal(r, n_in), normal(n_out, r), scaling) for name, (r, n_out, n_in) in SHAPES.items()
+    }
+    tensors = {"head.weight": normal(6, 72), "head.bias": normal(6), "steps": torch.arange(3)}
+    return Version(modules, tensors, 0.05, {"head.weight": 0.1, "head.bias": 0.002, "steps": 0.0})
+
+
+def moved(version, size, seed):
+    """A later version: every number has moved by a random step of this relative size."""
+    random = torch.Generator().manual_seed(seed)
+
+    def move(tensor):
+        return (tensor.double() + size * torch.randn(tensor.shape, generator=random, dtype=torch.float64)).to(
+            tensor.dtype
+        )
+
+    modules = {
+        name: LoRAFactors(move(factors.down), move(factors.up), factors.scaling)
+        for name, factors in version.modules.items()
+    }
+    tensors = {
+        key: move(tensor) if tensor.is_floating_point() else tensor + 1 for key, tensor in version.tensors.items()
+    }
+    return replace(version, modules=modules, tensors=tensors)
+
+
+def run(count, size=0.05, **options):
+    """The versions of a training run."""
+    versions = [start(**options)]
+    for seed in range(1, count):
+        versions.append(moved(versions[-1], size, seed))
+    return versions
+
+
+def encode_all(versions):
+    encoded = []
+    for version in versions:
+        encoded.append(lossy.encode(version, encoded[-1].decoded if encoded else None))
+    return encoded
+
+
+def dense_error(version, decoded):
+    """Relative error over all modules, from dense float64 updates."""
+    lost = sum(
+        np.square(reference.dense(factors) - reference.dense(decoded.modules[name])).sum()
+        for name, factors in version.modules.items()
+    )
+    total = sum(np.square(reference.dense(factors)).sum() for factors in version.modules.values())
+    return float(np.sqrt(lost / total))
+
+
+def relative_error(tensor, decoded):
+    return float((tensor.double() - decoded.double()).norm() / tensor.double().norm())
+
+
+def assert_same(first, second):
+    """Both decode to the same bits."""
+    assert list(first.modules) == list(second.modules)
+    assert list(first.tensors) == list(second.tensors)
+    for name, factors in first.modules.items():
+        other = second.modules[name]
+        assert torch.equal(factors.down, other.down)
+        assert torch.equal(factors.up, other.up)
+        assert (factors.scaling, factors.kernel) == (other.scaling, other.kernel)
+        assert (factors.down.dtype, factors.up.dtype) == (other.down.dtype, other.up.dtype)
+    for key, tensor in first.tensors.items():
+        assert torch.equal(tensor, second.tensors[key])
+        assert tensor.dtype == second.tensors[key].dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_version_keeps_its_bounds_in_its_dtype(dtype):
+    for version, encoded in zip(versions := run(5, dtype=dtype), encode_all(versions), strict=True):
+        error = dense_error(version, encoded.decoded)
+        assert error == pytest.approx(encoded.delta_error, rel=1e-6)
+        assert 0.9 * version.max_error < error <= version.max_error
+        errors = {key: relative_error(tensor, encoded.decoded.tensors[key]) for key, tensor in version.tensors.items()}
+        assert all(error <= version.tensor_bounds[key] for key, error in errors.items())
+        assert max(errors.values()) == pytest.approx(encoded.tensor_error, rel=1e-6)
+        assert encoded.decoded.modules["layer.0"].down.dtype == dtype
+        assert encoded.lora_bytes + encoded.tensor_bytes == len(encoded.data)
+
+
+@pytest.mark.parametrize(
+    ("bound", "size", "scaling"),
+    [(0.001, 0.0, 1.0), (0.02, 1e-3, -3.0), (0.1, 3.0, 1e-6), (0.5, 0.1, 1e9), (0.9, 0.01, 0.5), (1e-7, 0.1, 1.0)],
+)
+def test_bounds_hold_whatever_the_bound_and_the_change(bound, size, scaling):
+    versions = [replace(version, max_error=bound) for version in run(3, size, scaling=scaling)]
+    for version, encoded in zip(versions, encode_all(versions), strict=True):
+        assert dense_error(version, encoded.decoded) <= bound
+        assert encoded.delta_error <= bound
+
+
+def test_a_chain_decodes_to_what_the_encoder_saw():
+    encoded = encode_all(run(6))
+    assert [each.has_reference for each in encoded] == [False] + [True] * 5
+    for stop in range(1, 7):
+        assert_same(lossy.decode_chain([each.data for each in encoded[:stop]]), encoded[stop - 1].decoded)
+    assert_same(lossy.decode_chain([encoded[5].data], encoded[4].decoded), encoded[5].decoded)
+
+
+def test_later_versions_take_fewer_bytes_than_by_themselves():
+    versions = run(4, size=0.03)
+    predicted = encode_all(versions)
+    for version, encoded in zip(versions[1:], predicted[1:], strict=True):
+        assert len(encoded.data) < 0.75 * len(lossy.encode(version, None).data)
+
+
+def test_an_equal_version_takes_almost_no_bytes():
+    version = start()
+    first = lossy.encode(version, None)
+    again = lossy.encode(version, first.decoded)
+    # the header, the labels, and integers that are stored exactly
+    assert len(again.data) < 0.2 * len(first.data)
+
+
+def test_an_unrelated_version_is_not_predicted():
+    first, other = start(seed=1), start(seed=2)
+    alone, after = lossy.encode(other, None), lossy.encode(other, lossy.encode(first, None).decoded)
+    assert after.lora_bytes < 1.02 * alone.lora_bytes
+
+
+def test_the_bytes_do_not_depend_on_the_factorisation():
+    first, second = run(2, dtype=torch.float64)
+    random = torch.Generator().manual_seed(9)
+    modules = {}
+    for name, factors in second.modules.items():
+        change = torch.randn(len(factors.down), len(factors.down), generator=random, dtype=torch.float64)
+        modules[name] = LoRAFactors(change.inverse() @ factors.down, factors.up @ change, factors.scaling)
+    earlier = lossy.encode(first, None).decoded
+    plain, changed = (lossy.encode(each, earlier) for each in (second, replace(second, modules=modules)))
+    assert changed.lora_bytes == pytest.approx(plain.lora_bytes, rel=0.02)
+
+
+def test_ranks_may_shrink_and_grow():
+    first = start()
+    factors = first.modules["layer.0"]
+    shrunk = replace(
+        first, modules={**first.modules, "layer.0": LoRAFactors(factors.down[1:], factors.up[:, 1:], factors.scaling)}
+    )
+    versions = [first, shrunk, first]
+    encoded = encode_all(versions)
+    for version, each in zip(versions, encoded, strict=True):
+        assert dense_error(version, each.decoded) <= 0.05
+    assert encoded[1].decoded.modules["layer.0"].down.shape == (4, 40)
+    assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[2].decoded)
+    # a row that was removed costs nothing, and the others are predicted
+    assert encoded[1].lora_bytes < 0.6 * lossy.encode(shrunk, None).lora_bytes
+
+
+def test_modules_and_tensors_may_come_and_go():
+    first = start()
+    fewer = replace(
+        first, modules={"layer.1": first.modules["layer.1"]}, tensors={"head.bias": first.tensors["head.bias"]}
+    )
+    encoded = encode_all([first, fewer, first])
+    assert list(encoded[1].decoded.modules) == ["layer.1"]
+    assert list(encoded[1].decoded.tensors) == ["head.bias"]
+    assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[2].decoded)
+
+
+@pytest.mark.parametrize("change", ["zero up", "zero scaling", "huge", "tiny", "no tensors", "no modules"])
+def test_special_versions(change):
+    version = start(dtype=torch.float64)
+    scale = {"huge": 1e200, "tiny": 1e-200}.get(change, 1.0)
+    modules = {
+        name: LoRAFactors(
+            factors.down * scale,
+            factors.up * (0 if change == "zero up" else scale),
+            0.0 if change == "zero scaling" else factors.scaling,
+        )
+        for name, factors in version.modules.items()
+    }
+    version = replace(
+        version,
+        modules={} if change == "no modules" else modules,
+        tensors={} if change == "no tensors" else version.tensors,
+    )
+    encoded = encode_all([version, version])
+    for each in encoded:
+        for name, factors in version.modules.items():
+            dense, decoded = reference.dense(factors), reference.dense(each.decoded.modules[name])
+            np.testing.assert_allclose(decoded, dense, atol=0.2 * np.abs(dense).max(), rtol=0)
+    assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[1].decoded)
+
+
+def test_encoding_again_keeps_every_number_with_other_references():
+    encoded = encode_all(run(5, size=0.2))
+    decoded = [each.decoded for each in encoded]
+    for reference_version in (None, decoded[0], decoded[3]):
+        again = lossy.encode_again(decoded[4], reference_version)
+        before = reference_version if again.has_reference else None
+        assert_same(lossy.decode_chain([again.data], before), decoded[4])
+    # the version before the last is closer than the first one
+    assert len(lossy.encode_again(decoded[4], decoded[3]).data) < len(lossy.encode_again(decoded[4], decoded[0]).data)
+
+
+def test_encoding_again_after_a_change_of_rank():
+    first = start()
+    factors = first.modules["layer.0"]
+    narrow = {**first.modules, "layer.0": LoRAFactors(factors.down[:3], factors.up[:, :3], factors.scaling)}
+    wide, small = (lossy.encode(each, None).decoded for each in (first, replace(first, modules=narrow)))
+    for decoded, earlier in ((wide, small), (small, wide)):
+        again = lossy.encode_again(decoded, earlier)
+        assert_same(lossy.decode_chain([again.data], earlier if again.has_reference else None), decoded)
+
+
+def test_damaged_bytes_raise_format_errors_only():
+    first, second = encode_all(run(2))
+    for at in range(len(second.data)):
+        damaged = bytearray(second.data)
+        damaged[at] ^= 1 << at % 8
+        for data in (bytes(damaged), second.data[:at]):
+            try:
+                lossy.decode_chain([data], first.decoded)
+            except FormatError:
+                continue
+            assert data == bytes(damaged)
+
+
+def test_a_version_needs_its_reference():
+    first, second = encode_all(run(2))
+    with pytest.raises(FormatError, match="refers to an earlier version"):
+        lossy.decode_chain([second.data])
+    with pytest.raises(FormatError, match="refers to no earlier version"):
+        lossy.decode_chain([first.data], second.decoded)
+    with pytest.raises(FormatError, match="a chain has no version"):
+        lossy.decode_chain([])
