@@ -74,24 +74,27 @@ def _encode_symbols(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the final states of the lanes, all words in the order in which they are read, and the lane of each."""
     states = np.full(len(lanes.stream), _MIN_STATE, dtype=np.uint64)
+    low, frequency = tables.intervals(symbols)
     # rANS is last in, first out: encoding from the end lets the decoder read from the start
-    blocks: list[tuple[np.ndarray, np.ndarray]] = []
-    for step in range(lanes.steps - 1, -1, -1):
-        active = lanes.active(step)
-        at = lanes.start[active] + step * lanes.stride[active]
-        low, high = tables.interval(at, symbols[at])
-        frequency = (high - low).astype(np.uint64)
-        state = states[active]
-        # a state that the next symbol would push beyond 32 bits writes its low word first
-        full = state >= frequency << np.uint64(32 - PRECISION)
-        blocks.append((active[full], (state[full] & np.uint64(0xFFFF)).astype("<u2")))
-        state = np.where(full, state >> np.uint64(16), state)
-        quotient, remainder = np.divmod(state, frequency)
-        states[active] = (quotient << np.uint64(PRECISION)) + remainder + low.astype(np.uint64)
-    if not blocks:
+    words: list[np.ndarray] = []
+    word_lanes: list[np.ndarray] = []
+    for active, steps in reversed(lanes.spans()):
+        start, stride, state = lanes.start[active], lanes.stride[active], states[active]
+        for step in reversed(steps):
+            at = start + step * stride
+            share = frequency[at]
+            # a state that the next symbol would push beyond 32 bits writes its low word first
+            full = np.flatnonzero(state >= share << np.uint64(32 - PRECISION))
+            if len(full):
+                words.append(state[full].astype("<u2"))
+                word_lanes.append(active[full])
+                state[full] >>= np.uint64(16)
+            quotient = state // share
+            state += quotient * (np.uint64(TOTAL) - share) + low[at]
+        states[active] = state
+    if not words:
         return states, np.zeros(0, "<u2"), np.zeros(0, int)
-    blocks.reverse()
-    return states, np.concatenate([words for _, words in blocks]), np.concatenate([lane for lane, _ in blocks])
+    return states, np.concatenate(words[::-1]), np.concatenate(word_lanes[::-1])
 
 
 def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
@@ -143,27 +146,31 @@ def _decode_symbols(
     next_words = first_words.copy()
     # no table has more than 256 symbols
     symbols = np.zeros(lanes.slices[-1].stop, dtype=np.uint8)
-    for step in range(lanes.steps):
-        active = lanes.active(step)
-        at = lanes.start[active] + step * lanes.stride[active]
-        state = states[active]
-        # the low bits of a state are in the interval of the symbol that was encoded last
-        slot = (state & np.uint64(TOTAL - 1)).astype(np.int64)
-        symbol = tables.symbol_at(at, slot)
-        symbols[at] = symbol
-        low, high = tables.interval(at, symbol)
-        state = (high - low).astype(np.uint64) * (state >> np.uint64(PRECISION)) + (slot - low).astype(np.uint64)
-        short = np.flatnonzero(state < _MIN_STATE)
-        if len(short):
-            # lanes are sorted by stream, so the lanes of one stream read consecutive words, in the order of lanes
-            stream = lanes.stream[active[short]]
-            first = np.flatnonzero(np.concatenate([[True], stream[1:] != stream[:-1]]))
-            counts = np.diff(np.append(first, len(stream)))
-            read = next_words[stream] + np.arange(len(stream)) - np.repeat(first, counts)
-            if read.max() >= len(words):
-                raise FormatError("the coded bytes end too early.")
-            state[short] = (state[short] << np.uint64(16)) | words[read]
-            next_words[stream[first]] += counts
+    for active, steps in lanes.spans():
+        start, stride, state = lanes.start[active], lanes.stride[active], states[active]
+        # lanes are sorted by stream, so the lanes of one stream read consecutive words, in the order of lanes
+        stream = lanes.stream[active]
+        first_lane = np.flatnonzero(np.concatenate([[True], stream[1:] != stream[:-1]]))
+        lane_streams, lane_counts = stream[first_lane], np.diff(np.append(first_lane, len(stream)))
+        for step in steps:
+            at = start + step * stride
+            # the low bits of a state are in the interval of the symbol that was encoded last
+            slot = (state & np.uint64(TOTAL - 1)).astype(np.intp)
+            symbol, low, share = tables.symbol_at(at, slot)
+            symbols[at] = symbol
+            state = share * (state >> np.uint64(PRECISION)) + (slot - low).astype(np.uint64)
+            is_short = state < _MIN_STATE
+            if is_short.any():
+                reads = np.cumsum(is_short)
+                totals = reads[np.append(first_lane[1:], len(reads)) - 1]
+                before = np.concatenate([[0], totals[:-1]])
+                at_word = np.repeat(next_words[lane_streams] - before - 1, lane_counts) + reads
+                short = np.flatnonzero(is_short)
+                read = at_word[short]
+                if read.max() >= len(words):
+                    raise FormatError("the coded bytes end too early.")
+                state[short] = (state[short] << np.uint64(16)) | words[read]
+                next_words[lane_streams] += totals - before
         states[active] = state
     # the encoder started from these states: any other end shows damage
     if len(states) and (states != _MIN_STATE).any():
@@ -191,6 +198,7 @@ class _StreamTables:
         self._escape = np.array([table.escape for table in tables], dtype=np.int64)
         self._raw_bits = np.array([table.raw_bits for table in tables], dtype=np.int64)
         self._slots: np.ndarray | None = None
+        self._frequencies = np.zeros(0, np.uint64)
 
     @classmethod
     def of(cls, classes: np.ndarray) -> "_StreamTables":
@@ -220,20 +228,30 @@ class _StreamTables:
         rows = self._rows[span]
         return (symbols + self._first[rows]) << self._raw_bits[rows], symbols == self._escape[rows]
 
-    def interval(self, at: np.ndarray, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lower and upper cumulative frequency of symbols. at: indices of their integers, (n,)."""
-        rows = self._rows[at]
-        return self._bounds[rows, symbols], self._bounds[rows, symbols + 1]
+    def intervals(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the lower cumulative frequency and the frequency of the symbol of every integer, uint64."""
+        bounds = self._bounds.astype(np.uint64)
+        at = self._rows.astype(np.intp) * bounds.shape[1] + symbols
+        low = bounds.ravel()[at]
+        return low, bounds.ravel()[at + 1] - low
 
-    def symbol_at(self, at: np.ndarray, slots: np.ndarray) -> np.ndarray:
-        """Return the symbols whose intervals contain these slots. at: indices of their integers, (n,)."""
+    def symbol_at(self, at: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the symbols whose intervals contain these slots, their lower bounds, and their frequencies (uint64).
+
+        Args:
+            at: Indices of the integers, (n,).
+            slots: Cumulative frequencies, (n,).
+        """
         if self._slots is None:
-            # one table look-up per symbol in place of a binary search; int16 keeps it small
-            self._slots = np.stack(
+            # table look-ups in place of a binary search; int16 keeps the largest one small
+            self._slots = np.concatenate(
                 [np.repeat(np.arange(len(row) - 1, dtype=np.int16), np.diff(row)) for row in self._bounds]
             )
-        symbols: np.ndarray = self._slots[self._rows[at], slots].astype(np.int64)
-        return symbols
+            self._frequencies = np.diff(self._bounds, axis=1, append=TOTAL).astype(np.uint64).ravel()
+        rows = self._rows[at].astype(np.intp)
+        symbols = self._slots[rows * TOTAL + slots]
+        index = rows * self._bounds.shape[1] + symbols
+        return symbols, self._bounds.ravel()[index], self._frequencies[index]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,14 +293,12 @@ class _Lanes:
             counts,
         )
 
-    @property
-    def steps(self) -> int:
-        """Number of integers of the longest lane."""
-        return int(self.length.max()) if len(self.length) else 0
-
-    def active(self, step: int) -> np.ndarray:
-        """Return the lanes that have an integer at this step."""
-        return np.flatnonzero(self.length > step)
+    def spans(self) -> list[tuple[np.ndarray, range]]:
+        """Return ranges of steps, and the lanes that have an integer at all steps of each range."""
+        edges = [0, *np.unique(self.length).tolist()]
+        return [
+            (np.flatnonzero(self.length > start), range(start, stop)) for start, stop in pairwise(edges) if start < stop
+        ]
 
 
 def _check_classes(classes: np.ndarray) -> None:

@@ -103,7 +103,7 @@ class HistoryStore:
         """Keep a decoded version in memory, in place of those that were not used for longest."""
         self._decoded[name] = decoded
         self._decoded.move_to_end(name)
-        while len(self._decoded) > 1 and sum(map(_memory, self._decoded.values())) > HELD_BYTES:
+        while len(self._decoded) > 1 and sum(decoded.nbytes for decoded in self._decoded.values()) > HELD_BYTES:
             self._decoded.popitem(last=False)
 
     def append(self, history: History, record: VersionRecord, data: bytes, decoded: DecodedVersion) -> None:
@@ -145,12 +145,6 @@ class HistoryStore:
     def saved(self, read_file: Callable[[VersionRecord], bytes]) -> None:
         """Note that all files are on disk, from where `read_file` reads them."""
         self._read_file, self._unsaved = read_file, {}
-
-
-def _memory(version: DecodedVersion) -> int:
-    """Return the bytes of a decoded version's tensors."""
-    factors = sum(each.down.nbytes + each.up.nbytes for each in version.modules.values())
-    return factors + sum(tensor.nbytes for tensor in version.tensors.values())
 
 
 def offered_reference(history: History, *, lossless: bool, height: int = 1) -> VersionRecord | None:

@@ -25,6 +25,12 @@ class LosslessVersion:
     modules: Mapping[str, LoRAFactors]
     tensors: Mapping[str, Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the version takes."""
+        factors = sum(each.down.nbytes + each.up.nbytes for each in self.modules.values())
+        return factors + sum(tensor.nbytes for tensor in self.tensors.values())
+
 
 def _factor_tensors(modules: Mapping[str, LoRAFactors]) -> dict[str, Tensor]:
     """Return the weights of the LoRA layers by PEFT's key."""

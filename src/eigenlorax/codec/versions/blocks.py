@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64, Int16, Int64
+from jaxtyping import Float64, Int16, Int32
 
 from .lattice import LEVELS_PER_OCTAVE, MAX_LEVEL, LatticeRows, step_sizes
 from .rate_rounding import classes_and_bits, round_by_rate
@@ -70,7 +70,7 @@ class Block:
         predicted = self.reference.predict(levels) if self.reference is not None else np.zeros((1, 1), np.int64)
         increments = round_by_rate(np.clip(scaled - predicted, -_MAX_INTEGER, _MAX_INTEGER), multiplier)
         increments[self.weights == 0] = 0
-        return QuantisedBlock(self, levels, predicted + increments, increments)
+        return QuantisedBlock(self, levels, (predicted + increments).astype(np.int32), increments.astype(np.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,8 @@ class QuantisedBlock:
 
     block: Block
     levels: Int16[np.ndarray, " rows"]
-    integers: Int64[np.ndarray, "rows width"]
-    increments: Int64[np.ndarray, "rows width"]
+    integers: Int32[np.ndarray, "rows width"]
+    increments: Int32[np.ndarray, "rows width"]
 
     @property
     def values(self) -> Float64[np.ndarray, "rows width"]:
@@ -110,7 +110,7 @@ class QuantisedBlock:
     @property
     def rows(self) -> LatticeRows:
         """The rows, without classes."""
-        return LatticeRows(self.integers.astype(np.int32), self.levels, np.zeros(len(self.levels), np.uint8))
+        return LatticeRows(self.integers, self.levels, np.zeros(len(self.levels), np.uint8))
 
 
 def join(blocks: Sequence[Block]) -> Block:

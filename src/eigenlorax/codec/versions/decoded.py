@@ -187,6 +187,11 @@ class LossyVersion:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the version takes."""
+        return sum(rows.integers.nbytes for rows in self.all_rows) + sum(each.nbytes for each in self.exact.values())
+
+    @property
     def all_rows(self) -> list[LatticeRows]:
         """All blocks of rows, in the order of their bytes."""
         blocks = [rows for module in self.module_rows.values() for rows in (module.up, module.down)]

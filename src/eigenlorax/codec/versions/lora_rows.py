@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 from ...core.adapter import LoRAFactors, delta_square
 from . import gauge
-from .blocks import Block, QuantisedBlock
+from .blocks import Block
 from .decoded import LossyVersion, ModuleLayout, ModuleRows
 from .lattice import step_sizes
 from .search import Quantisation, SampledRows, search
@@ -85,7 +85,7 @@ def quantise_modules(
         quantised, error_square = _attempt(prepared, quantisation)
     return QuantisedModules(
         level=quantisation.level,
-        modules={name: ModuleRows(prepared[name].layout, up.rows, down.rows) for name, (up, down) in quantised.items()},
+        modules=quantised,
         orders={name: module.order for name, module in prepared.items() if module.order is not None},
         error=math.sqrt(error_square / square) if square else 0.0,
     )
@@ -124,15 +124,13 @@ def _prepare(factors: LoRAFactors, reference: ModuleRows | None, noise: float) -
     return _Module(factors, layout, blocks, order)
 
 
-def _attempt(
-    prepared: Mapping[str, _Module], quantisation: Quantisation
-) -> tuple[dict[str, tuple[QuantisedBlock, QuantisedBlock]], float]:
-    """Quantise all modules, and return their up and down rows and their squared error."""
+def _attempt(prepared: Mapping[str, _Module], quantisation: Quantisation) -> tuple[dict[str, ModuleRows], float]:
+    """Quantise all modules, and return their rows and their squared error."""
     quantised, square = {}, 0.0
     for name, module in prepared.items():
         up, down = (block.quantise(quantisation.level, quantisation.multiplier) for block in module.blocks)
         square += _error_square(module.factors, module.layout.factors(up.values, down.values))
-        quantised[name] = up, down
+        quantised[name] = ModuleRows(module.layout, up.rows, down.rows)
     return quantised, square
 
 

@@ -120,9 +120,9 @@ def _to_bytes(
     sources = container.find_references(header, earlier, modules, tensors)
     blocks, changes = [], []
     for rows, source in zip(decoded.all_rows, sources, strict=True):
-        change = rows.integers.astype(np.int64)
+        change = rows.integers
         if (predicting := _source_rows(reference, source)) is not None:
-            change = change - predicting.predict(rows.levels)
+            change = (change - predicting.predict(rows.levels)).astype(np.int32)
         classes, _ = classes_and_bits(change)
         blocks.append(LatticeRows(rows.integers, rows.levels, classes))
         changes.append(change)

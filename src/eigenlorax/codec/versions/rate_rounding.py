@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64, UInt8
+from jaxtyping import Float64, Int32, Int64, UInt8
 
 from ..class_tables import CLASSES
 from ..logistic import code_bits
@@ -62,7 +62,7 @@ def _class_of_spread(spread: Float64[np.ndarray, " rows"]) -> Int64[np.ndarray, 
 
 
 def classes_and_bits(
-    integers: Int64[np.ndarray, "rows width"],
+    integers: Int32[np.ndarray, "rows width"],
 ) -> tuple[UInt8[np.ndarray, " rows"], Float64[np.ndarray, " rows"]]:
     """Return the class of each row in which it takes the fewest bits, and about how many these are."""
     magnitudes = np.abs(integers)

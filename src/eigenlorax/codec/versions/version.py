@@ -35,6 +35,10 @@ class DecodedVersion(Protocol):
         """LoRA factors by module name, of the source's ranks, scalings and dtypes."""
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the version takes."""
+
+    @property
     def tensors(self) -> Mapping[str, Tensor]:
         """Heads and other tensors, by key, in the source's dtypes."""
 
