@@ -60,8 +60,8 @@ VERBS = {
 def append_versions(place: Path, runs: Path) -> None:
     """Append two versions, which are saved together."""
     with ex.Pack.edit(place / "runs") as pack:
-        for step in (50, 60):
-            pack.append(runs / "run" / f"checkpoint-{step}", lossless=True)
+        for step, lossless in ((50, True), (60, False)):
+            pack.append(runs / "run" / f"checkpoint-{step}", lossless=lossless)
 
 
 def prune(place: Path, runs: Path) -> None:
@@ -180,8 +180,8 @@ class Crashes:
         checkpoints = make_run(self._scratch / "trained" / "run", range(10, 70, 10))
         histories = ex.Pack.empty()
         for name in ("run", "other"):
-            for checkpoint in checkpoints[:4]:
-                histories.append(checkpoint, name=name, lossless=True)
+            for number, checkpoint in enumerate(checkpoints[:4]):
+                histories.append(checkpoint, name=name, lossless=number == 3)
         histories.save(self._before / "runs")
 
     def _copy(self) -> None:

@@ -71,6 +71,8 @@ def _frozen(name: str) -> Tree:
 def histories() -> Mapping[str, Tree]:
     """Packs of versions, with other tensors and in other dtypes."""
     makers = {
+        "lossy": _make_history,
+        "lossy-float16": partial(_make_history, dtype=torch.float16),
         "lossless": partial(_make_history, lossless=True),
         "lossless-float16": partial(_make_history, lossless=True, dtype=torch.float16),
         "lossless-file": _make_file_history,

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import eigenlorax as ex
+import lora_files
 import reference
 from adapters import change_config, change_tensors, make_adapter
 from eigenlorax.errors import (
@@ -148,6 +149,91 @@ class TestAppendedVersions:
             again.append(checkpoint, metrics={"loss": 1 / (number + 1)}, lossless=True)
             again.save(tmp_path / "again")
         assert tree(again.path) == tree(runs.save(tmp_path / "at-once"))
+
+
+class TestWithinAnErrorBound:
+    @pytest.mark.parametrize(
+        ("options", "max_error", "head_error"),
+        [
+            ({}, 0.05, 0.1),
+            ({"max_error": 0.2}, 0.2, 0.2),
+            ({"max_error": 0.5}, 0.5, 0.3),
+            ({"max_error": 0.01, "head_error": 0.02}, 0.01, 0.02),
+        ],
+    )
+    def test_is_kept_by_every_version(self, run, tmp_path, options, max_error, head_error):
+        pack = ex.Pack.empty()
+        for checkpoint in run:
+            record = pack.append(checkpoint, **options)
+            assert (record.max_error, record.head_error) == (max_error, head_error)
+        pack = ex.Pack.open(pack.save(tmp_path / "pack"))
+        for record, checkpoint in zip(pack.histories["run"], run, strict=True):
+            exact, found = ex.read_adapter(checkpoint), pack[f"run@{record.version}"]
+            updates = [
+                np.concatenate([reference.dense(adapter.modules[module]).ravel() for module in exact.modules])
+                for adapter in (exact, found)
+            ]
+            error = np.linalg.norm(updates[1] - updates[0]) / np.linalg.norm(updates[0])
+            assert max_error / 2 < error <= max_error
+            assert record.delta_error == pytest.approx(error, rel=1e-5)
+            heads = [adapter.heads["base_model.model.classifier.weight"].double() for adapter in (exact, found)]
+            error = float((heads[1] - heads[0]).norm() / heads[0].norm())
+            assert error <= head_error
+            assert record.tensor_error == pytest.approx(error, rel=1e-5)
+
+    def test_tensors_that_are_no_heads_are_closer(self, tmp_path):
+        (checkpoint,) = make_run(tmp_path / "run", [1])
+        others = {
+            "base_model.model.encoder.layer.0.output.dense.weight": torch.randn(5, 37),
+            "base_model.model.classifier.bias": torch.randn(41),
+            "base_model.model.steps": torch.arange(7),
+        }
+        change_tensors(checkpoint, lambda tensors: tensors.update(others))
+        pack = ex.Pack.empty()
+        pack.append(checkpoint, max_error=0.2)
+        found = pack["run@latest"].heads
+        for key, tensor in others.items():
+            if tensor.is_floating_point():
+                assert float((found[key] - tensor).norm() / tensor.norm()) <= 0.002
+            else:
+                assert torch.equal(found[key], tensor)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+    def test_comes_back_in_the_dtype_of_the_source(self, tmp_path, dtype):
+        pack = ex.Pack.empty()
+        for checkpoint in make_run(tmp_path / "run", (1, 2), dtype=dtype):
+            pack.append(checkpoint)
+        assert {tensor.dtype for tensor in tensors_of(pack["run@2"]).values()} == {dtype}
+
+    def test_is_smaller_than_without_loss(self, runs, run):
+        pack = ex.Pack.empty()
+        for checkpoint in run:
+            pack.append(checkpoint)
+        sizes = [sum(record.file_bytes for record in each.histories["run"]) for each in (pack, runs)]
+        assert sizes[0] < sizes[1] / 2
+
+    def test_goes_beside_lossless_versions(self, run, tmp_path):
+        pack = ex.Pack.empty()
+        for number, checkpoint in enumerate(run):
+            pack.append(checkpoint, lossless=number in (1, 3))
+        assert [record.reference for record in pack.histories["run"]] == [None, None, "10", "20", "30"]
+        pack = ex.Pack.open(pack.save(tmp_path / "pack"))
+        for number in (1, 3):
+            assert_equal_tensors(tensors_of(pack[f"run@{STEPS[number]}"]), load_file(run[number] / WEIGHTS))
+
+    def test_of_convolutions_and_single_files(self, tmp_path):
+        truth = lora_files.planted({"unet.conv_in": (7, 5, 3, 3), "unet.mid_block.proj": (13, 11)}, seed=1, mixed=False)
+        file = lora_files.write(tmp_path / "style.safetensors", truth, "kohya", metadata={"note": "n"})
+        pack = ex.Pack.empty()
+        for lossless in (False, True):
+            pack.append(file, name="style", lossless=lossless)
+        pack = ex.Pack.open(pack.save(tmp_path / "pack"))
+        assert pack["style@1"].specs == pack["style@2"].specs == ex.read_adapter(file).specs
+        (path,) = pack.export(tmp_path / "out", "style@2").values()
+        assert path.name == "style-2.safetensors"
+        assert_equal_tensors(load_file(path), load_file(file))
+        with pytest.raises(OptionError, match="was a single file, and no PEFT folder"):
+            pack.restore("style@2", tmp_path / "restored")
 
 
 class TestLabelsAndNames:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
 from adapters import make_adapter
-from eigenlorax.errors import AdapterNameError, OptionError, PackExistsError
+from eigenlorax.codec.versions import lossy
+from eigenlorax.errors import AdapterNameError, OptionError, PackError, PackExistsError
 from eigenlorax.pack import history_store
 from planted import tree
 from runs import WEIGHTS, make_run, tensors_of
@@ -23,7 +24,7 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "run", STEPS)
 
 
-@pytest.fixture(params=["lossless"])
+@pytest.fixture(params=["lossless", "lossy", "mixed"])
 def kind(request):
     return request.param
 
@@ -127,6 +128,18 @@ class TestPrune:
         assert (pruned.removed, pruned.encoded_again, pruned.freed_bytes) == ((), (), 0)
         assert pack.histories["run"].versions == records
 
+    def test_other_numbers_are_an_error_and_change_nothing(self, run, monkeypatch):
+        pack = ex.Pack.empty()
+        for checkpoint in run[:3]:
+            pack.append(checkpoint)
+        before = pack.histories["run"]
+        other = pack.history_store.decode(before, before["200"])
+        encode_again = lossy.encode_again
+        monkeypatch.setattr(lossy, "encode_again", lambda decoded, reference: encode_again(other, reference))
+        with pytest.raises(PackError, match="'run@300' would not decode to the same numbers.*Nothing was changed"):
+            pack.remove("run@200", "run@100")
+        assert pack.histories["run"] == before
+
     @pytest.mark.parametrize("distance", [2, 3, 5])
     @pytest.mark.parametrize("every", [2, 3])
     def test_chains_stay_short(self, tmp_path, monkeypatch, distance, every):
@@ -229,6 +242,12 @@ class TestRestore:
             assert bytes(found[key].view(torch.uint8).flatten()) == bytes(tensor.view(torch.uint8).flatten()), key
         with safe_open(restored / WEIGHTS, "pt") as file:
             assert file.metadata() == {"format": "pt", "epoch": "3"}
+
+    def test_within_an_error_bound_is_none(self, run, tmp_path):
+        pack = ex.Pack.empty()
+        pack.append(run[0])
+        with pytest.raises(OptionError, match=r"'run@100' is stored within an error bound of 0.05.*pack.export"):
+            pack.restore("run@latest", tmp_path / "restored")
 
     def test_an_existing_folder(self, run, tmp_path):
         pack = ex.Pack.empty()

@@ -205,6 +205,8 @@ def rounding_error(exact: Mapping[str, LoRAFactors], rounded: Mapping[str, LoRAF
 
 def relative_distance(before: Mapping[str, LoRAFactors], after: Mapping[str, LoRAFactors]) -> float | None:
     """Return √(Σ‖D' − D‖² / Σ‖D‖²) from updates D to updates D' of the same modules; None if every D is zero."""
-    square = math.fsum(delta_square(factors) for factors in before.values())
-    difference = math.fsum(_update_difference_square(factors, after[module]) for module, factors in before.items())
+    squares = [
+        (delta_square(factors), _update_difference_square(factors, after[module])) for module, factors in before.items()
+    ]
+    square, difference = (math.fsum(column) for column in zip(*squares, strict=True)) if squares else (0.0, 0.0)
     return math.sqrt(difference / square) if square else None

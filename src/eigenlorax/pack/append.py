@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..codec.versions import lossy
 from ..codec.versions.version import DecodedVersion, EncodedVersion, Version
 from ..core import atomic_files, keys, metrics
@@ -148,10 +150,12 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
             pack.base_model or pack.names or store.histories
         )
         checks.check_one_base([*present, StatedBase.of(adapter)], options.same_base)
-    previous = None
+    previous: Mapping[str, LoRAFactors] | None = None
     if history.versions:
-        previous = store.decode(history, history.latest)
-        _check_same_shapes(adapter, previous, history)
+        decoded = store.decode(history, history.latest)
+        # a decoded version computes its factors at each access
+        previous = dict(decoded.modules)
+        _check_same_shapes(adapter, previous, decoded.tensors, history)
     scan = checks.scan(adapter)
     offered = offered_reference(history, lossless=options.lossless)
     encoded = _encode(adapter, store.decode(history, offered) if offered is not None else None, options)
@@ -176,7 +180,7 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
         source_tensor_bytes=sum(tensor.nbytes for tensor in tensors),
         source_file_bytes=adapter.file_bytes,
         source_sha256=scan.content_hash,
-        change=_change(previous, encoded.decoded),
+        change=metrics.relative_distance(previous, encoded.decoded.modules) if previous is not None else None,
         source_config=source_configs.to_bytes(config, history.source_fields).decode("utf-8"),
         origin=adapter.origin,
     )
@@ -236,12 +240,21 @@ def _in_memory(adapter: Adapter) -> Adapter:
     )
 
 
-def _check_same_shapes(adapter: Adapter, previous: DecodedVersion, history: History) -> None:
-    """Raise `ShapeError` unless an adapter has the modules and tensors of the previous version. Ranks may differ."""
+def _check_same_shapes(
+    adapter: Adapter, modules: Mapping[str, LoRAFactors], tensors: Mapping[str, Tensor], history: History
+) -> None:
+    """Raise `ShapeError` unless an adapter has the modules and tensors of the latest version. Ranks may differ.
+
+    Args:
+        adapter: The adapter.
+        modules: LoRA factors of the latest version.
+        tensors: Its other tensors.
+        history: The history.
+    """
     latest = history.full_name(history.latest)
     remedy = "It belongs to another run: pass another name."
     own = {**adapter.heads, **adapter.carried}
-    for kind, names, known in (("module", adapter.specs, previous.modules), ("tensor", own, previous.tensors)):
+    for kind, names, known in (("module", adapter.specs, modules), ("tensor", own, tensors)):
         differing = sorted(names.keys() ^ known.keys())
         if differing:
             lacks = "lacks" if differing[0] in known else "has"
@@ -250,13 +263,13 @@ def _check_same_shapes(adapter: Adapter, previous: DecodedVersion, history: Hist
                 f"({len(differing)} {kind}s differ). {remedy}"
             )
     shapes = {module: _module_shape(factors) for module, factors in adapter.modules.items()}
-    for module, factors in previous.modules.items():
+    for module, factors in modules.items():
         if shapes[module] != _module_shape(factors):
             raise ShapeError(
                 f"Module {module} has shape (out, in, kernel) = {shapes[module]} in adapter {adapter.name!r} and "
                 f"{_module_shape(factors)} in version {latest}. {remedy}"
             )
-    for key, tensor in previous.tensors.items():
+    for key, tensor in tensors.items():
         if own[key].shape != tensor.shape:
             raise ShapeError(
                 f"Tensor {key} has shape {tuple(own[key].shape)} in adapter {adapter.name!r} and "
@@ -279,8 +292,3 @@ def _encode(adapter: Adapter, reference: DecodedVersion | None, options: Version
         for key, tensor in tensors.items()
     }
     return lossy.encode(Version(adapter.modules, tensors, options.max_error, bounds), reference)
-
-
-def _change(previous: DecodedVersion | None, decoded: DecodedVersion) -> float | None:
-    """Return the relative distance of a version to the previous one; None if there is none, or its update is zero."""
-    return metrics.relative_distance(previous.modules, decoded.modules) if previous is not None else None

@@ -103,7 +103,7 @@ class HistoryStore:
         """Keep a decoded version in memory, in place of those that were not used for longest."""
         self._decoded[name] = decoded
         self._decoded.move_to_end(name)
-        while len(self._decoded) > 1 and sum(decoded.nbytes for decoded in self._decoded.values()) > HELD_BYTES:
+        while len(self._decoded) > 1 and sum(version.nbytes for version in self._decoded.values()) > HELD_BYTES:
             self._decoded.popitem(last=False)
 
     def append(self, history: History, record: VersionRecord, data: bytes, decoded: DecodedVersion) -> None:

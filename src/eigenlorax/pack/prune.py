@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..codec.versions import lossy
-from ..codec.versions.version import DecodedVersion
+from ..codec.versions.version import DecodedVersion, EncodedVersion
 from ..core import atomic_files, metrics
 from ..core.options import to_int
 from ..errors import OptionError, PackError
@@ -97,13 +97,21 @@ def remove_versions(store: HistoryStore, history: History, labels: Collection[st
     """
     heights = _heights([record for record in history.versions if record.version not in labels])
     remaining = replace(history, versions=())
-    again = []
+    again: list[str] = []
+    # of each kind, the last version that was encoded again, as its new bytes say
+    newest: dict[bool, tuple[str, DecodedVersion]] = {}
     for position, record in enumerate(history.versions):
         if record.version in labels:
             continue
-        if record.reference in labels:
-            record = _encode_again(store, history, remaining, record, heights[record.version])
+        # the bytes of a version within an error bound also depend on how its reference was encoded
+        if record.reference in labels or (record.reference in again and not record.lossless):
+            offered = offered_reference(remaining, lossless=record.lossless, height=heights[record.version])
+            reference = _reference(store, history, offered, newest.get(record.lossless))
+            encoded = _encode_again(store.decode(history, record), reference, history.full_name(record))
+            record = _with_file(record, encoded, offered)
+            store.add_file(record, encoded.data)
             again.append(record.version)
+            newest[record.lossless] = record.version, encoded.decoded
         if position and history.versions[position - 1].version in labels:
             record = replace(record, change=_change(store, history, remaining, record.version))
         remaining = replace(remaining, versions=(*remaining.versions, record))
@@ -121,40 +129,53 @@ def _heights(kept: Sequence[VersionRecord]) -> dict[str, int]:
     return heights
 
 
-def _encode_again(
-    store: HistoryStore, history: History, remaining: History, record: VersionRecord, height: int
-) -> VersionRecord:
-    """Encode a version whose reference is removed, with another one or as a key version, and return its new record.
+def _reference(
+    store: HistoryStore, history: History, offered: VersionRecord | None, newest: tuple[str, DecodedVersion] | None
+) -> DecodedVersion | None:
+    """Return a version that another one may refer to, as its bytes will be after the removal; None for none.
 
     Args:
         store: The histories of the pack.
         history: The history before the removal.
-        remaining: The history after it, up to the version.
-        record: The version.
-        height: Number of versions in the longest chain that begins with it.
+        offered: The version.
+        newest: Label of the last version that was encoded again, and the version.
     """
-    offered = offered_reference(remaining, lossless=record.lossless, height=height)
-    reference = store.decode(history, history[offered.version]) if offered is not None else None
-    decoded = store.decode(history, record)
-    if record.lossless:
-        encoded = lossless_versions.encode(LosslessVersion(decoded.modules, decoded.tensors), reference)
-    else:
-        encoded = lossy.encode_again(decoded, reference)
-        again = lossy.decode_chain([encoded.data], reference if encoded.has_reference else None)
-        if not _is_equal(decoded, again):
-            raise PackError(
-                f"Version {history.full_name(record)!r} would not decode to the same numbers after the removal. "
-                "Nothing was changed. Please report it with the output of `eigenlorax env`."
-            )
-    record = replace(
+    if offered is None:
+        return None
+    return newest[1] if newest is not None and newest[0] == offered.version else store.decode(history, offered)
+
+
+def _encode_again(decoded: DecodedVersion, reference: DecodedVersion | None, name: str) -> EncodedVersion:
+    """Encode a version so that it decodes to the same numbers, with another reference or as a key version.
+
+    Args:
+        decoded: The version.
+        reference: Version that it may refer to; None for none.
+        name: Name of the version, for the message.
+
+    Raises:
+        PackError: It would decode to other numbers.
+    """
+    if isinstance(decoded, LosslessVersion):
+        return lossless_versions.encode(decoded, reference)
+    encoded = lossy.encode_again(decoded, reference)
+    if not _is_equal(decoded, lossy.decode_chain([encoded.data], reference if encoded.has_reference else None)):
+        raise PackError(
+            f"Version {name!r} would not decode to the same numbers after the removal. Nothing was changed. Please "
+            "report it with the output of `eigenlorax env`."
+        )
+    return encoded
+
+
+def _with_file(record: VersionRecord, encoded: EncodedVersion, offered: VersionRecord | None) -> VersionRecord:
+    """Return the record of a version with other bytes, which may refer to `offered`."""
+    return replace(
         record,
         sha256=atomic_files.digest(encoded.data),
         reference=offered.version if offered is not None and encoded.has_reference else None,
         lora_bytes=encoded.lora_bytes,
         tensor_bytes=encoded.tensor_bytes,
     )
-    store.add_file(record, encoded.data)
-    return record
 
 
 def _is_equal(decoded: DecodedVersion, again: DecodedVersion) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from ..codec.versions.version import DecodedVersion
 from ..core import keys, narrowing
-from ..core.adapter import Adapter, LazyMapping, LoRAFactors
+from ..core.adapter import Adapter
 from ..core.limits import damaged_on_error
 from ..formats import checks, files, peft
 from .history import History, VersionRecord
@@ -16,7 +16,7 @@ from .history import History, VersionRecord
 def to_adapter(
     history: History, record: VersionRecord, decoded: DecodedVersion, dtype: torch.dtype | None = None
 ) -> Adapter:
-    """Return a version as an adapter, whose tensors are copies of the decoded ones.
+    """Return a version as an adapter, with its tensors in memory.
 
     Args:
         history: The history.
@@ -35,31 +35,25 @@ def to_adapter(
         misnamed = sorted(decoded.tensors.keys() ^ {*others.heads, *others.carried})
         if misnamed or others.specs:
             raise ValueError(f"{[*misnamed, *others.specs][0]!r} is no name of a tensor beside the LoRA factors")
+        # copies, because a caller may change the tensors, from which later versions are predicted
+        modules = {
+            module: replace(factors, down=factors.down.clone(), up=factors.up.clone())
+            for module, factors in sorted(decoded.modules.items())
+        }
         adapter = Adapter(
             name=name,
-            specs={module: factors.spec for module, factors in sorted(decoded.modules.items())},
-            modules=decoded.modules,
+            specs={module: factors.spec for module, factors in modules.items()},
+            modules=modules,
             base_model=others.base_model,
             revision=others.revision,
-            heads=others.heads,
-            carried=others.carried,
+            heads={key: tensor.clone() for key, tensor in others.heads.items()},
+            carried={key: tensor.clone() for key, tensor in others.carried.items()},
             source_config=others.source_config,
             origin=record.origin,
         )
         checks.check_in_memory(adapter)
-    if dtype is not None:
-        adapter = replace(adapter, specs={m: replace(spec, dtype=dtype) for m, spec in adapter.specs.items()})
-
-    def copy(module: str) -> LoRAFactors:
-        factors = decoded.modules[module]
-        if dtype is not None and dtype != factors.spec.dtype:
-            return narrowing.narrow(factors, dtype)
-        # a caller may change the tensors, which later versions are predicted from
-        return replace(factors, down=factors.down.clone(), up=factors.up.clone())
-
-    return replace(
-        adapter,
-        modules=LazyMapping(adapter.specs, copy),
-        heads=LazyMapping(others.heads, lambda key: decoded.tensors[key].clone()),
-        carried=LazyMapping(others.carried, lambda key: decoded.tensors[key].clone()),
-    )
+    if dtype is None:
+        return adapter
+    narrowed = {module: narrowing.narrow(factors, dtype) for module, factors in modules.items()}
+    specs = {module: factors.spec for module, factors in narrowed.items()}
+    return replace(adapter, specs=specs, modules=narrowed)

@@ -61,7 +61,7 @@ class VersionedContents(WritableContents):
 
         Example:
             >>> runs = eigenlorax.Pack.empty()
-            >>> runs.append("adapters/a", name="run", step=10, metrics={"loss": 0.5}, lossless=True).version
+            >>> runs.append("adapters/a", name="run", step=10, metrics={"loss": 0.5}).version
             '10'
             >>> runs["run@latest"].ranks
             (3,)
@@ -98,7 +98,7 @@ class VersionedContents(WritableContents):
 
         Example:
             >>> runs = eigenlorax.Pack.empty()
-            >>> records = [runs.append("adapters/a", step=step, lossless=True) for step in (10, 20, 30, 40)]
+            >>> records = [runs.append("adapters/a", step=step) for step in (10, 20, 30, 40)]
             >>> runs.prune("adapter", keep_last=1, keep_every=20).removed
             ('10', '30')
         """
