@@ -17,8 +17,10 @@ SAMPLE_NUMBERS = 1 << 16
 """About how many numbers of a version are looked at to choose its level."""
 MIN_COLUMNS = 16
 """Smallest number of sampled columns."""
-MAX_RISE = 4
-"""Largest increase of the level over that of the reference."""
+MAX_RISE = 2 * LEVELS_PER_OCTAVE
+"""Largest increase of the level at a time."""
+MAX_LEVEL_TURNS = 12
+"""Maximum number of levels that are tried to find the highest one."""
 AIM = 0.996
 """Share of the squared error that the first attempt aims at, because a sample only estimates it."""
 CLOSE = 0.98
@@ -82,19 +84,26 @@ class SampledRows:
         highest = self._highest_level(max(-MAX_LEVEL, min(start, MAX_LEVEL)), limit)
         levels = {highest, highest - 1}
         if earlier_level is not None and earlier_level < highest:
-            levels.add(earlier_level)
+            # rows that keep their lattice have an exact prediction, whatever the level allows
+            levels |= {earlier_level, (earlier_level + highest) // 2}
         candidates = [Quantisation(level, self.multiplier(level, limit)) for level in sorted(levels)]
         return min(candidates, key=self.bits)
 
     def _highest_level(self, start: int, limit: float) -> int:
-        """Return the highest level near `start` within an error, without a multiplier."""
-        level = start
-        while (square := self.square(Quantisation(level, 0.0))) > limit and level > -MAX_LEVEL:
-            level -= max(1, math.floor(LEVELS_PER_OCTAVE * math.log2(square / limit) / 2))
-        if level == start:
-            while level < start + MAX_RISE and self.square(Quantisation(level + 1, 0.0)) <= limit:
-                level += 1
-        return level
+        """Return about the highest level within an error, without a multiplier."""
+        level, is_rising = start, True
+        for _ in range(MAX_LEVEL_TURNS):
+            square = self.square(Quantisation(level, 0.0))
+            # the squared error grows by two octaves if the level does by one
+            change = math.floor(LEVELS_PER_OCTAVE * math.log2(limit / max(square, 1e-300)) / 2)
+            if square > limit:
+                is_rising = False
+                level += min(change, -1)
+            elif is_rising and change > 0:
+                level += min(change, MAX_RISE)
+            else:
+                break
+        return max(-MAX_LEVEL, min(level, MAX_LEVEL))
 
     def multiplier(self, level: int, limit: float) -> float:
         """Return about the largest multiplier within an error, at a level; 0 if there is none."""
