@@ -107,7 +107,7 @@ def remove_versions(store: HistoryStore, history: History, labels: Collection[st
         if record.reference in labels or (record.reference in again and not record.lossless):
             offered = offered_reference(remaining, lossless=record.lossless, height=heights[record.version])
             reference = _reference(store, history, offered, newest.get(record.lossless))
-            encoded = _encode_again(store.decode(history, record), reference, history.full_name(record))
+            encoded = _encode_again(store.decode(history, record), reference)
             record = _with_file(record, encoded, offered)
             store.add_file(record, encoded.data)
             again.append(record.version)
@@ -115,6 +115,7 @@ def remove_versions(store: HistoryStore, history: History, labels: Collection[st
         if position and history.versions[position - 1].version in labels:
             record = replace(record, change=_change(store, history, remaining, record.version))
         remaining = replace(remaining, versions=(*remaining.versions, record))
+    _check_numbers(store, history, remaining, again)
     store.replace(remaining)
     freed = _file_bytes(history) - _file_bytes(remaining)
     return Pruned(tuple(label for label in history.labels if label in labels), tuple(again), freed)
@@ -145,26 +146,16 @@ def _reference(
     return newest[1] if newest is not None and newest[0] == offered.version else store.decode(history, offered)
 
 
-def _encode_again(decoded: DecodedVersion, reference: DecodedVersion | None, name: str) -> EncodedVersion:
+def _encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> EncodedVersion:
     """Encode a version so that it decodes to the same numbers, with another reference or as a key version.
 
     Args:
         decoded: The version.
         reference: Version that it may refer to; None for none.
-        name: Name of the version, for the message.
-
-    Raises:
-        PackError: It would decode to other numbers.
     """
     if isinstance(decoded, LosslessVersion):
         return lossless_versions.encode(decoded, reference)
-    encoded = lossy.encode_again(decoded, reference)
-    if not _is_equal(decoded, lossy.decode_chain([encoded.data], reference if encoded.has_reference else None)):
-        raise PackError(
-            f"Version {name!r} would not decode to the same numbers after the removal. Nothing was changed. Please "
-            "report it with the output of `eigenlorax env`."
-        )
-    return encoded
+    return lossy.encode_again(decoded, reference)
 
 
 def _with_file(record: VersionRecord, encoded: EncodedVersion, offered: VersionRecord | None) -> VersionRecord:
@@ -176,6 +167,27 @@ def _with_file(record: VersionRecord, encoded: EncodedVersion, offered: VersionR
         lora_bytes=encoded.lora_bytes,
         tensor_bytes=encoded.tensor_bytes,
     )
+
+
+def _check_numbers(store: HistoryStore, history: History, remaining: History, again: Collection[str]) -> None:
+    """Raise `PackError` if a chain with versions that were encoded again would end in other numbers than before.
+
+    Args:
+        store: The histories of the pack.
+        history: The history before the removal.
+        remaining: The history after it.
+        again: Labels of the versions that were encoded again.
+    """
+    # numbers of a chain add up, so that its end shows an error anywhere
+    references = {record.reference for record in remaining.versions}
+    for record in remaining.versions:
+        if record.version not in references and any(each.version in again for each in remaining.chain(record)):
+            after = HistoryStore({history.name: remaining}, store.read).decode(remaining, record)
+            if not _is_equal(store.decode(history, history[record.version]), after):
+                raise PackError(
+                    f"Version {history.full_name(record)!r} would not decode to the same numbers after the removal. "
+                    "Nothing was changed. Please report it with the output of `eigenlorax env`."
+                )
 
 
 def _is_equal(decoded: DecodedVersion, again: DecodedVersion) -> bool:
