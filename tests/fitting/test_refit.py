@@ -162,6 +162,19 @@ class TestFromThePack:
         for key, head in pack.adapter("a").heads.items():
             assert torch.equal(head, found.pack.adapter("a").heads[key])
 
+    def test_histories_stay(self, tmp_path):
+        make_adapters(tmp_path / "in", "a b")
+        pack = ex.fit(tmp_path / "in", n_components=3)
+        for number in (1, 2):
+            pack.append(tmp_path / "in" / "ab"[number - 1], name="run")
+        path = pack.save(tmp_path / "pack")
+        refitted = ex.refit(path, n_components=2).pack
+        refitted.save(path, overwrite=True)
+        opened = ex.Pack.open(path)
+        opened.verify()
+        assert dict(opened.histories) == dict(pack.histories)
+        assert torch.equal(opened["run@2"].modules[QUERY].down, pack["run@2"].modules[QUERY].down)
+
     def test_modules_kept_out_by_request_stay_out(self, tmp_path):
         make_adapters(tmp_path / "in", "a b")
         pack = ex.fit(tmp_path / "in", n_components=6, exclude_modules=[QUERY])

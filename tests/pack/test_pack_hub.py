@@ -16,6 +16,7 @@ from children import load_command, needs_fork
 from eigenlorax.errors import DuplicateAdapterWarning, OptionError
 from fake_hub import FakeHub, running
 from outcomes import contents, json_of, succeeded
+from runs import make_run
 
 pytestmark = [pytest.mark.slow, needs_fork]
 MANIFEST, CARD = "subspace_config.json", "README.md"
@@ -540,6 +541,70 @@ class TestPush:
     def test_the_token_of_the_environment(self, push, hub):
         succeeded(push(token=None, env={"HF_TOKEN": WRITER}))
         assert hub.tokens == {f"Bearer {WRITER}"}
+
+
+class TestHistories:
+    """Versions of a history are fetched and pushed with it."""
+
+    @pytest.fixture
+    def runs(self, hub, made, tmp_path):
+        """`org/runs`: a pack of an adapter and two histories of three versions each."""
+        pack = ex.fit([made / "in" / "alpha"], n_components=3)
+        for name in ("first", "second"):
+            for checkpoint in make_run(tmp_path / name, (10, 20, 30), seed=len(name)):
+                pack.append(checkpoint)
+        hub.repos["org/runs"] = {"main": pack.save(tmp_path / "hub" / "runs")}
+        return pack
+
+    def files(self, pack, *names):
+        return {record.file for name in names for record in pack.histories[name]}
+
+    def test_are_fetched_with_the_pack(self, online, hub, runs):
+        def call():
+            pack = ex.Pack.from_pretrained("org/runs")
+            pack.verify()
+            say([pack.names, sorted(pack.histories), pack["second@latest"].name])
+
+        assert json_of(online(call=call)) == [["alpha"], ["first", "second"], "second@30"]
+
+    def test_some_of_them(self, online, hub, runs):
+        def call():
+            pack = ex.Pack.from_pretrained("org/runs", adapters=["second"])
+            pack.verify()
+            say([pack.names, sorted(pack.histories), pack["second@20"].name])
+
+        assert json_of(online(call=call)) == [[], ["second"], "second@20"]
+        fetched = {path for path in hub.asked if path.startswith("versions/")}
+        assert fetched == self.files(runs, "second")
+
+    def test_are_pushed(self, online, hub, runs):
+        def call():
+            runs.push_to_hub("org/new", token=WRITER)
+            say(sorted(ex.Pack.from_pretrained("org/new").histories))
+
+        assert json_of(online(call=call)) == ["first", "second"]
+        pushed = contents_of(hub.repos["org/new"]["main"])
+        assert {str(file) for file in pushed if str(file).startswith("versions/")} == self.files(
+            runs, "first", "second"
+        )
+        assert hub.log[0]["message"] == "Upload a pack of 1 adapter and 2 histories"
+
+    def test_take_the_place_of_those_that_were_there(self, online, hub, runs):
+        def call():
+            pack = ex.Pack.from_pretrained("org/runs")
+            pack.prune("first", keep_last=1)
+            pack.push_to_hub("org/runs", adapters=["first"], token=WRITER)
+            say([record.file for record in pack.histories["first"]])
+
+        (file,) = json_of(online(call=call))
+        pushed = contents_of(hub.repos["org/runs"]["main"])
+        assert [str(path) for path in pushed if str(path).startswith("versions/")] == [file]
+
+    def test_a_file_of_a_version_that_is_missing(self, online, hub, runs):
+        file = runs.histories["first"]["20"].file
+        (hub.repos["org/runs"]["main"] / file).unlink()
+        done = online(call=lambda: ex.Pack.from_pretrained("org/runs"))
+        assert f"org/runs has no {file} on the Hub, although its {MANIFEST} lists it" in done.err
 
 
 class TestPushThatFails:

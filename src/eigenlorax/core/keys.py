@@ -311,6 +311,11 @@ def split_version(name: object) -> tuple[str, str] | None:
     return history, label
 
 
+def file_name(name: str) -> str:
+    """Return the name of the file or folder of an exported adapter: "run-1000" for the version "run@1000"."""
+    return name.replace(VERSION_MARK, "-")
+
+
 def check_known(name: str, adapters: Iterable[str], where: str = "the pack") -> None:
     """Raise `AdapterNameError`, with the closest name, unless `name` is one of the known adapters."""
     names = sorted(adapters)

@@ -183,6 +183,7 @@ def refit(
         coefficient_dtype=fitted.coefficient_storage,
         basis=fitted.basis,
         reference_tensors=fitted.reference_tensors,
+        histories=pack.history_store.copied(),
     )
     refitted.notes.extend(fitted.notes)
     if (note := _bound_note(refitted)) is not None:

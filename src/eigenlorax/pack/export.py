@@ -39,12 +39,7 @@ class ExportPlan:
     def targets(self) -> dict[str, Path]:
         """Folder or file of each adapter, by name."""
         suffixes = {name: formats.writable(target_format).suffix for name, target_format in self.formats.items()}
-        return {name: self.directory / (path_name(name) + suffix) for name, suffix in suffixes.items()}
-
-
-def path_name(name: str) -> str:
-    """Return the name of an adapter's file or folder: that of a version "run@1000" is "run-1000"."""
-    return name.replace(keys.VERSION_MARK, "-")
+        return {name: self.directory / (keys.file_name(name) + suffix) for name, suffix in suffixes.items()}
 
 
 def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | None) -> dict[str, Path]:
