@@ -53,6 +53,10 @@ VERBS = {
     "export in place": "export {pack} -o {place}/loras --overwrite",
     "export files": "export {place}/styles -o {place}/fresh",
     "export files in place": "export {place}/styles -o {place}/files --overwrite",
+    "export a version": "export {place}/runs run@20 -o {place}/fresh",
+    "remove a version": "remove {place}/runs run@20",
+    "prune": "prune {place}/runs run --keep-last 1 --keep-every 20",
+    "restore": "restore {place}/runs run@20 -o {place}/fresh",
 }
 """Commands on the folder `place`, where there are packs and exports of them already. A new verb is one more line."""
 
@@ -84,6 +88,9 @@ CALLS: dict[str, Callable[[Path, Path], None]] = {
 """What Python can do without a verb: functions of the folder `place`, and of a folder with the checkpoints of a run."""
 NOT_KILLED = {
     "inspect": "reads",
+    "log": "reads",
+    "diff": "writes one file as `report` does",
+    "track": "appends and saves one version after another, as `Pack.append` does",
     "evaluate": "reads",
     "serve-check": "reads",
     "env": "reads",

@@ -14,11 +14,12 @@ from eigenlorax import errors
 from eigenlorax.cli import app
 from eigenlorax.cli.goals import GOALS
 from eigenlorax.cli.main import IO_ERROR
-from eigenlorax.core import subspace
+from eigenlorax.core import subspace, update_changes
 from eigenlorax.fitting import refit
-from eigenlorax.pack import manifest, packed_adapter, summary
+from eigenlorax.pack import history, manifest, packed_adapter, prune, summary, track, version_log
 from eigenlorax.serving.vllm import checking, plan
 from eigenlorax.train import comparison_summary, demo, evaluate, method_comparison, search_space, training_record
+from runs import make_run, write_states
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -138,7 +139,13 @@ class TestCommandLine:
             (summary.FileBytes, "A pack's figures"),
             (manifest.FitInfo, "A pack's figures"),
             (packed_adapter.Record, "A pack's figures"),
+            (version_log.HistoryFigures, "`eigenlorax inspect`"),
             (refit.Change, "`eigenlorax refit`"),
+            (track.Tracked, "`eigenlorax track`"),
+            (history.VersionRecord, "`eigenlorax log`"),
+            (update_changes.AdapterChange, "`eigenlorax diff`"),
+            (update_changes.UpdateChange, "`eigenlorax diff`"),
+            (prune.Pruned, "`eigenlorax prune`"),
             (demo.Outcome, "`eigenlorax demo`"),
             (training_record.TrainingResult, "`eigenlorax train`"),
             (evaluate.EvaluationResult, "`eigenlorax evaluate`"),
@@ -187,7 +194,7 @@ class TestArchitecture:
         assert not missing, f"docs/architecture.md names {missing}"
 
     def test_it_is_two_screens(self):
-        assert len(self.text.splitlines()) < 130
+        assert len(self.text.splitlines()) < 140
 
     def test_the_picture_has_the_layers_that_are_held(self):
         contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]["contracts"]
@@ -229,11 +236,29 @@ BLOCKS = [
 ]
 
 
+def training(folder):
+    """A run of three checkpoints in `run`, and the variables of a page on trainings: a model with a LoRA, and rows."""
+    import peft
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    write_states(make_run(folder / "run", (10, 20, 30)), max_steps=30)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+    model = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes))
+    rows = [{"input_ids": [n, n + 1], "labels": n % 2} for n in range(16)]
+    return {
+        "model": peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS")),
+        "rows": rows,
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "block"), BLOCKS, ids=[by_path(page) for page, _ in BLOCKS])
 def test_examples_run(page, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, str(page), "exec"), {"__name__": "example"})
+    given = training(tmp_path) if page.name == "histories.md" else {}
+    exec(compile(block, str(page), "exec"), {"__name__": "example", **given})
     assert any(tmp_path.iterdir()), "an example leaves something in its folder"
 
 

@@ -8,11 +8,13 @@ import torch
 
 import eigenlorax
 from adapters import make_adapters
+from runs import make_run, write_states
 
 NAMES = [name for name in eigenlorax.__all__ if name != "__version__"]
 # methods that PEFT or other packages of this project call
 NOT_FOR_USERS = {"EigenLoraxConfig.check_saving", "EigenLoraxModel.inject_adapter"}
 NOT_FOR_USERS |= {"Pack.adapter_folder", "Pack.codes", "Pack.digest"}
+NOT_FOR_USERS |= {f"VersionCallback.on_{event}" for event in ("save", "step_end", "train_begin")}
 PIPELINE, REPORT = "load_into", ("Report", "Report.save", "report")
 
 
@@ -49,6 +51,10 @@ def globs(tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     test = request.getfixturevalue("test")
     found = {"eigenlorax": eigenlorax, "torch": torch, "pack": eigenlorax.fit("adapters/", n_components=4)}
+    if "runs." in test.docstring or "run/" in test.docstring:
+        write_states(make_run(tmp_path / "run", (10, 20, 30)), max_steps=30)
+        eigenlorax.track("run/", "runs/")
+        found["runs"] = eigenlorax.Pack.open("runs/")
     if "model" in test.docstring or "bank" in test.docstring or "lm-pack" in test.docstring:
         from transformers import AutoModelForCausalLM
 

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from .formats import read_adapter, write_adapter
     from .pack.pack import Pack
     from .pack.summary import Summary
+    from .pack.track import track
     from .reports import Report, report
     from .serving.bank import AdapterBank
     from .serving.diffusers import load_into
+    from .train.version_callback import VersionCallback
     from .tuner import EigenLoraxConfig, EigenLoraxModel
 
 # the module that defines each public name
@@ -39,12 +41,14 @@ _DEFINED_IN = {
     "Report": "reports",
     "Subspace": "core.subspace",
     "Summary": "pack.summary",
+    "VersionCallback": "train.version_callback",
     "fit": "fitting.fit",
     "from_factors": "core.adapter",
     "load_into": "serving.diffusers",
     "read_adapter": "formats",
     "refit": "fitting.refit",
     "report": "reports",
+    "track": "pack.track",
     "verify": "fitting.verify",
     "write_adapter": "formats",
 }
@@ -60,6 +64,7 @@ __all__ = [
     "Report",
     "Subspace",
     "Summary",
+    "VersionCallback",
     "__version__",
     "fit",
     "from_factors",
@@ -67,6 +72,7 @@ __all__ = [
     "read_adapter",
     "refit",
     "report",
+    "track",
     "verify",
     "write_adapter",
 ]

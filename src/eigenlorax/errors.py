@@ -167,6 +167,10 @@ class SkippedAdapterWarning(EigenloraxWarning):
     """An adapter or folder was skipped, as the caller allowed."""
 
 
+class SkippedVersionWarning(EigenloraxWarning):
+    """A version of an adapter in training was not appended to its history. The training goes on."""
+
+
 class SourceWarning(EigenloraxWarning):
     """A part of an adapter file is ambiguous; the warning says how it was read."""
 

@@ -25,6 +25,7 @@ from eigenlorax.cli.main import app, main
 from eigenlorax.cli.verbs import FOLDERS
 from fake_hub import FakeHub, running
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
+from runs import make_run, write_states
 
 VERBS = list(typer.main.get_command(app).commands)
 EXAMPLES = {verb: importlib.import_module(f"eigenlorax.cli.{verb.replace('-', '_')}").EXAMPLES for verb in VERBS}
@@ -43,6 +44,9 @@ def _demo_files(tmp_path_factory):
         # training and its evaluations are tested elsewhere; these rows have all classes
         path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[:41]), "utf-8")
     ex.fit(files.adapters, n_components=32).save(folder / "pack")
+    write_states(make_run(folder / "run", (10, 20, 30)), max_steps=30)
+    ex.track(folder / "run", folder / "history")
+    ex.track(folder / "run", folder / "exact", lossless=True)
     return folder
 
 
@@ -77,6 +81,11 @@ def test_the_verbs_are_these():
         "train",
         "evaluate",
         "compare",
+        "track",
+        "log",
+        "diff",
+        "prune",
+        "restore",
         "push",
         "pull",
         "serve-check",
@@ -121,6 +130,8 @@ def test_help_of_a_verb_has_its_examples_whole(cli, verb):
     assert "".join(f" {line}\n" for line in lines) in out
     sources = re.findall(r"^ # (\S+) is written by: (.*)$", out, re.MULTILINE)
     assert set(sources) <= set(FOLDERS.items())
+    for folder in ("run/", "history/", "exact/"):
+        assert (folder in dict(sources)) == (folder in EXAMPLES[verb] and FOLDERS[folder] not in EXAMPLES[verb])
     assert ("demo/" in dict(sources)) == ("demo/" in EXAMPLES[verb] and verb != "demo")
     assert ("pack/" in dict(sources)) == ("pack/" in EXAMPLES[verb] and verb != "fit")
 
@@ -161,6 +172,9 @@ def test_the_examples_of_a_verb_run(cli, demo_folder, monkeypatch, verb):
         shutil.rmtree("pack")
     if verb == "demo":
         shutil.rmtree("demo")
+    if verb == "track":
+        shutil.rmtree("history")
+        shutil.rmtree("exact")
     for arguments in example_arguments(verb):
         succeeded(cli(*arguments))
 
@@ -245,6 +259,14 @@ def test_what_is_no_verb(cli, arguments):
         "compare pack --train EMPTY --eval rows.jsonl -o out.json",
         "compare pack --train rows.jsonl --eval EMPTY -o out.json",
         "compare pack --train rows.jsonl --eval rows.jsonl -o EMPTY",
+        "track EMPTY -o new",
+        "track run -o EMPTY",
+        "log EMPTY",
+        "diff EMPTY run@1 run@2",
+        "diff pack run@1 run@2 --plot EMPTY",
+        "prune EMPTY run --keep-last 1",
+        "restore EMPTY run@1 -o new",
+        "restore pack run@1 -o EMPTY",
     ],
 )
 def test_an_unset_variable_is_not_the_current_folder(cli, pack, monkeypatch, line):

@@ -10,7 +10,7 @@ import pytest
 
 from adapters import make_adapter
 from eigenlorax.errors import AdapterNameError, FormatError, OptionError
-from eigenlorax.formats.run_folders import SETTLED_SECONDS, TRAINER_STATE, read_run
+from eigenlorax.formats.run_folders import SETTLED_SECONDS, TRAINER_STATE, read_run, trainer_state
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LOG = [
@@ -28,7 +28,7 @@ def make_run(folder, steps=(5, 10, 20), state=True):
         make_adapter(folder / f"checkpoint-{step}", seed=step)
         if state:
             log = [record for record in LOG if record["step"] <= step]
-            document = {"global_step": step, "log_history": log}
+            document = {"global_step": step, "max_steps": 20, "log_history": log}
             (folder / f"checkpoint-{step}" / TRAINER_STATE).write_text(json.dumps(document))
     return folder
 
@@ -70,6 +70,15 @@ def test_checkpoints_come_in_order_with_their_metrics(tmp_path):
 
 def test_known_steps_are_left_out(tmp_path):
     assert steps(read_run(make_run(tmp_path), known_steps={5, 20})) == [10]
+
+
+def test_a_run_is_finished_once_its_last_step_is_saved(tmp_path):
+    assert not read_run(make_run(tmp_path, steps=(5, 10))).is_finished
+    make_run(tmp_path, steps=(20,))
+    assert read_run(tmp_path).is_finished
+    newest = tmp_path / "checkpoint-20" / TRAINER_STATE
+    newest.write_text(newest.read_text()[:-1])
+    assert not read_run(tmp_path).is_finished
 
 
 def test_other_folders_are_no_checkpoints(tmp_path):
@@ -175,3 +184,21 @@ def test_a_run_of_the_hub(shared):
     assert run.checkpoints[3].metrics["loss"] == 1.0408
     # no evaluation was made at the end of the run
     assert sorted(run.checkpoints[-1].metrics) == ["epoch", "learning_rate", "loss"]
+
+
+def test_a_state_that_resumes_a_training_has_the_settings_of_the_run(tmp_path):
+    run = make_run(tmp_path)
+    fields = {"eval_steps": None, "logging_steps": 5, "max_steps": 20, "save_steps": 10, "train_batch_size": 4}
+    for step in (5, 10, 20):
+        path = run / f"checkpoint-{step}" / TRAINER_STATE
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    checkpoints = read_run(run).checkpoints[:2]
+    versions = [(each.step, {**each.metrics, **each.settings}) for each in checkpoints]
+    state = json.loads(trainer_state(10, versions))
+    assert {name: state[name] for name in fields if name != "eval_steps"} == {
+        name: number for name, number in fields.items() if number is not None
+    }
+    assert "eval_steps" not in state
+    assert (state["global_step"], state["epoch"]) == (10, 1.0)
+    assert state["log_history"] == [{"step": each.step, **each.metrics} for each in checkpoints]
+    assert trainer_state(10, [(10, checkpoints[1].metrics)]) is None

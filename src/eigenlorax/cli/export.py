@@ -11,6 +11,7 @@ from . import arguments, console, durations, verbs
 
 if TYPE_CHECKING:
     from ..pack.export import ExportErrors
+    from ..pack.pack import Pack
 
 EXAMPLES = """
 eigenlorax export pack/ -o loras/
@@ -39,7 +40,11 @@ def export(
         ),
     ],
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME", help="Adapters to export (default: all).")
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Adapters to export, and versions such as run@500 or run@latest (default: all adapters).",
+        ),
     ] = None,
     format: Annotated[
         str | None,
@@ -57,22 +62,25 @@ def export(
     overwrite: arguments.Overwrite = False,
     json: arguments.Json = False,
 ) -> None:
-    """Write adapters of a pack as ordinary LoRAs, for PEFT, vLLM, diffusers or a web UI."""
+    """Write adapters and versions of a pack as ordinary LoRAs, for PEFT, vLLM, diffusers or a web UI."""
     from ..errors import OptionError
     from ..pack.pack import Pack
 
     opened = Pack.from_pretrained(pack, adapters=names or None, revision=revision)
-    if not opened.names:
-        raise OptionError(f"{pack} has no adapters to export. Add some with `eigenlorax add`.")
+    if not names and not opened.names:
+        latest = [history.full_name(history.latest) for history in opened.histories.values()]
+        remedy = f"Name a version, such as {latest[0]}." if latest else "Add some with `eigenlorax add`."
+        raise OptionError(f"{pack} has no adapters to export. {remedy}")
     records = {name: record for name, record in opened.records.items() if not names or name in names}
     with console.working("The export", durations.export_seconds(records, is_coded=opened.is_coded)) as progress:
         written = opened.export(
             output, names or None, format=format, dtype=dtype, overwrite=overwrite, progress=progress
         )
-        errors = {}
+        errors, bounds = {}, {}
         for done, name in enumerate(written):
             progress("measuring exported adapters", done, len(written))
             errors[name] = opened.export_errors(name, dtype)
+            bounds[name] = _error_bound(opened, name)
     if json:
         console.print_json(
             {
@@ -95,29 +103,37 @@ def export(
         ]
         header = ("adapter", "dtype", "delta error", "rounding", "error at most")
         console.print_table(f"written to {output}", header, rows, numbers=(2, 3, 4))
-    if (note := _bound_note(errors, opened.fit_info.max_error)) is not None:
+    if (note := _bound_note(errors, bounds)) is not None:
         console.note(note)
 
 
-def _bound_note(errors: Mapping[str, "ExportErrors"], max_error: float | None) -> str | None:
-    """Return a note on adapters that may exceed the pack's error bound because of rounding, or None.
+def _error_bound(pack: "Pack", name: str) -> float | None:
+    """Return the error bound that an adapter or version was stored with; None if there was none."""
+    history, _, version = name.partition("@")
+    if version:
+        return pack.histories[history][version].max_error
+    return pack.fit_info.max_error
+
+
+def _bound_note(errors: Mapping[str, "ExportErrors"], bounds: Mapping[str, float | None]) -> str | None:
+    """Return a note on adapters that may exceed their error bound because of rounding, or None.
 
     Args:
         errors: Errors of the exported adapters, by name.
-        max_error: Error bound of the pack's fit, or None if it had none.
+        bounds: Error bound that each was stored with, or None if it had none.
     """
-    if max_error is None:
-        return None
     above = {
         name: figures
         for name, figures in errors.items()
-        if figures.delta_error <= max_error < figures.bound and figures.rounding > EXACT
+        if (bound := bounds[name]) is not None
+        and figures.delta_error <= bound < figures.bound
+        and figures.rounding > EXACT
     }
     if not above:
         return None
     worst = max(above, key=lambda name: above[name].bound)
     return (
-        f"the pack keeps every delta error at or below {max_error:g}. Rounding the factors on export adds to it: "
+        f"the pack keeps every delta error at or below {bounds[worst]:g}. Rounding the factors on export adds to it: "
         f"{len(above)} of {len(errors)} exported adapters may exceed it, with an error of at most "
         f"{above[worst].bound:.5f} ({worst}, in {above[worst].dtype}). Export with --dtype float32 to add less than "
         f"{EXACT:g}."

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import arguments, console, verbs
+from . import arguments, console, verbs, version_rows
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
@@ -137,14 +137,27 @@ def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, 
 
 
 def _show_pack(target: str, pack: "Pack", json: bool) -> None:
+    from ..pack import version_log
     from ..pack.summary import uncompressed_note
 
     if (note := uncompressed_note(pack.summary)) is not None:
         console.note(note)
+    histories = {name: version_log.figures(history) for name, history in pack.histories.items()}
     if json:
         references = {"references": pack.references} if pack.references else {}
-        console.print_json({"pack": target, **console.summary_json(pack.summary, pack.records), **references})
+        listed = {"histories": {name: asdict(each) for name, each in histories.items()}} if histories else {}
+        console.print_json({"pack": target, **console.summary_json(pack.summary, pack.records), **references, **listed})
         return
+    if pack.names or pack.info.modules or not histories:
+        _print_adapters(target, pack)
+    else:
+        console.print_rows(f"pack {target}", console.summary_rows(pack.summary)[:1])
+    if histories:
+        version_rows.print_histories(histories, pack.summary.files)
+
+
+def _print_adapters(target: str, pack: "Pack") -> None:
+    """Print the figures of a pack's bases and adapters."""
     console.print_rows(f"pack {target}", console.summary_rows(pack.summary))
     console.print_sizes(pack.summary)
     records = pack.records

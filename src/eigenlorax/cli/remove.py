@@ -1,4 +1,4 @@
-"""`eigenlorax remove`: remove adapters from a pack."""
+"""`eigenlorax remove`: remove adapters, histories and versions from a pack."""
 
 from typing import Annotated
 
@@ -6,7 +6,10 @@ import typer
 
 from . import arguments, console, verbs
 
-EXAMPLES = "eigenlorax remove pack/ sms-spam-a clinc-home"
+EXAMPLES = """
+eigenlorax remove pack/ sms-spam-a clinc-home
+eigenlorax remove history/ run@20
+"""
 
 
 def register(app: typer.Typer) -> None:
@@ -16,17 +19,21 @@ def register(app: typer.Typer) -> None:
 
 def remove(
     pack: arguments.PackFolder,
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Adapters to remove.")],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME", help="Adapters, histories, and versions such as run@500.")
+    ],
     json: arguments.Json = False,
 ) -> None:
-    """Remove adapters and their files from a pack. The subspace does not change."""
+    """Remove adapters, histories and versions, with their files, from a pack. All others keep their exact numbers."""
     from ..pack.pack import Pack
 
     with Pack.edit(pack) as opened:
         opened.remove(*names)
+    versions = {name: len(history) for name, history in opened.histories.items()}
     if json:
-        console.print_json({"pack": str(pack), "removed": sorted(set(names)), "left": opened.names})
+        histories = {"histories": versions} if versions else {}
+        console.print_json({"pack": str(pack), "removed": sorted(set(names)), "left": opened.names, **histories})
     else:
-        console.print_rows(
-            f"pack {pack}", [("removed", ", ".join(sorted(set(names)))), ("left", str(len(opened.names)))]
-        )
+        rows = [("removed", ", ".join(sorted(set(names)))), ("left", str(len(opened.names)))]
+        left = [(f"versions of {name} left", str(count)) for name, count in versions.items()]
+        console.print_rows(f"pack {pack}", [*rows, *left])

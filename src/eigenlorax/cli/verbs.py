@@ -19,10 +19,13 @@ EXECUTION = "Execution"
 OUTPUT = "Output"
 
 FOLDERS = {
+    "run/": "a Trainer of transformers or TRL whose output_dir is run/",
+    "history/": "eigenlorax track run/ -o history/",
+    "exact/": "eigenlorax track run/ -o exact/ --lossless",
     "demo/": "eigenlorax demo --data demo/",
     "pack/": "eigenlorax fit demo/adapters -o pack/ --for training",
 }
-"""Folders that examples use, and the commands that write them."""
+"""Folders that examples use, and what writes them."""
 
 
 class HelpWithoutTypes:

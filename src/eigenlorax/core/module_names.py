@@ -23,6 +23,12 @@ def layer_and_kind(name: str) -> tuple[int | None, str]:
     return int(layer[0]) if layer else None, _NUMBER.sub("*", name)
 
 
+def natural_order(name: str) -> list[str | int]:
+    """Return a sort key by which `layers.10` follows `layers.9`."""
+    # texts and numbers alternate, so that like is compared with like
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d{1,9})", name)]
+
+
 def without_first_component(name: str) -> str | None:
     """Return `encoder.x` for `bert.encoder.x`; None for a name of one component."""
     _, dot, remainder = name.partition(".")

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from . import linalg
 from .adapter import Adapter, LoRAFactors
+from .module_names import natural_order
 
 # Singular values below this fraction of the largest one are rounding errors of float32 factors
 _RESOLUTION = 1e-6
@@ -45,7 +46,7 @@ class AdapterChange:
         before: Name of the first adapter.
         after: Name of the second adapter.
         total: Difference of all modules together.
-        modules: Difference of each module, by name.
+        modules: Difference of each module by name, layers in the order of their numbers.
         tensors: ‖T' − T‖ / ‖T‖ of each head or other float tensor that both adapters have in one shape, by PEFT's key;
             None if T is zero and T' is not.
     """
@@ -85,7 +86,7 @@ def compare(before: Adapter, after: Adapter) -> AdapterChange:
         ShapeError: A module has other sizes in the second adapter.
     """
     squares: dict[str, _Squares] = {}
-    for module in sorted(before.specs.keys() | after.specs.keys()):
+    for module in sorted(before.specs.keys() | after.specs.keys(), key=natural_order):
         _check_sizes(module, before, after)
         squares[module] = _compare_updates(before.modules.get(module), after.modules.get(module))
     tensors = {

@@ -4,6 +4,7 @@ The metrics of a step are those of `trainer_state.json`, which the Trainer write
 that is not complete yet is left out, with the reason, so that a run can be read while it goes on.
 """
 
+import json
 import math
 import re
 import time
@@ -27,6 +28,10 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 _EXPECTED = "Pass the output_dir of a Trainer, which has folders such as checkpoint-500."
 # of a training record, beside the rewards of TRL, whose names start with "reward"
 _TRAINING_METRICS = ("epoch", "loss", "learning_rate", "kl")
+SETTING = "trainer_state."
+"""Prefix of the run's settings among the metrics of a version."""
+# with other values than the checkpoint's, a resumed Trainer would log, evaluate and save at other steps
+_SETTINGS = ("eval_steps", "logging_steps", "max_steps", "num_train_epochs", "save_steps", "train_batch_size")
 # times of an evaluation, which say nothing about the version
 _TIMES = ("_runtime", "_per_second", "_time")
 
@@ -43,11 +48,13 @@ class Checkpoint:
         folder: Folder of the adapter: the checkpoint's own, or a subfolder of it.
         metrics: Finite numbers by name: of the last training record up to the step (`epoch`, `loss`, `learning_rate`,
             `kl`, `reward…`), and of evaluations at the step (`eval_…`).
+        settings: Settings of the run, by name; see `settings`.
     """
 
     step: int
     folder: Path
     metrics: Mapping[str, float]
+    settings: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +65,21 @@ class RunFolder:
         path: Folder of the run.
         checkpoints: Checkpoints with an adapter, in the order of their steps.
         unfinished: Reason why a checkpoint is left out, by its folder.
+        is_finished: True if the last step of the run (`max_steps`) has been saved.
     """
 
     path: Path
     checkpoints: tuple[Checkpoint, ...]
     unfinished: Mapping[Path, str]
+    is_finished: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """State of the Trainer: its log, and its fields, of which `max_steps` is the step at which the run ends."""
+
+    log: LogHistory
+    fields: Mapping[str, Any]
 
 
 class _UnfinishedError(Exception):
@@ -85,16 +102,28 @@ def read_run(path: str | Path, adapter: str | None = None, *, known_steps: Colle
     """
     path = Path(path)
     folders = {step: folder for step, folder in _checkpoint_folders(path).items() if step not in known_steps}
-    logs = {step: _log_history(folder) for step, folder in folders.items()}
+    states = {step: _read_state(folder) for step, folder in folders.items()}
     checkpoints, unfinished = [], {}
     for step, folder in folders.items():
-        # each log repeats the earlier ones, so that a later log replaces a missing one
-        log = next((logs[later] for later in folders if later >= step and logs[later] is not None), None)
+        # each log repeats the earlier ones, so that a later state replaces a missing one
+        later = (state for number, state in states.items() if number >= step and state is not None)
+        state = next(later, _State((), {}))
         try:
-            checkpoints.append(Checkpoint(step, _complete_adapter(folder, adapter), metrics_at(step, log or ())))
+            _check_state(folder, states[step])
+            complete = _complete_adapter(folder, adapter, is_saved=states[step] is not None)
+            checkpoints.append(Checkpoint(step, complete, metrics_at(step, state.log), settings(state.fields)))
         except _UnfinishedError as cause:
             unfinished[folder] = str(cause)
-    return RunFolder(path, tuple(checkpoints), unfinished)
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    last = states[steps[-1]] if steps else None
+    max_steps = last.fields.get("max_steps") if last is not None else None
+    is_finished = isinstance(max_steps, int) and steps[-1] >= max_steps
+    return RunFolder(path, tuple(checkpoints), unfinished, is_finished)
+
+
+def has_checkpoints(path: Path) -> bool:
+    """Return whether a run has saved a checkpoint yet; raise `FormatError` if it has no folder."""
+    return any(_CHECKPOINT.fullmatch(child.name) for child in _run_folder(path).iterdir())
 
 
 def metrics_at(step: int, log: LogHistory) -> dict[str, float]:
@@ -120,11 +149,49 @@ def metrics_at(step: int, log: LogHistory) -> dict[str, float]:
     return dict(sorted(metrics.items()))
 
 
+def settings(state: Mapping[str, Any]) -> dict[str, float]:
+    """Return the settings of a run that the Trainer takes from a checkpoint: the numbers in `_SETTINGS`, prefixed.
+
+    Args:
+        state: Fields of the Trainer's state.
+    """
+    numbers = {field: state[field] for field in _SETTINGS if type(state.get(field)) in (int, float)}
+    return {SETTING + field: float(number) for field, number in numbers.items()}
+
+
+def trainer_state(step: int, versions: Sequence[tuple[int, Mapping[str, float]]]) -> bytes | None:
+    """Return a `trainer_state.json` with which a Trainer resumes a training; None if the settings are unknown.
+
+    It has the step and the settings of the run, and the metrics of the versions as log. The state of the optimizer and
+    of callbacks such as `EarlyStoppingCallback` is not in it.
+
+    Args:
+        step: Training step of the checkpoint.
+        versions: Step and metrics of each version up to that step, in order, the metrics with the run's settings.
+    """
+    metrics = dict(versions[-1][1])
+    fields = {field: metrics.get(SETTING + field) for field in _SETTINGS}
+    if fields["train_batch_size"] is None:
+        return None
+    whole = {field: int(number) for field, number in fields.items() if number is not None}
+    log = [
+        {"step": logged_step, **{name: number for name, number in each.items() if not name.startswith(SETTING)}}
+        for logged_step, each in versions
+    ]
+    state = {
+        **whole,
+        "epoch": metrics.get("epoch", 0.0),
+        "global_step": step,
+        "log_history": log,
+        "stateful_callbacks": {"TrainerControl": {"args": {}, "attributes": {}}},
+    }
+    return (json.dumps(state, indent=2, sort_keys=True) + "\n").encode("utf-8")
+
+
 def _checkpoint_folders(path: Path) -> dict[int, Path]:
     """Return the folders of a run's checkpoints by step, in order."""
-    if not path.is_dir():
-        raise FormatError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}. {_EXPECTED}")
-    matches = [(_CHECKPOINT.fullmatch(child.name), child) for child in path.iterdir() if child.is_dir()]
+    children = [child for child in _run_folder(path).iterdir() if child.is_dir()]
+    matches = [(_CHECKPOINT.fullmatch(child.name), child) for child in children]
     folders = {int(match[1]): child for match, child in matches if match is not None}
     if not folders:
         whole = path.resolve()
@@ -134,29 +201,40 @@ def _checkpoint_folders(path: Path) -> dict[int, Path]:
     return dict(sorted(folders.items()))
 
 
-def _log_history(folder: Path) -> LogHistory | None:
-    """Return the `log_history` of a checkpoint; None if its `trainer_state.json` is missing or has no such list."""
+def _run_folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise FormatError(f"{path} {'is not a folder' if path.exists() else 'does not exist'}. {_EXPECTED}")
+    return path
+
+
+def _read_state(folder: Path) -> _State | None:
+    """Return the Trainer's state in a checkpoint; None if `trainer_state.json` is missing or not complete."""
     try:
         data = limits.read_file(folder / TRAINER_STATE, limits.MAX_JSON_BYTES)
-        log = limits.parse_json_object(data, TRAINER_STATE)[1].get("log_history")
+        state = limits.parse_json_object(data, TRAINER_STATE)[1]
     except (FileNotFoundError, FormatError):
         return None
-    return [record for record in log if isinstance(record, dict)] if isinstance(log, list) else None
+    log = state.get("log_history")
+    return _State([record for record in log if isinstance(record, dict)], state) if isinstance(log, list) else None
 
 
-def _complete_adapter(folder: Path, adapter: str | None) -> Path:
+def _complete_adapter(folder: Path, adapter: str | None, *, is_saved: bool) -> Path:
     """Return the folder of a checkpoint's adapter.
+
+    Args:
+        folder: Folder of the checkpoint.
+        adapter: Name of the adapter; None to choose it.
+        is_saved: True if the Trainer has written its state, so that nothing is missing any more.
 
     Raises:
         _UnfinishedError: A file of the checkpoint is missing or not complete.
     """
-    is_saved = _check_state(folder)
     try:
         chosen = _adapter_folder(folder, adapter)
     except FormatError as error:
         if is_saved:
             raise
-        raise _UnfinishedError(f"it has no {keys.ADAPTER_CONFIG} yet") from error
+        raise _UnfinishedError(f"it has no {keys.ADAPTER_CONFIG}") from error
     try:
         limits.parse_json_object(
             limits.read_file(chosen / keys.ADAPTER_CONFIG, limits.MAX_JSON_BYTES), keys.ADAPTER_CONFIG
@@ -164,7 +242,7 @@ def _complete_adapter(folder: Path, adapter: str | None) -> Path:
         if (chosen / keys.ADAPTER_WEIGHTS).exists():
             ranges.open_tensors(ranges.local_file(chosen / keys.ADAPTER_WEIGHTS))
         elif not (chosen / keys.ADAPTER_PICKLE).exists():
-            raise _UnfinishedError(f"it has no {keys.ADAPTER_WEIGHTS} yet")
+            raise _UnfinishedError(f"it has no {keys.ADAPTER_WEIGHTS}")
     except FormatError as error:
         raise _UnfinishedError(f"its adapter is not complete: {error}") from error
     except FileNotFoundError as error:
@@ -172,19 +250,18 @@ def _complete_adapter(folder: Path, adapter: str | None) -> Path:
     return chosen
 
 
-def _check_state(folder: Path) -> bool:
-    """Return whether a checkpoint has a `trainer_state.json`; raise `_UnfinishedError` if it is still expected."""
+def _check_state(folder: Path, state: _State | None) -> None:
+    """Raise `_UnfinishedError` if a checkpoint has no whole `trainer_state.json` and may still get one."""
+    if state is not None:
+        return
     if (folder / TRAINER_STATE).exists():
-        if _log_history(folder) is None:
-            raise _UnfinishedError(f"its {TRAINER_STATE} is not complete")
-        return True
+        raise _UnfinishedError(f"its {TRAINER_STATE} is not complete")
     try:
         age = time.time() - max(file.stat().st_mtime for file in (folder, *folder.rglob("*")))
     except FileNotFoundError as error:
         raise _UnfinishedError("it has been removed") from error
     if age < SETTLED_SECONDS:
         raise _UnfinishedError(f"it has no {TRAINER_STATE} yet, and changed {max(age, 0):.0f} s ago")
-    return False
 
 
 def _adapter_folder(folder: Path, adapter: str | None) -> Path:

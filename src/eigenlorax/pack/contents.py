@@ -341,6 +341,8 @@ class PackContents(Mapping[str, Adapter]):
     def _check_has(self, name: str) -> None:
         """Raise `AdapterNameError` unless the pack has an adapter of this name."""
         if keys.split_version(name) is not None:
+            # raises the error about an unknown version first
+            self.history_store.find(name)
             raise AdapterNameError(
                 f"{name!r} is a version of a history, and not an adapter over the pack's bases. Export it, and pass "
                 "the folder."

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -156,7 +157,9 @@ class ExportErrors:
 
 
 def export_errors(pack: PackContents, name: str, dtype: torch.dtype | None) -> ExportErrors:
-    """Return the errors of an adapter that is exported in `dtype`; None is the dtype of its source."""
+    """Return the errors of an adapter or version that is exported in `dtype`; None is the dtype of its source."""
+    if name in pack.history_store:
+        return _version_errors(pack, name, dtype)
     packed = pack.packed(name)
     chosen = factor_dtype(pack, packed, dtype)
     exact, rounded = (unpack(packed, pack.subspace, factor_type).modules for factor_type in (torch.float64, chosen))
@@ -168,3 +171,12 @@ def export_errors(pack: PackContents, name: str, dtype: torch.dtype | None) -> E
     # modules outside the subspace are not rounded, and `delta_error` leaves them out too
     rounding = metrics.rounding_error(LazyMapping(packed.subspace_names, in_the_same_scale), rounded)
     return ExportErrors(dtypes.name(chosen), packed.record.delta_error, rounding)
+
+
+def _version_errors(pack: PackContents, name: str, dtype: torch.dtype | None) -> ExportErrors:
+    exact = pack.adapter(name)
+    chosen = dtype or reduce(torch.promote_types, [spec.dtype for spec in exact.specs.values()] or [torch.float32])
+    rounded = pack.adapter(name, dtype).modules
+    same_scale = LazyMapping(exact.specs, lambda module: narrowing.balance(exact.modules[module], chosen))
+    rounding = 0.0 if dtype is None else metrics.rounding_error(same_scale, rounded)
+    return ExportErrors(dtypes.name(chosen), pack.history_store.find(name)[1].delta_error, rounding)

@@ -258,10 +258,13 @@ class Manifest:
     def select(self, names: Collection[str]) -> "Manifest":
         """Return the manifest with only these adapters and histories; `AdapterNameError` for an unknown name.
 
-        An adapter whose parent is not among them has its codes counted as its own.
+        The name of a version selects its history. An adapter whose parent is not among them has its codes counted as
+        its own.
         """
-        for name in names:
+        owners = {name: (keys.split_version(name) or (name, ""))[0] for name in names}
+        for name in owners.values():
             keys.check_known(name, [*self.adapters, *self.histories])
+        names = set(owners.values())
         selected, parents = {}, {}
         for name, entry in self.adapters.items():
             if name not in names:

@@ -128,8 +128,8 @@ class Pack(VersionedContents):
 
         Args:
             source: Folder, or repository as `org/name` or `org/name@revision`.
-            adapters: Names of the adapters and histories to download and open; `[]` for the subspace only. Default:
-                all.
+            adapters: Names of the adapters and histories to download and open; `[]` for the subspace only. A version
+                such as "run@1000" selects its history. Default: all.
             revision, token, cache_dir, local_files_only: Options of `huggingface_hub.snapshot_download`.
 
         Raises:

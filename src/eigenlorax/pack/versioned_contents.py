@@ -6,18 +6,53 @@ from pathlib import Path
 from typing import Any
 
 from .. import formats
-from ..core import keys
+from ..core import atomic_files, keys, update_changes
+from ..core.update_changes import AdapterChange
 from ..errors import OptionError
-from ..formats import sources
+from ..formats import peft, run_folders, sources
 from . import append, prune, writer
 from .append import VersionOptions
 from .history import VersionRecord
 from .prune import Pruned
+from .version_log import LogEntry, read_log
 from .writable_contents import WritableContents
 
 
 class VersionedContents(WritableContents):
     """Contents of a pack whose histories can be changed."""
+
+    def log(self, name: str) -> list[LogEntry]:
+        """Return the versions of a history with their distances to the latest one. Every version is decoded.
+
+        Args:
+            name: Name of the history.
+
+        Raises:
+            AdapterNameError: The pack has no history of this name.
+
+        Example:
+            >>> [(entry.record.version, entry.to_latest) for entry in runs.log("run")][-1]
+            ('30', 0.0)
+        """
+        return read_log(self.history_store, self.history_store.history(name))
+
+    def diff(self, before: str, after: str) -> AdapterChange:
+        """Compare two versions or adapters: relative changes of all modules, of each module and side, and of heads.
+
+        Args:
+            before: Name of a version, such as "run@500" or "run@latest", or of an adapter. Changes are relative to it.
+            after: Name of the version or adapter that is compared with it.
+
+        Raises:
+            AdapterNameError: A name is unknown.
+            ShapeError: A module has other sizes in the second one.
+
+        Example:
+            >>> change = runs.diff("run@10", "run@latest")
+            >>> change.total.change > 0, sorted(change.modules) == sorted(runs["run@10"].modules)
+            (True, True)
+        """
+        return update_changes.compare(self.adapter(before), self.adapter(after))
 
     def append(
         self,
@@ -109,12 +144,13 @@ class VersionedContents(WritableContents):
         """Write a lossless version as the PEFT folder that it was, to resume training from, and return the folder.
 
         `adapter_config.json` has the same bytes as the source's, and `adapter_model.safetensors` the same tensors and
-        metadata, bit for bit. States of the optimizer and the Trainer are not part of a pack.
+        metadata, bit for bit. A version of `track` or `VersionCallback` also gets a `trainer_state.json`, so that
+        `Trainer.train(resume_from_checkpoint=…)` goes on at its step. The state of the optimizer is not part of a pack.
 
         Args:
             name: Name of the version, such as "run@1000" or "run@latest".
             directory: The folder to write.
-            overwrite: Replace an existing folder of these two files.
+            overwrite: Replace an existing folder of these files.
 
         Raises:
             AdapterNameError: The pack has no such version.
@@ -137,5 +173,13 @@ class VersionedContents(WritableContents):
             )
         if formats.format_of(record.origin) != formats.PEFT:
             raise OptionError(f"Version {history.full_name(record)!r} was a single file, and no PEFT folder. {remedy}")
-        writer.check_outside(Path(directory))
-        return formats.write_adapter(self.adapter(name), Path(directory), format=formats.PEFT, overwrite=overwrite)
+        path = Path(directory)
+        writer.check_outside(path)
+        earlier = history.versions[: history.labels.index(record.version) + 1]
+        logged = [(each.step, each.metrics) for each in earlier if each.step is not None]
+        state = run_folders.trainer_state(record.step, logged) if record.step is not None else None
+        files = peft.to_files(self.adapter(name))
+        if state is not None:
+            files[run_folders.TRAINER_STATE] = state
+        atomic_files.write_folder(path, files, overwrite=overwrite)
+        return path

@@ -1,0 +1,90 @@
+"""Figures of versions as cells of tables and as JSON."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from . import console
+
+if TYPE_CHECKING:
+    from ..pack.history import VersionRecord
+    from ..pack.summary import FileBytes
+    from ..pack.version_log import HistoryFigures
+
+MAX_METRICS = 2
+"""Maximum number of metrics that are shown if none is chosen."""
+_FIRST = ("eval_accuracy", "eval_", "reward", "loss")
+"""Starts of the names of metrics that are shown first."""
+
+
+def record_json(record: "VersionRecord") -> dict[str, Any]:
+    """Return the JSON of a version: its record, without the config of its source."""
+    fields = asdict(record)
+    for name in ("source_config", "origin"):
+        del fields[name]
+    return {**fields, "file_bytes": record.file_bytes}
+
+
+def error(record: "VersionRecord") -> str:
+    """Return the delta error of a version, or "exact"."""
+    return "exact" if record.lossless else console.format_error(record.delta_error)
+
+
+def distance(change: float | None) -> str:
+    """Return a relative distance; empty if there is none."""
+    return "" if change is None else console.format_error(change)
+
+
+def times_smaller(record: "VersionRecord") -> str:
+    """Return how many times smaller a version is than the tensors of its source."""
+    source = record.source_lora_bytes + record.source_tensor_bytes
+    return f"{source / record.file_bytes:.1f}" if record.file_bytes else ""
+
+
+def metric_columns(records: Sequence["VersionRecord"], chosen: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return a column of cells for each metric.
+
+    Args:
+        records: Versions.
+        chosen: Names of the metrics. Default: the first `MAX_METRICS` of those that the versions have, evaluations
+            before rewards before losses.
+    """
+    known = sorted({name for record in records for name in record.metrics}, key=_order)
+    shown = chosen or [name for name in known if name.startswith(_FIRST)][:MAX_METRICS]
+    return {
+        name: [f"{record.metrics[name]:.4g}" if name in record.metrics else "" for record in records] for name in shown
+    }
+
+
+def print_histories(histories: Mapping[str, "HistoryFigures"], files: "FileBytes | None") -> None:
+    """Print the versions, bytes and errors of histories.
+
+    Args:
+        histories: Figures of each history, by name.
+        files: Bytes of the pack's files; None if the pack is not on disk.
+    """
+    columns = {
+        "history": list(histories),
+        "versions": [str(each.versions) for each in histories.values()],
+        "latest": [each.latest for each in histories.values()],
+        "LoRA bytes": [_of(each.lora_bytes, each.source_lora_bytes) for each in histories.values()],
+        "other bytes": [_of(each.tensor_bytes, each.source_tensor_bytes) for each in histories.values()],
+        "files of sources": [
+            "unknown" if each.source_file_bytes is None else _of(each.bytes, each.source_file_bytes)
+            for each in histories.values()
+        ],
+        "delta error at most": [console.format_error(each.worst_delta_error) for each in histories.values()],
+        "heads": [console.format_error(each.worst_tensor_error) for each in histories.values()],
+    }
+    console.print_table("", list(columns), list(zip(*columns.values(), strict=True)), numbers=range(1, len(columns)))
+    if files is not None:
+        console.print_rows("", [("bytes of all files of the pack", f"{files.pack:,}")])
+
+
+def _of(stored: int, source: int) -> str:
+    """Return stored bytes with the ratio to those of the sources."""
+    return f"{stored:,} (1/{source / stored:.1f})" if stored and source else f"{stored:,}"
+
+
+def _order(name: str) -> tuple[int, str]:
+    return next((index for index, start in enumerate(_FIRST) if name.startswith(start)), len(_FIRST)), name

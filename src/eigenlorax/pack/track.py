@@ -1,0 +1,196 @@
+"""Tracking of a training run: append each new checkpoint to a history, while the run goes on or afterwards."""
+
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..core import keys
+from ..core.options import to_float
+from ..core.progress import Progress
+from ..errors import AdapterNameError, OptionError
+from ..formats import checks, run_folders
+from ..formats.sources import AdapterSource
+from .append import DEFAULT_NAME
+from .history import VersionRecord
+from .pack import Pack
+
+
+@dataclass(frozen=True, slots=True)
+class Tracked:
+    """Checkpoints that one call of `track` has seen.
+
+    Attributes:
+        name: Name of the history.
+        appended: Records of the new versions, in order.
+        known_steps: Steps of all checkpoints that are in the history now.
+        unfinished: Reason why a checkpoint was left out, by its folder. It is taken by a later call.
+        is_finished: True if the last step of the run has been saved and is in the history.
+    """
+
+    name: str
+    appended: tuple[VersionRecord, ...]
+    known_steps: frozenset[int]
+    unfinished: Mapping[Path, str]
+    is_finished: bool
+
+
+def track(
+    run: str | PathLike[str],
+    history: str | PathLike[str],
+    *,
+    name: str | None = None,
+    adapter: str | None = None,
+    max_error: float | None = None,
+    head_error: float | None = None,
+    lossless: bool = False,
+    same_base: bool = False,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+    known_steps: Collection[int] = (),
+    progress: Progress | None = None,
+) -> Tracked:
+    """Append the checkpoints of a run to a history, in the order of their steps, with their metrics.
+
+    A checkpoint whose files are still being written is left out, and taken by the next call. One that is in the history
+    already is compared with it, and skipped. The pack is saved after each version, so that an interrupted call loses
+    none.
+
+    Args:
+        run: `output_dir` of the Trainer of transformers or TRL, with folders `checkpoint-STEP`.
+        history: Folder of the pack with the history, which is created if it does not exist.
+        name: Name of the history. Default: the name of the run's folder.
+        adapter: Name of the adapter, for a run that saves several in subfolders of its checkpoints.
+        max_error: Bound of the relative error of each update, above 0 and below 1. Default: 0.05.
+        head_error: Bound of the relative error of task heads. Default: `max_error`, at least 0.1 and at most 0.3.
+        lossless: Store every tensor bit for bit, for `Pack.restore`.
+        same_base: Accept checkpoints that name another base model than the history.
+        allow_pickle: Read `adapter_model.bin` if there is no safetensors file.
+        overwrite: Replace versions of steps that were trained again, and all versions after them.
+        known_steps: Steps to leave out, such as those of an earlier call.
+        progress: Function that is called with a stage, and the done and total number of checkpoints.
+
+    Raises:
+        FormatError: The folder is no run with adapters.
+        AdapterNameError: The history has another version of a checkpoint's step, and `overwrite` is not set; or the
+            name is invalid.
+        BaseModelError, ShapeError: A checkpoint does not belong to the history.
+        NonFiniteError: A tensor has NaN or Inf. Earlier checkpoints are in the history.
+        OptionError: An option is invalid.
+        PackBusyError: Another process is writing to the pack.
+
+    Example:
+        >>> tracked = eigenlorax.track("run/", "history/")
+        >>> [record.version for record in tracked.appended]
+        ['10', '20', '30']
+        >>> eigenlorax.Pack.open("history/")["run@latest"].ranks
+        (3,)
+    """
+    found = run_folders.read_run(Path(run), adapter, known_steps=known_steps)
+    history_name = keys.check_name(name) if name is not None else run_name(Path(run))
+    options: dict[str, Any] = {
+        "max_error": max_error,
+        "head_error": head_error,
+        "lossless": lossless,
+        "same_base": same_base,
+    }
+    appended = []
+    with opened_for_appending(Path(history)) as pack:
+        for done, checkpoint in enumerate(found.checkpoints):
+            if progress is not None:
+                progress("appending checkpoints", done, len(found.checkpoints))
+            # a lossless version can resume the training, which needs the settings of the run
+            metrics = {**checkpoint.metrics, **(checkpoint.settings if lossless else {})}
+            source = AdapterSource(history_name, checkpoint.folder)
+            options |= {"metrics": metrics, "allow_pickle": allow_pickle}
+            record = append_new(pack, source, checkpoint.step, options, overwrite=overwrite)
+            if record is not None:
+                appended.append(record)
+                pack.save(None if pack.path is not None else history)
+    seen = {checkpoint.step for checkpoint in found.checkpoints}
+    return Tracked(history_name, tuple(appended), frozenset({*known_steps, *seen}), found.unfinished, found.is_finished)
+
+
+@contextmanager
+def opened_for_appending(path: Path) -> Iterator[Pack]:
+    """Open a pack for changes and hold its lock, or return a new empty pack that the caller saves."""
+    if (path / keys.MANIFEST).is_file():
+        with Pack.edit(path) as pack:
+            yield pack
+    else:
+        yield Pack.empty()
+
+
+def append_new(
+    pack: Pack, source: AdapterSource, step: int, options: Mapping[str, Any], *, overwrite: bool = False
+) -> VersionRecord | None:
+    """Append an adapter as the version of a step, unless the history has the same version already.
+
+    Args:
+        pack: The pack.
+        source: The adapter, with the name of the history.
+        step: Training step, whose number is the label of the version.
+        options: Options of `Pack.append`.
+        overwrite: Remove another version with this label, and all versions after it, which belong to the training that
+            has been repeated.
+
+    Returns:
+        The record; None if the history had the version.
+
+    Raises:
+        AdapterNameError: The history has another version with this label, and `overwrite` is not set.
+    """
+    assert source.name is not None
+    history, label = pack.histories.get(source.name), str(step)
+    if history is not None and label in history.labels:
+        adapter = checks.read_source(source, {"allow_pickle": options.get("allow_pickle", False)})
+        if history[label].source_sha256 == checks.scan(adapter).content_hash:
+            return None
+        if not overwrite:
+            raise AdapterNameError(
+                f"The history has a version {history.full_name(history[label])} of another adapter: step {step} was "
+                "trained twice. Pass another name (--name) to keep both, or overwrite=True (--overwrite) to replace "
+                "this version and all later ones."
+            )
+        repeated = history.versions[history.labels.index(label) :]
+        pack.remove(*(history.full_name(record) for record in repeated))
+    return pack.append(source.source, label, name=source.name, step=step, **options)
+
+
+def run_name(run: Path) -> str:
+    """Return the default name of a run's history: that of its folder, or "adapter" if that is no valid name."""
+    folder = run.absolute().name if run.name not in ("", ".", "..") else run.resolve().name
+    return folder if keys.is_valid_name(folder) else DEFAULT_NAME
+
+
+def watch(
+    run: str | PathLike[str], history: str | PathLike[str], *, interval: float = 30.0, **options: Any
+) -> Iterator[Tracked]:
+    """Track a run until its last step has been saved; yield the result of each look at it.
+
+    A run whose folder has no checkpoint yet is waited for.
+
+    Args:
+        run: `output_dir` of the Trainer.
+        history: Folder of the pack with the history.
+        interval: Seconds between two looks, above 0.
+        options: Other options of `track`.
+
+    Raises:
+        OptionError: `interval` is not above 0.
+        EigenloraxError: Errors of `track`.
+    """
+    if not to_float("interval", interval) > 0:
+        raise OptionError(f"interval={interval}: a number of seconds above 0 was expected.")
+    known_steps: Collection[int] = ()
+    while True:
+        if run_folders.has_checkpoints(Path(run)):
+            tracked = track(run, history, known_steps=known_steps, **options)
+            known_steps = tracked.known_steps
+            yield tracked
+            if tracked.is_finished:
+                return
+        time.sleep(interval)

@@ -1,0 +1,82 @@
+"""Figures of histories: the log of one, with distances to the latest version, and the bytes and errors of all."""
+
+from dataclasses import dataclass
+
+from ..core import metrics
+from .history import History, VersionRecord
+from .history_store import HistoryStore
+
+
+@dataclass(frozen=True, slots=True)
+class LogEntry:
+    """One version in the log of a history.
+
+    Attributes:
+        record: The version, with its step, metrics, errors, bytes, and the distance to the previous one (`change`).
+        to_latest: Relative distance ‖D_t − D‖ / ‖D‖ to the latest version D, both as decoded; None if D is zero.
+    """
+
+    record: VersionRecord
+    to_latest: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryFigures:
+    """Figures of a whole history.
+
+    Attributes:
+        versions: Number of versions.
+        lossless: Number of versions that are stored bit for bit.
+        latest: Label of the latest version.
+        lora_bytes: Bytes of the LoRA factors of all versions.
+        tensor_bytes: Bytes of all other tensors: heads, biases, norms and embeddings.
+        source_lora_bytes: Tensor bytes of the LoRA factors in the sources.
+        source_tensor_bytes: Tensor bytes of the other tensors in the sources.
+        source_file_bytes: Bytes of the sources' weights files; None if a version was made in memory.
+        worst_delta_error: Largest delta error of a version.
+        worst_tensor_error: Largest relative error of another tensor.
+    """
+
+    versions: int
+    lossless: int
+    latest: str
+    lora_bytes: int
+    tensor_bytes: int
+    source_lora_bytes: int
+    source_tensor_bytes: int
+    source_file_bytes: int | None
+    worst_delta_error: float
+    worst_tensor_error: float
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the files of all versions."""
+        return self.lora_bytes + self.tensor_bytes
+
+
+def figures(history: History) -> HistoryFigures:
+    """Return the figures of a history, from its records alone."""
+    records = history.versions
+    # equal versions share a file
+    files = {record.file: record for record in records}.values()
+    source_files = [record.source_file_bytes for record in records]
+    return HistoryFigures(
+        versions=len(records),
+        lossless=sum(record.lossless for record in records),
+        latest=history.latest.version,
+        lora_bytes=sum(record.lora_bytes for record in files),
+        tensor_bytes=sum(record.tensor_bytes for record in files),
+        source_lora_bytes=sum(record.source_lora_bytes for record in records),
+        source_tensor_bytes=sum(record.source_tensor_bytes for record in records),
+        source_file_bytes=sum(source_files) if all(source_files) else None,
+        worst_delta_error=max(record.delta_error for record in records),
+        worst_tensor_error=max(record.tensor_error for record in records),
+    )
+
+
+def read_log(store: HistoryStore, history: History) -> list[LogEntry]:
+    """Return the log of a history, in the order of its versions. Every version is decoded."""
+    latest = store.decode(history, history.latest).modules
+    return [
+        LogEntry(record, metrics.relative_distance(latest, store.decode(history, record).modules)) for record in history
+    ]
