@@ -26,7 +26,7 @@ def delta_weights(pack, name):
     digest = manifest.pop("digest")
     canonical = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
     assert manifest["format"] == "eigenlorax-pack"
-    assert manifest["format_version"] in range(1, 8)
+    assert manifest["format_version"] in range(1, 9)
     assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
     subspace, entry = manifest["subspace"], entry_of(manifest, name)
     growth = subspace["growth"] if "growth" in subspace else subspace["augmentations"]
@@ -376,23 +376,24 @@ def table(c):
     return w, -reach, [0, *inner, 2**15 - 1, 2**15]
 
 
-@cache
-def hundredths(c):
-    """Of a bit: what a number of a class takes on average."""
-    w, _, bounds = table(c)
+def hundredths(table):
+    """Of a bit: what a number of a class takes on average, from its table."""
+    w, _, bounds = table
     shares = np.diff(bounds)[:-1]
     return math.floor(100 * (shares / 2**15 * (15 - np.log2(shares) + w)).sum() + 0.5)
 
 
-def decoded(data, classes):
-    """The whole numbers of a stream, from its bytes and their classes."""
+def decoded(data, classes, tables=None):
+    """The whole numbers of a stream, from its bytes and their classes, and the tables of classes."""
     classes = classes.tolist()
+    tables = tables or {c: table(c) for c in set(classes)}
+    bits = {c: hundredths(tables[c]) for c in tables}
     n = len(classes)
-    lanes = min(max(sum(map(hundredths, classes)) // 409600, n // 16384, 1), n, 16384)
+    lanes = min(max(sum(bits[c] for c in classes) // 409600, n // 16384, 1), n, 16384)
     states, at = np.frombuffer(data[: 4 * lanes], "<u4").tolist(), 4 * lanes
     numbers, raw, escapes = np.zeros(n, np.int64), [], []
     for i, c in enumerate(classes):
-        w, first, bounds = table(c)
+        w, first, bounds = tables[c]
         x, s = divmod(states[i % lanes], 2**15)
         symbol = bisect_right(bounds, s) - 1
         x = (bounds[symbol + 1] - bounds[symbol]) * x + s - bounds[symbol]

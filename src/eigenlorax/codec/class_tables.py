@@ -1,6 +1,8 @@
 """The distributions that `entropy` encodes integers with: one table of frequencies for each class.
 
-Class c is a logistic distribution of scale 2^(c/4 − 4) over the integers.
+Class c is a logistic distribution of scale 2^(c/4 − 4) over the integers. Each class from `CLASSES` on is a
+distribution of groups of `GROUP` integers from −1 to 1 that are coded as one: most numbers of a version do not change,
+and a group takes as long to code as a number.
 """
 
 from dataclasses import dataclass
@@ -10,6 +12,11 @@ from functools import cache
 import numpy as np
 
 CLASSES = 128
+GROUP = 4
+"""Integers of a group. A group is the number Σ (integer + 1) 3^i, with the first integer at i = 0."""
+GROUP_CLASSES = 48
+"""Classes of groups. An integer of class `CLASSES` + g is not zero with a probability of 0.75 · 2^(−g/4)."""
+ALL_CLASSES = CLASSES + GROUP_CLASSES
 PRECISION = 15
 """Bits of a probability."""
 _FIRST_RAW_CLASS = 24
@@ -49,8 +56,10 @@ def class_table(class_index: int) -> ClassTable:
     Decimal arithmetic gives the same table on every machine; `exp` of floats does not.
 
     Args:
-        class_index: The class, from 0 to `CLASSES` − 1.
+        class_index: The class, from 0 to `ALL_CLASSES` − 1.
     """
+    if class_index >= CLASSES:
+        return _group_table(class_index - CLASSES)
     raw_bits = max(0, (class_index - _FIRST_RAW_CLASS) // 4 + 1)
     # the program that calls may have set another precision
     with localcontext(_DECIMALS):
@@ -66,3 +75,25 @@ def class_table(class_index: int) -> ClassTable:
             edge = (Decimal((index - reach) * 2**raw_bits) - Decimal("0.5")) / scale
             bounds.append(index + int(shared / (1 + (-edge).exp()) + Decimal("0.5")))
     return ClassTable(raw_bits, -reach, np.array([*bounds, symbols + shared, TOTAL], dtype=np.int64))
+
+
+def change_probability(group_class: int) -> Decimal:
+    """Return the probability that an integer of a class of groups is not zero."""
+    with localcontext(_DECIMALS):
+        return Decimal("0.75") * Decimal(2) ** (Decimal(-group_class) / 4)
+
+
+def _group_table(group_class: int) -> ClassTable:
+    """Return the table of a class of groups: 3^`GROUP` symbols and the escape, which does not occur."""
+    symbols = 3**GROUP
+    with localcontext(_DECIMALS):
+        changed = change_probability(group_class)
+        shared = TOTAL - symbols - 1
+        frequencies = []
+        for symbol in range(symbols):
+            count = sum(symbol // 3**place % 3 != 1 for place in range(GROUP))
+            probability = (changed / 2) ** count * (1 - changed) ** (GROUP - count)
+            frequencies.append(1 + int(shared * probability))
+    # the group of zeros takes what rounding leaves
+    frequencies[symbols // 2] += TOTAL - 1 - sum(frequencies)
+    return ClassTable(0, 0, np.concatenate([[0], np.cumsum(frequencies), [TOTAL]]).astype(np.int64))

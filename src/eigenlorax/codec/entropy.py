@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 from ..errors import FormatError
-from .class_tables import CLASSES, PRECISION, TOTAL, class_table
+from .class_tables import ALL_CLASSES, PRECISION, TOTAL, class_table
 
 LANE_BYTES = 512
 """Bytes that a lane writes on average. Its last state takes 4 of them, so that lanes cost less than one per cent."""
@@ -40,7 +40,7 @@ def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
         The bytes of each stream.
 
     Raises:
-        FormatError: An integer needs more than 32 bits, or a class is not below `CLASSES`.
+        FormatError: An integer needs more than 32 bits, or a class is not below `ALL_CLASSES`.
     """
     if not streams:
         return []
@@ -152,6 +152,7 @@ def _decode_symbols(
         stream = lanes.stream[active]
         first_lane = np.flatnonzero(np.concatenate([[True], stream[1:] != stream[:-1]]))
         lane_streams, lane_counts = stream[first_lane], np.diff(np.append(first_lane, len(stream)))
+        last_lane = first_lane + lane_counts - 1
         for step in steps:
             at = start + step * stride
             # the low bits of a state are in the interval of the symbol that was encoded last
@@ -162,7 +163,7 @@ def _decode_symbols(
             is_short = state < _MIN_STATE
             if is_short.any():
                 reads = np.cumsum(is_short)
-                totals = reads[np.append(first_lane[1:], len(reads)) - 1]
+                totals = reads[last_lane]
                 before = np.concatenate([[0], totals[:-1]])
                 at_word = np.repeat(next_words[lane_streams] - before - 1, lane_counts) + reads
                 short = np.flatnonzero(is_short)
@@ -206,8 +207,8 @@ class _StreamTables:
         _check_classes(classes)
         # one byte per integer, where the inverse of `np.unique` takes eight
         narrow = classes.astype(np.uint8)
-        class_indices = np.flatnonzero(np.bincount(narrow, minlength=CLASSES))
-        row = np.zeros(CLASSES, dtype=np.uint8)
+        class_indices = np.flatnonzero(np.bincount(narrow, minlength=ALL_CLASSES))
+        row = np.zeros(ALL_CLASSES, dtype=np.uint8)
         row[class_indices] = np.arange(len(class_indices))
         return cls(class_indices, row[narrow])
 
@@ -302,8 +303,8 @@ class _Lanes:
 
 
 def _check_classes(classes: np.ndarray) -> None:
-    if len(classes) and not (classes.min() >= 0 and classes.max() < CLASSES):
-        raise FormatError(f"classes are 0 to {CLASSES - 1}, got up to {classes.max()}.")
+    if len(classes) and not (classes.min() >= 0 and classes.max() < ALL_CLASSES):
+        raise FormatError(f"classes are 0 to {ALL_CLASSES - 1}, got up to {classes.max()}.")
 
 
 def _lane_count(classes: np.ndarray) -> int:
@@ -314,7 +315,7 @@ def _lane_count(classes: np.ndarray) -> int:
     if not len(classes):
         return 0
     _check_classes(classes)
-    counts = np.bincount(classes.astype(np.uint8), minlength=CLASSES)
+    counts = np.bincount(classes.astype(np.uint8), minlength=ALL_CLASSES)
     hundredths = sum(int(counts[index]) * _hundredths_of_bits(int(index)) for index in np.flatnonzero(counts))
     lanes = max(hundredths // (100 * 8 * LANE_BYTES), len(classes) // LANE_INTEGERS, 1)
     return min(lanes, len(classes), MAX_LANES)

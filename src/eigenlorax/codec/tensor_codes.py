@@ -21,6 +21,7 @@ from ..core.json_dataclasses import from_json
 from ..core.limits import MAX_JSON_BYTES, PARSE_FAILURES, check_coded_count, check_expansion
 from ..errors import FormatError, reason
 from . import entropy, varint
+from .class_tables import CLASSES
 from .quantised_tensor import MANTISSA_BITS, QuantisedTensor, StepSize, row_count
 from .storage.coded import tensor_bytes
 
@@ -259,6 +260,8 @@ def from_bytes(data: bytes) -> list[tuple[str, CodedTensor]]:
     n_classes = sum(entry.classes for entry in headers)
     check_expansion(n_classes, len(data), "the classes of coded tensors")
     all_classes, at = _inflate(data, at, n_classes)
+    if max(all_classes, default=0) >= CLASSES:
+        raise FormatError(f"a coded tensor has the class {max(all_classes)}; classes end at {CLASSES - 1}.")
     tensors, start = [], 0
     for entry in headers:
         classes, stream = all_classes[start : start + entry.classes], data[at : at + entry.stream]

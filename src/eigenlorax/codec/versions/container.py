@@ -15,7 +15,7 @@ from ...core.json_dataclasses import from_json
 from ...core.limits import MAX_JSON_BYTES, check_expansion
 from ...errors import FormatError
 from .. import varint
-from ..class_tables import CLASSES
+from ..class_tables import ALL_CLASSES
 from . import increments
 from .decoded import ModuleLayout, TensorLayout
 from .increments import RowShape
@@ -252,7 +252,7 @@ def _read_labels(
         block_classes = (labels.classes + classes[row : row + count]).astype(np.uint8)
         if np.abs(block_levels).max(initial=0) > MAX_LEVEL:
             raise FormatError("a level is out of range.")
-        if ((block_classes >= CLASSES) & (block_classes != ZERO_CLASS)).any():
+        if ((block_classes >= ALL_CLASSES) & (block_classes != ZERO_CLASS)).any():
             raise FormatError("a class is out of range.")
         blocks.append(BlockLabels(block_levels.astype(np.int16), block_classes))
         row, level = row + count, level + level_count

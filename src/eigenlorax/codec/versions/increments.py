@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Int64, UInt8
 
 from ...core.limits import check_coded_count
+from ...errors import FormatError
 from .. import entropy
+from ..class_tables import CLASSES, GROUP
 from .lattice import ZERO_CLASS
 
 CODED_TOGETHER = 1 << 22
@@ -29,14 +31,58 @@ class RowShape:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """Rows of a block that are in one stream."""
+    """Rows of a block that are in one stream, all of them in groups or none.
+
+    Attributes:
+        block: Number of the block.
+        rows: Indices of its rows.
+        width: Width of a row.
+        has_groups: True if `GROUP` integers are coded as one.
+    """
 
     block: int
-    rows: np.ndarray
+    rows: Int64[np.ndarray, " rows"]
+    width: int
+    has_groups: bool
 
-    def classes(self, shapes: Sequence[RowShape]) -> np.ndarray:
-        shape = shapes[self.block]
-        return np.repeat(shape.classes[self.rows], shape.width)
+    @property
+    def coded_width(self) -> int:
+        """Number of coded integers of a row."""
+        return -(-self.width // GROUP) if self.has_groups else self.width
+
+    @property
+    def size(self) -> int:
+        """Number of coded integers."""
+        return len(self.rows) * self.coded_width
+
+    def classes(self, shapes: Sequence[RowShape]) -> UInt8[np.ndarray, " size"]:
+        """Return the class of each coded integer."""
+        return np.repeat(shapes[self.block].classes[self.rows], self.coded_width)
+
+    def pack(self, increments: Int[np.ndarray, "_ width"]) -> Int[np.ndarray, " size"]:
+        """Return the coded integers of these rows of the block."""
+        rows: np.ndarray = increments[self.rows]
+        if not self.has_groups:
+            return rows.ravel()
+        padded = np.zeros((len(rows), self.coded_width * GROUP), np.int64)
+        padded[:, : self.width] = rows
+        groups: np.ndarray = padded.reshape(-1, GROUP) + 1
+        packed: np.ndarray = groups @ _PLACES
+        return packed
+
+    def unpack(self, integers: Int[np.ndarray, " size"]) -> Int[np.ndarray, "rows width"]:
+        """Return the increments of these rows from their coded integers."""
+        if not self.has_groups:
+            return integers.reshape(len(self.rows), self.width)
+        if ((integers < 0) | (integers >= 3**GROUP)).any():
+            raise FormatError("a group of integers is out of range.")
+        rows: np.ndarray = (_GROUPS[integers]).reshape(len(self.rows), -1)[:, : self.width]
+        return rows
+
+
+_PLACES = 3 ** np.arange(GROUP)
+_GROUPS = (np.arange(3**GROUP)[:, None] // _PLACES % 3 - 1).astype(np.int8)
+"""Integers of each group."""
 
 
 def encode(shapes: Sequence[RowShape], increments: Sequence[Int[np.ndarray, "_ _"]]) -> list[bytes]:
@@ -45,7 +91,7 @@ def encode(shapes: Sequence[RowShape], increments: Sequence[Int[np.ndarray, "_ _
         entropy.encode(
             [
                 (
-                    np.concatenate([increments[piece.block][piece.rows].ravel() for piece in pieces]),
+                    np.concatenate([piece.pack(increments[piece.block]) for piece in pieces]),
                     np.concatenate([piece.classes(shapes) for piece in pieces]),
                 )
             ]
@@ -117,10 +163,9 @@ def _decode_together(
         for pieces in divided:
             integers, start = next(decoded), 0
             for piece in pieces:
-                width = shapes[piece.block].width
-                stop = start + len(piece.rows) * width
-                blocks[piece.block].append(Increments(piece.rows, integers[start:stop].reshape(-1, width)))
-                start = stop
+                coded = integers[start : start + piece.size]
+                blocks[piece.block].append(Increments(piece.rows, piece.unpack(coded)))
+                start += piece.size
         increments.append(blocks)
     return increments
 
@@ -130,15 +175,16 @@ def _divide(shapes: Sequence[RowShape]) -> Iterator[list[_Piece]]:
     pieces: list[_Piece] = []
     numbers = 0
     for block, shape in enumerate(shapes):
-        rows = np.flatnonzero(shape.classes != ZERO_CLASS)
-        at_once = max(1, CODED_TOGETHER // shape.width)
-        for start in range(0, len(rows), at_once):
-            piece = _Piece(block, rows[start : start + at_once])
-            size = len(piece.rows) * shape.width
-            if pieces and numbers + size > CODED_TOGETHER:
-                yield pieces
-                pieces, numbers = [], 0
-            pieces.append(piece)
-            numbers += size
+        in_groups = (shape.classes >= CLASSES) & (shape.classes != ZERO_CLASS)
+        for has_groups, chosen in ((False, shape.classes < CLASSES), (True, in_groups)):
+            rows = np.flatnonzero(chosen)
+            at_once = max(1, CODED_TOGETHER // shape.width)
+            for start in range(0, len(rows), at_once):
+                piece = _Piece(block, rows[start : start + at_once], shape.width, has_groups)
+                if pieces and numbers + piece.size > CODED_TOGETHER:
+                    yield pieces
+                    pieces, numbers = [], 0
+                pieces.append(piece)
+                numbers += piece.size
     if pieces:
         yield pieces
