@@ -350,7 +350,7 @@ class TestDamage:
         folder = fitted(tmp_path)
         path = folder / "subspace_config.json"
         text = path.read_text()
-        changed, times = re.subn(rf'("{field}":)("?)[0-9a-z]', r"\1\g<2>8", text, count=1)
+        changed, times = re.subn(rf'("{field}":)("?)[0-9a-z]', r"\1\g<2>7", text, count=1)
         assert times == 1
         assert changed != text
         path.write_text(changed)
