@@ -108,6 +108,30 @@ def test_reasons_have_names_but_no_folders(source, message, kept):
     assert sources.without_folders(message, source) == kept
 
 
+def test_histories_are_listed_beside_adapters(plain, tmp_path):
+    pack = ex.Pack.open(plain)
+    for step in (10, 20):
+        pack.append(plain.parent / "in" / "alpha", step=step, name="run")
+    text = (pack.save(tmp_path / "pack") / "README.md").read_text("utf-8")
+    history = pack.histories["run"]
+    sources, error = 2 * history.latest.source_file_bytes, max(record.delta_error for record in history)
+    size = sum({record.file: record.file_bytes for record in history}.values())
+    assert f"| `run` | 2 | `20` | {size:,} | {sources:,} | {error:.4f} |" in text
+    assert "# 2 LoRA adapters of `org/base` over one basis" in text
+    assert 'pack.adapter("alpha")' in text
+
+
+def test_of_a_pack_of_histories(tmp_path):
+    make_adapter(tmp_path / "run" / "checkpoint-10", seed=1)
+    pack = ex.Pack.empty()
+    pack.append(tmp_path / "run" / "checkpoint-10", lossless=True)
+    text = (pack.save(tmp_path / "pack") / "README.md").read_text("utf-8")
+    assert "# Versions of LoRA adapters of `org/base`" in text
+    assert "| lossless |" in text
+    assert "over one basis" not in text
+    assert 'ex.write_adapter(pack.adapter("run@latest"), "loras/run-latest")' in text
+
+
 def test_of_adapters_of_one_name_each_has_its_reason(tmp_path):
     for parent in ("a", "b", "c"):
         make_adapter(tmp_path / parent / "one", seed=1)

@@ -457,7 +457,20 @@ class TestOnDisk:
 
     def test_sizes_of_files(self, saved):
         sizes = sum(path.stat().st_size for path in saved.path.rglob("*") if path.name != ".lock" and path.is_file())
-        assert saved.summary.files.pack == sizes
+        files = saved.summary.files
+        assert files.pack == sizes
+        records = saved.histories["run"].versions
+        assert files.sources == sum(record.source_file_bytes for record in records)
+        assert files.ratio == files.sources / sizes
+        source_heads = 5 * records[0].source_tensor_bytes
+        heads = sum(record.tensor_bytes for record in records)
+        assert files.ratio_without_heads == (files.sources - source_heads) / (sizes - heads)
+
+    def test_no_ratio_of_files_with_a_version_from_memory(self, saved, run):
+        source = ex.read_adapter(run[0])
+        saved.append(ex.from_factors("a", source.modules, heads=source.heads, base_model="org/base"), "60")
+        saved.save()
+        assert (saved.summary.files.sources, saved.summary.files.ratio) == (None, None)
 
 
 class TestDigest:

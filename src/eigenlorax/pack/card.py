@@ -5,7 +5,7 @@ import json
 from ..core import keys
 from ..core.printable import markdown_code
 from ..formats import hub_client
-from . import purposes, summary
+from . import purposes, summary, version_log
 from .manifest import Manifest
 from .summary import Errors, Summary
 
@@ -28,7 +28,10 @@ def render(listed: Manifest, repo_id: str | None = None) -> str:
     )
     how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id)
     form = f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}."
-    lines = [*_front_matter(listed, figures.family), *_figures(figures), *_adapters(listed), *how_to_use, "", form]
+    contents = [*_figures(figures), *_adapters(listed)]
+    if listed.histories and not listed.adapters and not listed.subspace.modules:
+        contents = _title_of_histories(figures)
+    lines = [*_front_matter(listed, figures.family), *contents, *_histories(listed), *how_to_use, "", form]
     return "\n".join(lines) + "\n"
 
 
@@ -42,13 +45,16 @@ def _front_matter(listed: Manifest, family: str | None) -> list[str]:
     return [*lines, "---", ""]
 
 
+def _base(figures: Summary) -> str:
+    if figures.base_model:
+        return markdown_code(figures.base_model)
+    return figures.family or "a base model its adapters do not name"
+
+
 def _figures(figures: Summary) -> list[str]:
     b = figures.bytes
-    base = figures.family or "a base model its adapters do not name"
-    if figures.base_model:
-        base = markdown_code(figures.base_model)
     lines = [
-        f"# {figures.adapters} LoRA adapters of {base} over one basis",
+        f"# {figures.adapters} LoRA adapters of {_base(figures)} over one basis",
         "",
         "This is an [EigenLoRAx](https://arxiv.org/abs/2502.04700) pack: the principal subspace of "
         f"{figures.adapters} LoRA adapters over {figures.modules} modules, and each adapter as coefficients in it.",
@@ -113,15 +119,54 @@ def _adapters(listed: Manifest) -> list[str]:
     return [*lines, ""]
 
 
+def _title_of_histories(figures: Summary) -> list[str]:
+    return [
+        f"# Versions of LoRA adapters of {_base(figures)}",
+        "",
+        "This is an [EigenLoRAx](https://arxiv.org/abs/2502.04700) pack of histories: versions of one adapter, such as "
+        "checkpoints of a training run.",
+        "",
+    ]
+
+
+def _histories(listed: Manifest) -> list[str]:
+    if not listed.histories:
+        return []
+    lines = [
+        "Each version of a history is coded as its difference to an earlier one, within a bound of ‖D − D̂‖ / ‖D‖ to "
+        "its original, or lossless. Bytes include heads.",
+        "",
+        "| history | versions | latest | bytes | bytes of the sources' files | largest delta_error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, history in listed.histories.items():
+        figures = version_log.figures(history)
+        sources = "unknown" if figures.source_file_bytes is None else f"{figures.source_file_bytes:,}"
+        error = "lossless" if figures.lossless == figures.versions else f"{figures.worst_delta_error:.4f}"
+        lines.append(
+            f"| {markdown_code(name)} | {figures.versions} | {markdown_code(figures.latest)} | {figures.bytes:,} | "
+            f"{sources} | {error} |"
+        )
+    return [*lines, ""]
+
+
+def _example(listed: Manifest) -> str:
+    """Return the name of an adapter or version of the pack."""
+    if listed.adapters or not listed.histories:
+        return next(iter(listed.adapters), "NAME")
+    return next(iter(listed.histories)) + keys.VERSION_MARK + keys.LATEST
+
+
 def _use(listed: Manifest, repo_id: str | None) -> list[str]:
-    name = next(iter(listed.adapters), "NAME")
+    name = _example(listed)
+    folder = f"loras/{keys.file_name(name)}"
     opened = f'ex.Pack.from_pretrained("{repo_id}")' if repo_id else 'ex.Pack.open(".")'
     return [
         "## Use",
         "",
         "```bash",
         "pip install eigenlorax",
-        f"eigenlorax export {repo_id or '.'} {name} -o loras/   # an ordinary PEFT LoRA folder: loras/{name}",
+        f"eigenlorax export {repo_id or '.'} {name} -o loras/   # an ordinary PEFT LoRA folder: {folder}",
         "```",
         "",
         "```python",
@@ -129,7 +174,7 @@ def _use(listed: Manifest, repo_id: str | None) -> list[str]:
         "from peft import PeftModel",
         "",
         f"pack = {opened}",
-        f'folder = ex.write_adapter(pack.adapter("{name}"), "loras/{name}")',
+        f'folder = ex.write_adapter(pack.adapter("{name}"), "{folder}")',
         "model = PeftModel.from_pretrained(base_model, folder)",
         "```",
     ]

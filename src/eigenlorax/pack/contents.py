@@ -199,6 +199,7 @@ class PackContents(Mapping[str, Adapter]):
             base_model=self.base_model,
             revision=self.revision,
             basis=self.basis.info if self.basis is not None else None,
+            histories=self.history_store.histories.values(),
             pack_files=self._file_sizes(),
         )
 

@@ -1,12 +1,13 @@
 """Figures of a whole pack: contents, bytes and errors, for tables, JSON and the model card."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ..codec.storage.table import storage_by_name
 from ..core import keys
 from ..formats.image import families
+from .history import History
 from .manifest import FitInfo, SideInfo, SubspaceInfo
 from .outside_tensors import baseline_bytes
 from .packed_adapter import Record
@@ -102,7 +103,7 @@ class FileBytes:
     """Bytes of files, with all their contents. Ratios are None if `sources` is None.
 
     Attributes:
-        sources: Bytes of the adapters' weights files; None if an adapter was made in memory.
+        sources: Bytes of the weights files of adapters and versions; None if one of them was made in memory.
         pack: Bytes of all files of the pack, without reports.
         reports: Bytes of `report.html` and `report.json` in its folder.
         ratio: sources ÷ pack, with the heads on both sides.
@@ -200,6 +201,7 @@ def summarize(
     base_model: str | None,
     revision: str | None,
     basis: SubspaceInfo | None = None,
+    histories: Iterable[History] = (),
     pack_files: tuple[int, int] | None = None,
 ) -> Summary:
     """Return the figures of a pack.
@@ -212,6 +214,7 @@ def summarize(
         base_model: Base model of the adapters; None if unknown.
         revision: Revision of the base model; None if unknown.
         basis: Subspace of the basis for training; None if there is none.
+        histories: Histories, whose versions count in the figures of files.
         pack_files: Bytes of the pack's files and of its reports; None if the pack is not on disk.
     """
     trained = {name: record for name, record in records.items() if not record.untrained}
@@ -236,7 +239,7 @@ def summarize(
         bounds=sum(record.bound for record in records.values()),
         basis=_training_basis(basis) if basis is not None else None,
         bytes=_bytes(records, info, coefficient_dtype, basis.stored_bytes if basis is not None else 0),
-        files=_file_bytes(records, info.reference_bytes, *pack_files) if pack_files is not None else None,
+        files=_file_bytes(records, info.reference_bytes, histories, *pack_files) if pack_files is not None else None,
     )
 
 
@@ -318,11 +321,26 @@ def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype:
     )
 
 
-def _file_bytes(records: Mapping[str, Record], references: int, pack: int, reports: int) -> FileBytes:
-    """Return the figures of files, from the bytes of reference tensors, and of the pack and its reports on disk."""
+def _file_bytes(
+    records: Mapping[str, Record], references: int, histories: Iterable[History], pack: int, reports: int
+) -> FileBytes:
+    """Return the figures of files.
+
+    Args:
+        records: Figures of the adapters, by name.
+        references: Bytes of reference tensors.
+        histories: Histories, whose tensors beside the LoRA count as heads.
+        pack: Bytes of the pack's files.
+        reports: Bytes of its reports.
+    """
+    versions = [record for history in histories for record in history]
     sizes = [record.source_file_bytes for record in records.values()]
+    sizes += [record.source_file_bytes for record in versions]
     heads = references + sum(record.head_bytes for record in records.values())
+    # equal versions share a file
+    heads += sum({record.file: record.tensor_bytes for record in versions}.values())
     source_heads = sum(record.source_head_bytes for record in records.values())
+    source_heads += sum(record.source_tensor_bytes for record in versions)
     # a manifest may state more bytes than the files have
     if not sizes or not all(sizes) or heads >= pack:
         return FileBytes(None, pack, reports, None, None, None)
