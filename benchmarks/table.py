@@ -12,6 +12,7 @@ from typing import Any
 
 import bytes_tables
 import error_tables
+import history_tables
 import measured
 import recorded
 import vllm_tables
@@ -22,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
     RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm", "sdxl")
 )
-BYTES, CORES = RESULTS / "bytes.json", RESULTS / "cores.json"
+BYTES, CORES, HISTORIES = (RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories"))
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -40,6 +41,7 @@ def main() -> int:
     )
     run = json.loads(RUN.read_text(encoding="utf-8")) if RUN.is_file() else {"runs": [], "cases": {}}
     stored = json.loads(BYTES.read_text(encoding="utf-8")) if BYTES.is_file() else {"runs": [], "cells": {}}
+    histories = json.loads(HISTORIES.read_text(encoding="utf-8")) if HISTORIES.is_file() else {"series": {}}
     docs = ROOT / "docs"
     blocks = {
         (docs / "growing.md", "results"): continual_table(continual),
@@ -47,6 +49,7 @@ def main() -> int:
         (docs / "report.md", "results"): report_table(report),
         (ROOT / "benchmarks" / "README.md", "results"): f"{measured.markdown(run)}\n\n{vllm_tables.markdown(vllm)}",
         (ROOT / "benchmarks" / "README.md", "bytes"): bytes_tables.markdown(stored),
+        (ROOT / "benchmarks" / "README.md", "histories"): history_tables.markdown(histories),
         (docs / "benchmarks.md", "results"): measured.page(run),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
