@@ -109,11 +109,11 @@ def test_another_base_model_is_said_once_and_served(settings, said):
 
 
 def test_a_flood_of_names_does_not_fill_the_memory(settings, said, monkeypatch):
-    monkeypatch.setattr(resolver, "_REMEMBERED", 10)
+    monkeypatch.setattr(resolver, "_MAX_LOGGED", 10)
     one = PackResolver(settings)
     resolved(one, *(f"name{i}" for i in range(50)))
     assert len(said) == 50
-    assert len(one._said) == 10
+    assert len(one._logged) == 10
 
 
 def test_it_is_registered_once(registry, settings, monkeypatch):

@@ -12,7 +12,7 @@ from adapters import make_adapter, make_adapters
 from children import load_command, needs_fork
 from eigenlorax.core.atomic_files import digest
 from eigenlorax.errors import AdapterNameError, HubError, PackMissingError
-from eigenlorax.serving.vllm import watched
+from eigenlorax.serving import watched
 from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.settings import Settings
 from fake_hub import FakeHub, running

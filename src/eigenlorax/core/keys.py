@@ -316,6 +316,12 @@ def file_name(name: str) -> str:
     return name.replace(VERSION_MARK, "-")
 
 
+def is_valid_version(text: str) -> bool:
+    """Return whether a text can be the name of a version, such as "run@1000" or "run@latest"."""
+    history, _, label = text.partition(VERSION_MARK)
+    return is_valid_name(history) and _LABEL.fullmatch(label) is not None and not label.endswith(".")
+
+
 def check_known(name: str, adapters: Iterable[str], where: str = "the pack") -> None:
     """Raise `AdapterNameError`, with the closest name, unless `name` is one of the known adapters."""
     names = sorted(adapters)

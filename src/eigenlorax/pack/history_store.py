@@ -106,6 +106,14 @@ class HistoryStore:
         while len(self._decoded) > 1 and sum(version.nbytes for version in self._decoded.values()) > HELD_BYTES:
             self._decoded.popitem(last=False)
 
+    def take_decoded(self, earlier: "HistoryStore") -> None:
+        """Take over decoded versions from a store of the same pack in an earlier state, unless their files changed."""
+        for name, decoded in list(earlier._decoded.items()):
+            if name in self and name in earlier:
+                (history, record), (earlier_history, earlier_record) = self.find(name), earlier.find(name)
+                if history.digest(record) == earlier_history.digest(earlier_record):
+                    self._hold(name, decoded)
+
     def append(self, history: History, record: VersionRecord, data: bytes, decoded: DecodedVersion) -> None:
         """Add a version to a history, which may be new.
 

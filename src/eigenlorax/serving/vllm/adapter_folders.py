@@ -1,4 +1,4 @@
-"""Folders from which vLLM loads the adapters of a pack. Nothing here imports vLLM.
+"""Folders from which vLLM loads the adapters and versions of a pack. Nothing here imports vLLM.
 
 Without a shared basis a folder contains the adapter as `Pack.export` writes it, in the export's own dtype, so that vLLM
 rounds it only once. With a shared basis it contains a LoRA of the cores. The folder's name includes a digest of
@@ -18,11 +18,12 @@ from ...pack import basis_adapters
 from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
 from ...pack.packed_adapter import PackedAdapter
+from ..watched import WatchedPack
 from . import cache, threads
 from .cores import lora_on_cores
-from .servable import BASE_WEIGHTS, expanded_rank, refusal, shared_rank
-from .settings import Settings
-from .watched import WatchedPack
+from .servable import BASE_WEIGHTS, expanded_rank, refusal, shared_rank, version_rank, version_refusal_reason
+from .settings import SHARED_BASIS, Settings
+from .version_names import is_version, vllm_name, without_digest
 
 _FORMAT = 1
 """Version of the files' content. Increase it when the same pack gives other files."""
@@ -30,19 +31,21 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """The folder of an adapter.
+    """The folder of an adapter or version.
 
     Attributes:
+        name: Name in vLLM: that of the adapter, or that of the version with a digest of its content.
         path: The folder.
         digest: Digest of everything that determines its content.
     """
 
+    name: str
     path: Path
     digest: str
 
 
 class AdapterFolders:
-    """The folders of a pack's adapters. A folder is written at its first request, in a separate thread.
+    """The folders of a pack's adapters and versions. A folder is written at its first request, in a separate thread.
 
     Args:
         settings: The pack and the cache.
@@ -57,7 +60,6 @@ class AdapterFolders:
         self.shared = settings.shared_basis
         self._max_lora_rank = max_lora_rank
         self._watched = WatchedPack(settings.pack)
-        self.base_model = self._watched.current().base_model
         pack = self._watched.current()
         # the subspace that loaded models hold, even if the pack changes
         self.served: SubspaceInfo = (pack.training_pack if self.shared else pack).info
@@ -70,6 +72,11 @@ class AdapterFolders:
         self._executor = threads.single_threaded_executor("eigenlorax")
 
     @property
+    def base_model(self) -> str | None:
+        """Base model of the pack, which a pack without adapters learns from its first version."""
+        return self.pack.base_model
+
+    @property
     def pack(self) -> Pack:
         """The pack in its current state."""
         return self._watched.current()
@@ -78,10 +85,10 @@ class AdapterFolders:
         """Return a future of the folder. The folder is kept until the process ends.
 
         Args:
-            name: Name of the adapter.
+            name: Name of the adapter, or of a version: "run@1000", "run@latest", or its name in vLLM.
 
         Raises:
-            AdapterNameError: The pack has no adapter of that name. This error and the others are raised by the future.
+            AdapterNameError: The pack has no adapter or version of that name. The future raises this and other errors.
             ServingError: vLLM cannot serve the adapter.
             CacheFullError: The cache is full.
             PackError, HubError: The pack cannot be read.
@@ -90,7 +97,7 @@ class AdapterFolders:
 
     def _checked_folder(self, name: str) -> AdapterFolder:
         # names come from clients
-        if not keys.is_valid_name(name):
+        if not (keys.is_valid_version(without_digest(name)) if is_version(name) else keys.is_valid_name(name)):
             raise AdapterNameError(f"{name[:100]!r} is not a valid name of an adapter.")
         try:
             return self._folder(name)
@@ -100,41 +107,87 @@ class AdapterFolders:
 
     def _folder(self, name: str) -> AdapterFolder:
         pack = self._watched.current()
+        if is_version(name):
+            return self._version_folder(pack, name)
         keys.check_known(name, pack.names, f"the pack {self._watched.source}")
-        digest = self._digest(pack, name)
-        if digest in self._refused:
-            raise self._refused[digest]
         min_bytes = 0 if self.shared else pack.records[name].lora_numbers * 4
-        if self._cache is None:
-            # created on demand: the other processes of a server get no requests for adapters
-            self._cache = cache.Cache(self._root, self._limit)
-        path = self._cache.folder(f"{name}-{digest[:32]}", min_bytes, lambda: self._files(name, digest))
-        return AdapterFolder(path, digest)
+        return self._written(name, self._digest(pack, name), min_bytes, name)
+
+    def _version_folder(self, pack: Pack, name: str) -> AdapterFolder:
+        in_vllm = vllm_name(pack, without_digest(name))
+        version = without_digest(in_vllm)
+        if name not in (in_vllm, without_digest(name)):
+            raise AdapterNameError(
+                f"the pack {self._watched.source} has another version {version!r} than {name[:200]!r}."
+            )
+        _, record = pack.history_store.find(version)
+        return self._written(version, self._digest(pack, version), record.source_lora_bytes, in_vllm)
 
     def _digest(self, pack: Pack, name: str) -> str:
         mode = f"cores of {self.served.fingerprint}" if self.shared else "expanded"
         mode += f" within {self._within}" if self._within is not None else ""
         return atomic_files.digest(f"{_FORMAT}, {name}, {pack.digest(name)}, {mode}".encode())
 
+    def _written(self, name: str, digest: str, min_bytes: int, in_vllm: str) -> AdapterFolder:
+        """Return the folder of an adapter or version, and write it at the first request.
+
+        Args:
+            name: Name of the adapter or version.
+            digest: Digest of everything that determines the folder's content.
+            min_bytes: Lower bound of its size.
+            in_vllm: Name in vLLM.
+        """
+        if digest in self._refused:
+            raise self._refused[digest]
+        if self._cache is None:
+            # created on demand: the other processes of a server get no requests for adapters
+            self._cache = cache.Cache(self._root, self._limit)
+        path = self._cache.folder(f"{keys.file_name(name)}-{digest[:32]}", min_bytes, lambda: self._files(name, digest))
+        return AdapterFolder(in_vllm, path, digest)
+
     def _files(self, name: str, digest: str) -> atomic_files.Files:
         pack = self._watched.with_adapter(name)
         if self._digest(pack, name) != digest:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
+        try:
+            lora = self._version(pack, name) if is_version(name) else self._adapter(pack, name)
+        except ServingError as error:
+            self._refused[digest] = error
+            raise
+        return peft.to_files(_without_base_weights(lora))
+
+    def _adapter(self, pack: Pack, name: str) -> Adapter:
+        """Return an adapter as the LoRA that vLLM loads; raise `ServingError` if vLLM cannot serve it."""
         packed = self._packed(pack, name)
         message = (
             refusal(packed, shared=self.shared)
             or self._changed(packed, pack.info)
             or self._inexact(packed)
-            or self._too_large(packed)
+            or self._too_large(f"adapter {name!r}", (shared_rank if self.shared else expanded_rank)(packed))
         )
         if message is not None:
-            self._refused[digest] = ServingError(message)
-            raise self._refused[digest]
+            raise ServingError(message)
         if self.shared:
-            lora = lora_on_cores(packed, self.served)
-        else:
-            lora = _with_subspace_names(pack.adapter(name), packed.subspace_names)
-        return peft.to_files(_without_base_weights(lora))
+            return lora_on_cores(packed, self.served)
+        return _with_subspace_names(pack.adapter(name), packed.subspace_names)
+
+    def _version(self, pack: Pack, name: str) -> Adapter:
+        """Return a version of a history; raise `ServingError` if vLLM cannot serve it."""
+        if self.shared:
+            raise ServingError(
+                f"version {name!r} cannot be served: it is an ordinary LoRA, and the model contains the bases of the "
+                f"pack ({SHARED_BASIS}=1). Serve it without a shared basis."
+            )
+        version = pack.adapter(name)
+        reason = version_refusal_reason(version)
+        message = (
+            f"version {name!r} cannot be served: {reason}."
+            if reason is not None
+            else self._too_large(f"version {name!r}", version_rank(version))
+        )
+        if message is not None:
+            raise ServingError(message)
+        return version
 
     def _is_projected(self, pack: Pack) -> bool:
         """Return whether adapters are projected on the pack's basis, which loaded models hold."""
@@ -149,13 +202,11 @@ class AdapterFolders:
         reason = basis_adapters.refusal_reason(packed, self._within) if self._within is not None else None
         return reason and f"adapter {packed.name!r} cannot be served: {reason}."
 
-    def _too_large(self, packed: PackedAdapter) -> str | None:
+    def _too_large(self, adapter: str, rank: int) -> str | None:
         """Return a message if the rank of an adapter is larger than a slot, as far as the slot's rank is known."""
-        rank = (shared_rank if self.shared else expanded_rank)(packed)
         if self._max_lora_rank is None or rank <= self._max_lora_rank:
             return None
-        limit = f"max_lora_rank is {self._max_lora_rank}"
-        return f"adapter {packed.name!r} cannot be served: its rank is {rank}, and {limit}."
+        return f"{adapter} cannot be served: its rank is {rank}, and max_lora_rank is {self._max_lora_rank}."
 
     def _changed(self, packed: PackedAdapter, info: SubspaceInfo) -> str | None:
         """Return a message if an adapter does not fit the subspace that the pack had when the server started."""

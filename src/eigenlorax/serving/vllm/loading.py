@@ -92,7 +92,7 @@ def add_subspace(model: nn.Module, vllm_config: VllmConfig, source: str) -> None
         source: Folder of the pack, or a repository on the Hub.
 
     Raises:
-        OptionError: LoRA is not enabled, or `--lora-target-modules` is set.
+        OptionError: LoRA is not enabled, `--lora-target-modules` is set, or the pack has no bases.
         ModuleNameError: The model lacks a module of the pack.
         ShapeError: A module has another shape in the model.
     """
@@ -100,6 +100,11 @@ def add_subspace(model: nn.Module, vllm_config: VllmConfig, source: str) -> None
     if lora_config is None:
         raise OptionError(f"{settings.SHARED_BASIS}=1 serves adapters: start the server with --enable-lora.")
     pack = Pack.from_pretrained(source, adapters=[]).training_pack
+    if not pack.info.modules:
+        raise OptionError(
+            f"{settings.SHARED_BASIS}=1 needs a pack with bases, and {source} has none. Serve it without a shared "
+            "basis."
+        )
     core = core_name(pack.info.fingerprint)
     if lora_config.target_modules and lora_config.target_modules != [core]:
         raise OptionError(

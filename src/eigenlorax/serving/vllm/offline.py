@@ -1,4 +1,4 @@
-"""The adapters of a pack for `LLM.generate`, by name."""
+"""The adapters and versions of a pack for `LLM.generate`, by name."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -20,6 +20,9 @@ _ids: dict[str, int] = {}
 
 class Adapters(Mapping[str, LoRARequest]):
     """Adapters of a pack for vLLM's offline engine: `llm.generate(…, lora_request=adapters["name"])`.
+
+    Versions of the pack's histories have names such as `adapters["run@1000"]`. `adapters["run@latest"]` is the version
+    that was appended last, at each access.
 
     An adapter is written to a cache when it is first requested, and stays there until the process ends. If it changes
     in the pack, it gets another id, so that vLLM loads it again. EIGENLORAX_CACHE and EIGENLORAX_CACHE_BYTES set the
@@ -46,13 +49,13 @@ class Adapters(Mapping[str, LoRARequest]):
         """Return the request for an adapter.
 
         Raises:
-            AdapterNameError: The pack has no adapter of that name.
+            AdapterNameError: The pack has no adapter or version of that name.
             ServingError: vLLM cannot serve the adapter.
             CacheFullError: The cache is full.
         """
         folder = self._folders.request(name).result()
         adapter_id = _ids.setdefault(folder.digest, len(_ids) + 1)
-        return LoRARequest(lora_name=name, lora_int_id=adapter_id, lora_path=str(folder.path))
+        return LoRARequest(lora_name=folder.name, lora_int_id=adapter_id, lora_path=str(folder.path))
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return the request for an adapter, or `default` if the pack has no adapter of that name."""

@@ -14,8 +14,9 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
 from ...errors import AdapterNameError, EigenloraxError
-from .adapter_folders import AdapterFolders
+from .adapter_folders import AdapterFolder, AdapterFolders
 from .settings import Settings
+from .version_names import is_version
 
 NAME = "eigenlorax"
 _MAX_LOGGED = 1000
@@ -39,7 +40,7 @@ def register(settings: Settings) -> None:
 
 
 class PackResolver(LoRAResolver):
-    """Resolver of adapters of a pack by name."""
+    """Resolver of adapters and versions of a pack by name."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -53,21 +54,31 @@ class PackResolver(LoRAResolver):
         return self._folders
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """Return vLLM's request for an adapter by name; log a message and return None if it cannot be served."""
+        """Return vLLM's request for an adapter or version by name; None if it cannot be served."""
+        if is_version(lora_name):
+            # imported here, because only servers ask for adapters
+            from . import current_versions
+
+            current_versions.register()
+        folder = await self.find(base_model_name, lora_name)
+        # the server replaces the id by its own
+        return LoRARequest(folder.name, lora_int_id=1, lora_path=str(folder.path)) if folder is not None else None
+
+    async def find(self, base_model_name: str, name: str) -> AdapterFolder | None:
+        """Return the folder of an adapter or version by name; log a message and return None if it cannot be served."""
         try:
             folders = self.open()
-            folder = await asyncio.wrap_future(folders.request(lora_name))
+            folder = await asyncio.wrap_future(folders.request(name))
             self._compare_base_models(folders.base_model, base_model_name)
         except AdapterNameError as error:
-            self._log_once(logging.INFO, lora_name, str(error))
+            self._log_once(logging.INFO, name, str(error))
         except EigenloraxError as error:
-            self._log_once(logging.WARNING, lora_name, str(error))
+            self._log_once(logging.WARNING, name, str(error))
         # an error in one request must not end the server
         except Exception as error:  # noqa: BLE001
-            self._log_once(logging.ERROR, lora_name, f"{type(error).__name__}: {error}")
+            self._log_once(logging.ERROR, name, f"{type(error).__name__}: {error}")
         else:
-            # the server replaces the id by its own
-            return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder.path))
+            return folder
         return None
 
     def _compare_base_models(self, expected: str | None, served: str) -> None:

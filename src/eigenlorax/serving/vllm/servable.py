@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ...core import keys
+from ...core.adapter import Adapter
 from ...pack.packed_adapter import PackedAdapter
 from .plan import RANKS
 
@@ -55,14 +56,33 @@ def refusal_reason(packed: PackedAdapter, *, shared: bool) -> str | None:
         reason = _residual_reason([module for module, c in packed.coefficients.items() if c.has_residual])
     if reason is None and not packed.coefficients and (shared or not packed.carried):
         reason = "it has no LoRA module"
-    if reason is None and (rank := shared_rank(packed) if shared else expanded_rank(packed)) > RANKS[-1]:
-        reason = f"its rank is {rank}, and vLLM's largest rank is {RANKS[-1]}"
+    if reason is None:
+        reason = _rank_reason(shared_rank(packed) if shared else expanded_rank(packed))
     if reason is None and packed.carried and any(module != name for module, name in packed.subspace_names.items()):
         reason = (
             "its modules lack the first part of the model's names, and it has tensors outside the subspace, whose "
             "full names are unknown"
         )
     return reason
+
+
+def version_refusal_reason(version: Adapter) -> str | None:
+    """Return why vLLM cannot serve a version of a history, which is an ordinary LoRA; None if it can."""
+    config = version.config
+    reason = (
+        _config_reason(config)
+        or _head_reason(version.heads, config)
+        or _carried_reason(version.carried)
+        or _kernel_reason({module: spec.kernel for module, spec in version.specs.items() if spec.kernel})
+    )
+    if reason is None and not version.specs and not version.carried:
+        reason = "it has no LoRA module"
+    return reason or _rank_reason(version_rank(version))
+
+
+def version_rank(version: Adapter) -> int:
+    """Return the rank of a version as vLLM computes it."""
+    return _largest_rank(version.config, version.ranks)
 
 
 def shared_rank(packed: PackedAdapter) -> int:
@@ -72,11 +92,18 @@ def shared_rank(packed: PackedAdapter) -> int:
 
 def expanded_rank(packed: PackedAdapter) -> int:
     """Return the rank of an expanded adapter as vLLM computes it."""
-    config = json.loads(packed.source_config)
-    # vLLM also reads ranks of the config that no module has
+    return _largest_rank(json.loads(packed.source_config), [c.rank for c in packed.coefficients.values()])
+
+
+def _largest_rank(config: Mapping[str, Any], ranks: Iterable[int]) -> int:
+    """Return the largest of the ranks of modules and of a config, since vLLM also reads those that no module has."""
     config_ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
-    ranks = [rank for rank in config_ranks if type(rank) is int] + [c.rank for c in packed.coefficients.values()]
-    return max(ranks, default=0)
+    return max([*ranks, *(rank for rank in config_ranks if type(rank) is int)], default=0)
+
+
+def _rank_reason(rank: int) -> str | None:
+    """Return why vLLM cannot serve a rank; None if it can."""
+    return f"its rank is {rank}, and vLLM's largest rank is {RANKS[-1]}" if rank > RANKS[-1] else None
 
 
 def _config_reason(config: Mapping[str, Any]) -> str | None:

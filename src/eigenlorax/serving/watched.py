@@ -1,15 +1,15 @@
-"""The pack of a server, opened again when it has changed. Nothing here imports vLLM."""
+"""The pack of a server, opened again when it has changed."""
 
 import os
 import threading
 import time
 from pathlib import Path
 
-from ...core import keys
-from ...errors import HubError
-from ...formats import hub_client
-from ...pack import hub as remote
-from ...pack.pack import Pack
+from ..core import keys
+from ..errors import HubError
+from ..formats import hub_client
+from ..pack import hub as remote
+from ..pack.pack import Pack
 
 HUB_SECONDS = 30.0
 """Minimum time between two requests to the Hub."""
@@ -45,10 +45,17 @@ class WatchedPack:
             return self._current()
 
     def with_adapter(self, name: str) -> Pack:
-        """Return the current pack with one adapter downloaded; raise `AdapterNameError` if it has no such adapter."""
+        """Return the current pack with one adapter downloaded, or the history of a version such as "run@1000".
+
+        Raises:
+            AdapterNameError: The pack has no such adapter or version.
+        """
         with self._lock:
             pack = self._current()
-            keys.check_known(name, pack.names, f"the pack {self.source}")
+            if keys.split_version(name) is not None:
+                name = pack.history_store.find(name)[0].name
+            else:
+                keys.check_known(name, pack.names, f"the pack {self.source}")
             if self._repository is not None:
                 assert pack.path is not None
                 # from the commit of the manifest, which may not be the latest
@@ -71,7 +78,11 @@ class WatchedPack:
         # read before the pack, so that a change in between is detected at the next call
         stamp = _stamp(folder)
         if self._opened is None or self._opened[:2] != (folder, stamp):
-            self._opened = folder, stamp, Pack.open(folder)
+            pack = Pack.open(folder)
+            if self._opened is not None:
+                # a new version is decoded from the one before it, and not from the beginning of its chain
+                pack.history_store.take_decoded(self._opened[2].history_store)
+            self._opened = folder, stamp, pack
         return self._opened[2]
 
 
