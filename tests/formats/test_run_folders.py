@@ -10,7 +10,14 @@ import pytest
 
 from adapters import make_adapter
 from eigenlorax.errors import AdapterNameError, FormatError, OptionError
-from eigenlorax.formats.run_folders import SETTLED_SECONDS, TRAINER_STATE, read_run, trainer_state
+from eigenlorax.formats.run_folders import (
+    COPIED_SECONDS,
+    SETTLED_SECONDS,
+    TRAINER_STATE,
+    TRAINING_ARGUMENTS,
+    read_run,
+    trainer_state,
+)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LOG = [
@@ -202,3 +209,14 @@ def test_a_state_that_resumes_a_training_has_the_settings_of_the_run(tmp_path):
     assert (state["global_step"], state["epoch"]) == (10, 1.0)
     assert state["log_history"] == [{"step": each.step, **each.metrics} for each in checkpoints]
     assert trainer_state(10, [(10, checkpoints[1].metrics)]) is None
+
+
+def test_adapters_without_a_trainer_are_not_waited_for(tmp_path):
+    make_run(tmp_path, state=False)
+    past = time.time() - 2 * COPIED_SECONDS
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        os.utime(path, (past, past))
+    assert steps(read_run(tmp_path)) == [5, 10, 20]
+    # the first checkpoint of a Trainer, before its state is written
+    (tmp_path / "checkpoint-20" / TRAINING_ARGUMENTS).touch()
+    assert steps(read_run(tmp_path)) == []

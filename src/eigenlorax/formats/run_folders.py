@@ -21,6 +21,10 @@ from . import ranges
 TRAINER_STATE = "trainer_state.json"
 SETTLED_SECONDS = 60
 """Age of the newest file of a checkpoint without `trainer_state.json` from which the file is not waited for."""
+COPIED_SECONDS = 2
+"""The same for a checkpoint of a run in which nothing is from a Trainer, as after a download of the adapters alone."""
+TRAINING_ARGUMENTS = "training_args.bin"
+"""File that the Trainer writes beside the adapter."""
 REFERENCE_ADAPTERS = ("ref", "reference")
 """Names that TRL's trainers and documentation give to the frozen copy of an adapter in training."""
 
@@ -103,13 +107,16 @@ def read_run(path: str | Path, adapter: str | None = None, *, known_steps: Colle
     path = Path(path)
     folders = {step: folder for step, folder in _checkpoint_folders(path).items() if step not in known_steps}
     states = {step: _read_state(folder) for step, folder in folders.items()}
+    is_trainers = any(state is not None for state in states.values()) or any(
+        (folder / TRAINING_ARGUMENTS).exists() for folder in folders.values()
+    )
     checkpoints, unfinished = [], {}
     for step, folder in folders.items():
         # each log repeats the earlier ones, so that a later state replaces a missing one
         later = (state for number, state in states.items() if number >= step and state is not None)
         state = next(later, _State((), {}))
         try:
-            _check_state(folder, states[step])
+            _check_state(folder, states[step], SETTLED_SECONDS if is_trainers else COPIED_SECONDS)
             complete = _complete_adapter(folder, adapter, is_saved=states[step] is not None)
             checkpoints.append(Checkpoint(step, complete, metrics_at(step, state.log), settings(state.fields)))
         except _UnfinishedError as cause:
@@ -250,8 +257,14 @@ def _complete_adapter(folder: Path, adapter: str | None, *, is_saved: bool) -> P
     return chosen
 
 
-def _check_state(folder: Path, state: _State | None) -> None:
-    """Raise `_UnfinishedError` if a checkpoint has no whole `trainer_state.json` and may still get one."""
+def _check_state(folder: Path, state: _State | None, settled_seconds: float) -> None:
+    """Raise `_UnfinishedError` if a checkpoint has no whole `trainer_state.json` and may still get one.
+
+    Args:
+        folder: Folder of the checkpoint.
+        state: Its state; None if it has none.
+        settled_seconds: Age from which the file is not waited for.
+    """
     if state is not None:
         return
     if (folder / TRAINER_STATE).exists():
@@ -260,7 +273,7 @@ def _check_state(folder: Path, state: _State | None) -> None:
         age = time.time() - max(file.stat().st_mtime for file in (folder, *folder.rglob("*")))
     except FileNotFoundError as error:
         raise _UnfinishedError("it has been removed") from error
-    if age < SETTLED_SECONDS:
+    if age < settled_seconds:
         raise _UnfinishedError(f"it has no {TRAINER_STATE} yet, and changed {max(age, 0):.0f} s ago")
 
 
