@@ -11,7 +11,6 @@ from ..errors import FormatError, NonFiniteError, ShapeError, SkippedAdapterWarn
 from ..formats import checks, sources
 from ..formats.checks import Scan
 from ..formats.sources import Sources
-from ..pack.pack import Pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +31,26 @@ class MatchedAdapters:
 
 
 def match_adapters(
-    pack: Pack, adapter_sources: Sources, progress: Progress, options: Mapping[str, Any], stacklevel: int
+    hashes: Mapping[str, str],
+    adapter_sources: Sources,
+    progress: Progress,
+    options: Mapping[str, Any],
+    stacklevel: int,
 ) -> MatchedAdapters:
-    """Find the originals of the pack's adapters among some sources.
+    """Find the originals of a pack's adapters among some sources.
 
     Sources that are not in the pack, or cannot be read, are left out with a warning: a fit may have skipped them.
 
     Args:
-        pack: The pack.
+        hashes: Hash of the source's content of each adapter or version, by name.
         adapter_sources: Adapters in any form that `fit` takes.
         progress: Callback with the arguments (stage, done, total).
         options: Options of `read_adapter`.
         stacklevel: Stack level of the warnings.
     """
     names_by_hash: dict[str, list[str]] = {}
-    for name, record in pack.records.items():
-        names_by_hash.setdefault(record.source_sha256, []).append(name)
+    for name, content_hash in hashes.items():
+        names_by_hash.setdefault(content_hash, []).append(name)
     adapters: dict[str, Adapter] = {}
     scans, unknown, unread = {}, [], {}
     originals = sources.find_adapters(adapter_sources, **options)

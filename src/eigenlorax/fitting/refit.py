@@ -149,7 +149,7 @@ def refit(
         raise OptionError("The pack has no adapter to fit a subspace to. Add some with `eigenlorax add`.")
     originals: Mapping[str, Adapter] = {}
     if adapters is not None:
-        originals = match_adapters(pack, adapters, report, options, 3).adapters
+        originals = match_adapters(pack.source_hashes, adapters, report, options, 3).adapters
     elif options:
         raise OptionError(
             f"{', '.join(sorted(options))}: options of reading apply to originals, and no adapters were passed. "

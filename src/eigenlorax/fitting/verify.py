@@ -12,9 +12,9 @@ from ..core.adapter import Adapter, LoRAFactors
 from ..core.progress import Progress
 from ..errors import FormatError
 from ..formats.sources import Sources
+from ..pack.history import VersionRecord
 from ..pack.outside_tensors import carried_tensors, error_bound
 from ..pack.pack import Pack
-from ..pack.packed_adapter import PackedAdapter
 from .match_sources import match_adapters
 
 RELATIVE_TOLERANCE = 1e-4
@@ -22,10 +22,12 @@ RELATIVE_TOLERANCE = 1e-4
 ABSOLUTE_TOLERANCE = 2e-7
 """Maximum absolute difference that is attributed to rounding to float32."""
 
+_Tensors = tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]
+
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Verified error of one adapter.
+    """Verified error of one adapter or version.
 
     Attributes:
         delta_error: Error measured now, against the original.
@@ -59,8 +61,8 @@ class Verification:
     """Result of `verify`.
 
     Attributes:
-        adapters: Verified errors, by adapter.
-        unknown: Names of adapters whose originals were not passed.
+        adapters: Verified errors, by name of an adapter or version ("run@1000").
+        unknown: Names of adapters and versions whose originals were not passed.
     """
 
     adapters: Mapping[str, Verified]
@@ -73,7 +75,7 @@ class Verification:
 
 
 def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, **options: Any) -> Verification:
-    """Measure the errors of a pack's adapters again, from its bytes on disk and the originals.
+    """Measure the errors of a pack's adapters and versions again, from its bytes on disk and the originals.
 
     The reconstructed update is subtracted from the original one. No code of the fit is used.
 
@@ -98,25 +100,48 @@ def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, *
     """
     report = progress or (lambda stage, done, total: None)
     pack.verify()
-    originals = match_adapters(pack, adapters, report, options, 3).adapters
+    versions = {history.full_name(record): record for history in pack.histories.values() for record in history.versions}
+    hashes = {**pack.source_hashes, **{name: record.source_sha256 for name, record in versions.items()}}
+    originals = match_adapters(hashes, adapters, report, options, 3).adapters
     if not originals:
         raise FormatError(
             "none of the adapters that were passed is in the pack, compared by content. Pass the files that the pack "
             "was fitted from."
         )
     verified = {}
-    for done, (name, original) in enumerate(sorted(originals.items())):
-        report("measuring adapters", done, len(originals))
-        record = pack.records[name]
-        # after a refit without originals, the bound holds against the reconstruction that was refitted
-        is_bound = (record.in_fit or pack.is_coded) and not record.bound
-        packed = pack.packed(name)
-        error = _measure(original, pack.adapter(name, torch.float64), list(packed.subspace_names))
-        head_error, heads_hold = _measure_outside(original, packed, None if record.bound else pack.fit_info.head_error)
-        bound = pack.fit_info.max_error if is_bound else None
-        verified[name] = Verified(error, record.delta_error, bound, head_error, record.head_error, heads_hold)
-    report("measuring adapters", len(originals), len(originals))
-    return Verification(verified, sorted(set(pack.names) - set(originals)))
+    # versions in their order, so that each is decoded once
+    known = [name for name in hashes if name in originals]
+    for done, name in enumerate(known):
+        report("measuring adapters", done, len(known))
+        if name in versions:
+            verified[name] = _verify_version(originals[name], pack.adapter(name), versions[name])
+        else:
+            verified[name] = _verify_adapter(originals[name], pack, name)
+    report("measuring adapters", len(known), len(known))
+    return Verification(verified, [name for name in hashes if name not in originals])
+
+
+def _verify_adapter(original: Adapter, pack: Pack, name: str) -> Verified:
+    record = pack.records[name]
+    # after a refit without originals, the bound holds against the reconstruction that was refitted
+    is_bound = (record.in_fit or pack.is_coded) and not record.bound
+    packed = pack.packed(name)
+    error = _measure(original, pack.adapter(name, torch.float64), list(packed.subspace_names))
+    head_error, heads_hold = _measure_outside(
+        (original.heads, packed.heads),
+        (carried_tensors(original, packed.subspace_names), packed.carried),
+        None if record.bound else pack.fit_info.head_error,
+    )
+    bound = pack.fit_info.max_error if is_bound else None
+    return Verified(error, record.delta_error, bound, head_error, record.head_error, heads_hold)
+
+
+def _verify_version(original: Adapter, version: Adapter, record: VersionRecord) -> Verified:
+    error = _measure(original, version, list(original.specs))
+    head_error, heads_hold = _measure_outside(
+        (original.heads, version.heads), (original.carried, version.carried), record.head_error
+    )
+    return Verified(error, record.delta_error, record.max_error, head_error, record.tensor_error, heads_hold)
 
 
 def _measure(original: Adapter, reconstructed: Adapter, modules: list[str]) -> float:
@@ -128,16 +153,18 @@ def _measure(original: Adapter, reconstructed: Adapter, modules: list[str]) -> f
     return (squared_error / total) ** 0.5 if total else 0.0
 
 
-def _measure_outside(original: Adapter, packed: PackedAdapter, head_error: float | None) -> tuple[float, bool]:
+def _measure_outside(heads: _Tensors, carried: _Tensors, head_error: float | None) -> tuple[float, bool]:
     """Return the largest relative error of a head or carried tensor, and whether each is within its bound, if any.
 
     A tensor that is missing, or of another dtype or shape, has an infinite error.
+
+    Args:
+        heads: Heads of the original and of the pack.
+        carried: Carried tensors, likewise.
+        head_error: Error bound of heads; None for none.
     """
     largest, holds = 0.0, True
-    for expected, stored, is_head in (
-        (original.heads, packed.heads, True),
-        (carried_tensors(original, packed.subspace_names), packed.carried, False),
-    ):
+    for (expected, stored), is_head in ((heads, True), (carried, False)):
         for key in expected.keys() | stored.keys():
             error = _tensor_error(expected[key], stored[key]) if key in expected and key in stored else math.inf
             largest = max(largest, error)

@@ -183,6 +183,11 @@ class PackContents(Mapping[str, Adapter]):
         return {name: self._adapters[name].record for name in self.names}
 
     @property
+    def source_hashes(self) -> dict[str, str]:
+        """Hash of the content of each adapter's source, by name."""
+        return {name: record.source_sha256 for name, record in self.records.items()}
+
+    @property
     def references(self) -> dict[str, str]:
         """For each adapter that is stored as a reference to another one, the name of that."""
         parents = {name: self._adapters[name].parent for name in self.names}

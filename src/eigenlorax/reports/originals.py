@@ -50,7 +50,7 @@ def find(pack: Pack, sources: Sources, progress: Progress, **options: Any) -> Or
     Raises:
         OptionError: The original of an adapter of the fit is missing.
     """
-    matches = match_adapters(pack, sources, progress, options, 4)
+    matches = match_adapters(pack.source_hashes, sources, progress, options, 4)
     adapters = {name: adapter for name, adapter in matches.adapters.items() if not pack.records[name].untrained}
     scans = dict(matches.scans)
     missing = []
