@@ -22,12 +22,7 @@ def delta_weights(pack, name):
     Of a convolution, `in` is channels · height · width.
     """
     pack = Path(pack)
-    manifest = json.loads((pack / "subspace_config.json").read_bytes())
-    digest = manifest.pop("digest")
-    canonical = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    assert manifest["format"] == "eigenlorax-pack"
-    assert manifest["format_version"] in range(1, 9)
-    assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
+    manifest = read_manifest(pack)
     subspace, entry = manifest["subspace"], entry_of(manifest, name)
     growth = subspace["growth"] if "growth" in subspace else subspace["augmentations"]
     tensors = load(checked(pack / subspace["file"], subspace["sha256"]))
@@ -84,6 +79,28 @@ def delta_weights(pack, name):
             @ (c_down.astype(float) @ down[:k_down] + rest_down)
         )
     return found
+
+
+def read_manifest(pack):
+    """The manifest of a pack, without its digest."""
+    manifest = json.loads((pack / "subspace_config.json").read_bytes())
+    digest = manifest.pop("digest")
+    canonical = json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    assert manifest["format"] == "eigenlorax-pack"
+    assert manifest["format_version"] in range(1, 9)
+    assert digest == sha256(canonical.encode()).hexdigest(), "the manifest was changed"
+    return manifest
+
+
+def version_files(pack, history, label):
+    """The files that a version is decoded from, a key version first (read_version.py). label: of the version."""
+    pack = Path(pack)
+    listed = read_manifest(pack)["histories"][history]
+    entries = {entry["version"]: {**listed["shared_fields"], **entry} for entry in listed["versions"]}
+    chain = [entries[label]]
+    while chain[-1].get("reference") is not None:
+        chain.append(entries[chain[-1]["reference"]])
+    return [checked(pack / "versions" / f"{entry['sha256'][:16]}.bin", entry["sha256"]) for entry in reversed(chain)]
 
 
 def training_basis(pack):

@@ -1,6 +1,8 @@
 """Settings of every test run, and the fixtures that several packages use. CONTRIBUTING.md says how to run the tests."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -58,6 +60,18 @@ def without_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def read_version(monkeypatch):
+    """Return docs/read_version.py as a module."""
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    spec = importlib.util.spec_from_file_location("read_version", docs / "read_version.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules.pop("read_pack", None)
+    return module
 
 
 @pytest.fixture

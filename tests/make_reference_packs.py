@@ -8,7 +8,7 @@ pack that exists is therefore never written again. This script shows how each of
 Numbers are drawn from seeds, so that one machine with one set of library versions writes the same bytes each time.
 Packs of formats 1 to 4 are written by the last commit that wrote the format, and packs with cores by f706745; both are
 taken from the history of this repository. The frozen coded packs are of format 5, which 8b6be7a was the last to write,
-but those with copies (6), and those with heads or a basis (7).
+but those with copies (6), those with heads or a basis (7), and those with histories (8).
 """
 
 import json
@@ -36,6 +36,7 @@ from eigenlorax.core import iterative
 from eigenlorax.core.adapter import LoRAFactors
 from planted import factors_in, normal, orthonormal, random_factors, tree
 from rests import with_rests
+from runs import make_run
 
 PACKS = Path(__file__).parent / "data" / "packs"
 EXPECTED = PACKS / "expected.json"
@@ -336,6 +337,31 @@ def fit_cores(folder: Path, kind: str, dtype: str) -> ex.Pack:
 AUGMENTED_THEN = "pack = ex.fit('sources', n_components=3).augment(2, seed=3)\npack.add('late')"
 EXTENDED_THEN = "pack = ex.fit('sources', n_components=3).augment(1, seed=3)\npack.add('late', extend=2)"
 
+
+def append_versions(folder: Path) -> ex.Pack:
+    """Histories beside adapters: within error bounds and pruned, and without loss in float16."""
+    pack = ex.fit(sources(folder), max_error=0.3)
+    for checkpoint in make_run(folder / "run", range(10, 60, 10), modules=MODULES):
+        pack.append(checkpoint, metrics={"loss": 1 / int(checkpoint.name.removeprefix("checkpoint-"))})
+    pack.prune("run", keep_every=20)
+    for number, checkpoint in enumerate(make_run(folder / "exact", range(4), dtype=torch.float16, modules=MODULES)):
+        pack.append(checkpoint, max_error=0.2 if number == 1 else None, lossless=number != 1)
+    return pack
+
+
+def append_files(folder: Path) -> ex.Pack:
+    """A pack of histories only: of files with convolutions, and of ranks that change."""
+    pack = ex.Pack.empty("org/base")
+    for path in (folder / "one", folder / "other"):
+        path.mkdir()
+        file = write_image_files(path, "kohya")[path.name == "other"]
+        pack.append(file, name="style", lossless=path.name == "other")
+    for seed, rank in enumerate((5, 3, 3), start=1):
+        adapter = make_adapter(folder / "ranks" / f"checkpoint-{seed}", seed=1, rank=rank, modules=MODULES)
+        pack.append(adapter, max_error=0.1)
+    return pack
+
+
 KINDS: dict[str, Making] = {
     "float64": partial(fit_floats, dtype="float64"),
     "float32": partial(fit_floats, dtype="float32"),
@@ -389,6 +415,8 @@ KINDS: dict[str, Making] = {
     "untrained": fit_untrained,
     "empty": remove_all,
     "bounds": refit_without_originals,
+    "histories": append_versions,
+    "histories-only": append_files,
     "format-1": lambda folder: written_at(FORMATS[1], folder, "pack = ex.fit('heads', n_components=4)"),
     "format-1-augmented": lambda folder: written_at(FORMATS[1], folder, AUGMENTED_THEN),
     "format-2": lambda folder: written_at(
@@ -407,6 +435,7 @@ EXPORTS: dict[str, list[dict[str, str]]] = {
     "float32": [{}, {"dtype": "float16"}],
     "float64": [{}, {"dtype": "float16"}, {"dtype": "float32"}],
     "grown-in-both-ways": [{}, {"dtype": "float16"}],
+    "histories": [{}, {"dtype": "float16"}],
     "image-diffusers": [{}, {"format": "kohya", "dtype": "float16"}],
     "image-kohya": [{}, {"dtype": "float16"}, {"format": "peft"}, {"format": "diffusers"}],
     "int8": [{}, {"dtype": "float16"}],
@@ -424,8 +453,9 @@ def digest_arithmetic() -> str:
 
 
 def export(pack: ex.Pack, folder: Path, options: Mapping[str, str]) -> dict[str, bytes]:
-    """Export all adapters of a pack, and return the bytes of every file by its path in the folder."""
-    pack.export(folder, **options)
+    """Export all adapters and versions of a pack, and return the bytes of every file by its path in the folder."""
+    versions = [history.full_name(record) for history in pack.histories.values() for record in history]
+    pack.export(folder, [*pack.names, *versions], **options)
     return tree(folder)
 
 

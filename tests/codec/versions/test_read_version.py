@@ -1,8 +1,5 @@
 """The reader of docs/read_version.py, written from the page, reads what the library reads."""
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -13,20 +10,6 @@ from test_lossy import encode_all, moved, run, start
 from eigenlorax.codec.versions import increments
 from eigenlorax.codec.versions.version import Version
 from eigenlorax.core.adapter import LoRAFactors
-
-DOCS = Path(__file__).parents[3] / "docs"
-
-
-@pytest.fixture
-def read_version(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(DOCS))
-    spec = importlib.util.spec_from_file_location("read_version", DOCS / "read_version.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.modules.pop("read_pack", None)
-    return module
 
 
 def assert_reads(read_version: ModuleType, versions: list[Version]) -> None:
