@@ -74,7 +74,9 @@ class TestTrack:
         change_tensors(folder / "run/checkpoint-30", lambda tensors: [tensor.mul_(2) for tensor in tensors.values()])
         before = contents(folder / "history")
         done = cli("track", folder / "run", "-o", folder / "history", "--lossless")
-        assert_refused(done, 3, "version run@30 of another adapter: step 30 was trained twice", "--overwrite")
+        assert_refused(
+            done, 3, "Step 30 was trained twice: the history has run@30 and 1 more of another training", "--overwrite"
+        )
         assert "overwrite=" not in done.err
         assert contents(folder / "history") == before
         tracked = json_of(cli("track", folder / "run", "-o", folder / "history", "--lossless", "--overwrite", "--json"))
@@ -84,6 +86,15 @@ class TestTrack:
         expected = load_file(folder / "run/checkpoint-30" / WEIGHTS)["base_model.model.classifier.weight"]
         assert (stored == expected).all()
         assert pack.histories["run"].labels == [str(step) for step in STEPS]
+
+    def test_pruned_versions_are_not_appended_again(self, cli, folder):
+        succeeded(cli("prune", folder / "history", "run", "--keep-last", 1))
+        done = succeeded(cli("track", folder / "run", "-o", folder / "history", "--lossless"))
+        assert "before its latest version, so that they were left out: steps 10, 20, 30." in done.err
+        write_states(make_run(folder / "run", (*STEPS, 50)), max_steps=50)
+        tracked = json_of(cli("track", folder / "run", "-o", folder / "history", "--lossless", "--json"))
+        assert tracked["earlier_steps"] == [10, 20, 30]
+        assert ex.Pack.open(folder / "history").histories["run"].labels == ["40", "50"]
 
     def test_watching_ends_with_the_last_step(self, cli, folder, monkeypatch):
         run, complete = folder / "run", folder / "complete"
@@ -136,6 +147,9 @@ class TestTrack:
         done = cli("track", folder / "run", "-o", folder / "new", *options)
         assert_refused(done, code, message)
         assert not (folder / "new").exists()
+
+    def test_options_are_checked_if_no_checkpoint_is_new(self, cli, folder):
+        assert_refused(cli("track", folder / "run", "-o", folder / "history", "--max-error", 2), 3, "--max-error")
 
     def test_wrong_folders(self, cli, folder):
         assert_refused(cli("track", folder / "rum", "-o", folder / "new"), 3, "rum does not exist. Pass the output_dir")
@@ -203,7 +217,7 @@ class TestLog:
         assert "eval_loss" not in out
 
     def test_wrong_names(self, cli, folder):
-        assert_refused(cli("log", folder / "history", "rum"), 3, "no adapter named 'rum'", "Did you mean 'run'?")
+        assert_refused(cli("log", folder / "history", "rum"), 3, "no history named 'rum'", "Did you mean 'run'?")
         assert_refused(cli("log", folder / "run"), 4, "is not a pack")
         ex.Pack.empty("org/base").save(folder / "empty")
         assert_refused(cli("log", folder / "empty"), 3, "has no histories. Append versions with `eigenlorax track")
@@ -238,10 +252,10 @@ class TestDiff:
         ("names", "message"),
         [
             (("run@11", "run@20"), "no version '11' in the history 'run'"),
-            (("rum@10", "run@20"), "no adapter named 'rum'"),
+            (("rum@10", "run@20"), "no history named 'rum'"),
             (("run", "run@20"), "'run' is a history. Choose one of its versions, such as 'run@latest'"),
             (("run@", "run@20"), "no version ''"),
-            (("@10", "run@20"), "no adapter named ''"),
+            (("@10", "run@20"), "no history named ''"),
             (("run@10", "run@20@30"), "no version '20@30'"),
         ],
     )
@@ -284,7 +298,7 @@ class TestPrune:
         assert_refused(cli("prune", folder / "history", "run"), 3, "--keep-last, --keep-every or both")
         assert_refused(cli("prune", folder / "history", "run", "--keep-last", 0), 3, "--keep-last 0")
         assert_refused(cli("prune", folder / "history", "run", "--keep-every", -5), 3, "--keep-every -5")
-        assert_refused(cli("prune", folder / "history", "run@10", "--keep-last", 1), 3, "no adapter named 'run@10'")
+        assert_refused(cli("prune", folder / "history", "run@10", "--keep-last", 1), 3, "no history named 'run@10'")
         assert_refused(cli("prune", folder / "history", "rum", "--keep-last", 1), 3, "Did you mean 'run'?")
         assert_refused(cli("prune", folder / "run", "run", "--keep-last", 1), 4, "is not a pack")
         assert_usage_error(cli("prune", folder / "history"), "NAME")

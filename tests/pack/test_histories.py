@@ -285,7 +285,7 @@ class TestLabelsAndNames:
     def test_unknown_versions_are_named(self, saved):
         with pytest.raises(AdapterNameError, match="no version '5' in the history 'run'.*It has 5: 10, 20, 30, 40, 50"):
             saved["run@5"]
-        with pytest.raises(AdapterNameError, match="no adapter named 'rum' in the histories.*Did you mean 'run'"):
+        with pytest.raises(AdapterNameError, match="no history named 'rum' in the pack.*Did you mean 'run'"):
             saved["rum@5"]
         with pytest.raises(
             AdapterNameError, match="'run' is a history. Choose one of its versions, such as 'run@latest"

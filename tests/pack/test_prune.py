@@ -183,7 +183,7 @@ class TestPrune:
         pack.append(run[0], lossless=True)
         with pytest.raises(OptionError, match=message):
             pack.prune("run", **options)
-        with pytest.raises(AdapterNameError, match="no adapter named 'rum' in the histories of the pack"):
+        with pytest.raises(AdapterNameError, match="no history named 'rum' in the pack"):
             pack.prune("rum", keep_last=1)
 
 

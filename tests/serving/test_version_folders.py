@@ -161,7 +161,7 @@ def test_texts_that_are_no_names_are_refused(folders, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("other@10", "no adapter named 'other' in the histories of the pack"),
+        ("other@10", "no history named 'other' in the pack"),
         ("run@11", "no version '11' in the history 'run'"),
         ("run@LATEST", "no version 'LATEST'"),
         ("run@10:", "another version 'run@10' than 'run@10:'"),

@@ -128,7 +128,9 @@ def test_a_resumed_training_skips_equal_versions_and_adds_others(trained, tmp_pa
 def test_a_step_that_is_trained_twice_with_another_outcome(trained, tmp_path):
     shutil.copytree(trained / "history", tmp_path / "history")
     options = {"learning_rate": 0.02}
-    with pytest.raises(AdapterNameError, match=r"run@2 of another adapter: step 2 was trained twice.* overwrite=True"):
+    with pytest.raises(
+        AdapterNameError, match=r"Step 2 was trained twice: the history has run@2 and 2 more.* overwrite=True"
+    ):
         train(tmp_path / "run", [ex.VersionCallback(tmp_path / "history", lossless=True)], **options)
     callback = ex.VersionCallback(tmp_path / "history", lossless=True, overwrite=True)
     run = train(tmp_path / "run", [callback], **options)
@@ -136,6 +138,18 @@ def test_a_step_that_is_trained_twice_with_another_outcome(trained, tmp_path):
     assert pack.histories["run"].labels == ["2", "4", "6"]
     run.model.save_pretrained(tmp_path / "last")
     assert compare(pack["run@latest"], ex.read_adapter(tmp_path / "last")).total.change == 0
+
+
+def test_a_training_that_goes_on_from_a_step_before_the_latest_version(trained, tmp_path):
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    with ex.Pack.edit(tmp_path / "history") as pack:
+        pack.prune("run", keep_last=1)
+    options = {"resume": str(tmp_path / "run/checkpoint-2"), "save_steps": 1}
+    with pytest.raises(AdapterNameError, match=r"Step 3 was trained twice: the history has run@6 of another training"):
+        train(tmp_path / "other", [ex.VersionCallback(tmp_path / "history", "run", every=1, lossless=True)], **options)
+    callback = ex.VersionCallback(tmp_path / "history", "run", every=1, lossless=True, overwrite=True)
+    train(tmp_path / "other", [callback], **options)
+    assert ex.Pack.open(tmp_path / "history").histories["run"].labels == ["3", "4", "5", "6"]
 
 
 def test_adalora_and_saved_modules(tmp_path):

@@ -109,12 +109,14 @@ def track(
             console.print_json(_document(output, tracked))
         else:
             _print_versions(output, tracked)
+        _print_earlier(tracked)
         _print_unfinished(tracked)
         return
     with console.explain_interrupt(lambda: f"All versions above are in {output}."):
         for tracked in tracking.watch(run, output, interval=interval, **options):
             if tracked.appended:
                 _print_versions(output, tracked)
+            _print_earlier(tracked)
 
 
 def _document(output: Path, tracked: "Tracked") -> dict[str, Any]:
@@ -123,6 +125,7 @@ def _document(output: Path, tracked: "Tracked") -> dict[str, Any]:
         "name": tracked.name,
         "appended": [version_rows.record_json(record) for record in tracked.appended],
         "known_steps": sorted(tracked.known_steps),
+        "earlier_steps": list(tracked.earlier_steps),
         "unfinished": {str(folder): reason for folder, reason in tracked.unfinished.items()},
         "is_finished": tracked.is_finished,
     }
@@ -143,6 +146,12 @@ def _print_versions(output: Path, tracked: "Tracked") -> None:
     console.print_table(
         title, list(columns), list(zip(*columns.values(), strict=True)), numbers=list(range(len(columns)))
     )
+
+
+def _print_earlier(tracked: "Tracked") -> None:
+    if steps := tracked.earlier_steps:
+        shown = ", ".join(map(str, steps[:6])) + ", …" * (len(steps) > 6)
+        console.note(f"not in the history, and before its latest version, so that they were left out: steps {shown}.")
 
 
 def _print_unfinished(tracked: "Tracked") -> None:

@@ -322,13 +322,13 @@ def is_valid_version(text: str) -> bool:
     return is_valid_name(history) and _LABEL.fullmatch(label) is not None and not label.endswith(".")
 
 
-def check_known(name: str, adapters: Iterable[str], where: str = "the pack") -> None:
+def check_known(name: str, adapters: Iterable[str], where: str = "the pack", *, kind: str = "adapter") -> None:
     """Raise `AdapterNameError`, with the closest name, unless `name` is one of the known adapters."""
     names = sorted(adapters)
     if name not in names:
         listing = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
         raise AdapterNameError(
-            f"no adapter named {name!r} in {where}.{suggestion(name, names)} It has: {listing or 'none'}."
+            f"no {kind} named {name!r} in {where}.{suggestion(name, names)} It has: {listing or 'none'}."
         )
 
 

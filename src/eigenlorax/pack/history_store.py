@@ -53,7 +53,7 @@ class HistoryStore:
 
     def history(self, name: str) -> History:
         """Return a history by name; `AdapterNameError` if there is none."""
-        keys.check_known(name, self.histories, "the histories of the pack")
+        keys.check_known(name, self.histories, kind="history")
         return self.histories[name]
 
     def find(self, name: str) -> tuple[History, VersionRecord]:

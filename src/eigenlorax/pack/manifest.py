@@ -262,8 +262,10 @@ class Manifest:
         its own.
         """
         owners = {name: (keys.split_version(name) or (name, ""))[0] for name in names}
+        kinds = {"adapter": self.adapters, "history": self.histories}
+        kind = " or ".join(kind for kind, known in kinds.items() if known) or "adapter"
         for name in owners.values():
-            keys.check_known(name, [*self.adapters, *self.histories])
+            keys.check_known(name, [*self.adapters, *self.histories], kind=kind)
         names = set(owners.values())
         selected, parents = {}, {}
         for name, entry in self.adapters.items():

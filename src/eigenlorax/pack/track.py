@@ -14,8 +14,8 @@ from ..core.progress import Progress
 from ..errors import AdapterNameError, OptionError
 from ..formats import checks, run_folders
 from ..formats.sources import AdapterSource
-from .append import DEFAULT_NAME
-from .history import VersionRecord
+from . import append
+from .history import History, VersionRecord
 from .pack import Pack
 
 
@@ -26,7 +26,9 @@ class Tracked:
     Attributes:
         name: Name of the history.
         appended: Records of the new versions, in order.
-        known_steps: Steps of all checkpoints that are in the history now.
+        known_steps: Steps of all complete checkpoints, which a later call can leave out.
+        earlier_steps: Steps before the latest version that are not in the history, because their versions were pruned
+            or removed. They are not appended again.
         unfinished: Reason why a checkpoint was left out, by its folder. It is taken by a later call.
         is_finished: True if the last step of the run has been saved and is in the history.
     """
@@ -34,6 +36,7 @@ class Tracked:
     name: str
     appended: tuple[VersionRecord, ...]
     known_steps: frozenset[int]
+    earlier_steps: tuple[int, ...]
     unfinished: Mapping[Path, str]
     is_finished: bool
 
@@ -56,8 +59,8 @@ def track(
     """Append the checkpoints of a run to a history, in the order of their steps, with their metrics.
 
     A checkpoint whose files are still being written is left out, and taken by the next call. One that is in the history
-    already is compared with it, and skipped. The pack is saved after each version, so that an interrupted call loses
-    none.
+    already is compared with it, and skipped. So is one before the latest version that is not in the history, because
+    it was pruned or removed. The pack is saved after each version, so that an interrupted call loses none.
 
     Args:
         run: `output_dir` of the Trainer of transformers or TRL, with folders `checkpoint-STEP`.
@@ -89,29 +92,42 @@ def track(
         >>> eigenlorax.Pack.open("history/")["run@latest"].ranks
         (3,)
     """
+    append.error_bounds(max_error, head_error, lossless=lossless)
     found = run_folders.read_run(Path(run), adapter, known_steps=known_steps)
     history_name = keys.check_name(name) if name is not None else run_name(Path(run))
-    options: dict[str, Any] = {
-        "max_error": max_error,
-        "head_error": head_error,
-        "lossless": lossless,
-        "same_base": same_base,
-    }
-    appended = []
+    options: dict[str, Any] = {"max_error": max_error, "head_error": head_error, "lossless": lossless}
+    options |= {"same_base": same_base, "allow_pickle": allow_pickle}
+    appended, earlier = [], []
     with opened_for_appending(Path(history)) as pack:
         for done, checkpoint in enumerate(found.checkpoints):
             if progress is not None:
                 progress("appending checkpoints", done, len(found.checkpoints))
+            if _is_earlier(checkpoint.step, pack.histories.get(history_name)):
+                earlier.append(checkpoint.step)
+                continue
             # a lossless version can resume the training, which needs the settings of the run
-            metrics = {**checkpoint.metrics, **(checkpoint.settings if lossless else {})}
+            options["metrics"] = {**checkpoint.metrics, **(checkpoint.settings if lossless else {})}
             source = AdapterSource(history_name, checkpoint.folder)
-            options |= {"metrics": metrics, "allow_pickle": allow_pickle}
             record = append_new(pack, source, checkpoint.step, options, overwrite=overwrite)
             if record is not None:
                 appended.append(record)
                 pack.save(None if pack.path is not None else history)
     seen = {checkpoint.step for checkpoint in found.checkpoints}
-    return Tracked(history_name, tuple(appended), frozenset({*known_steps, *seen}), found.unfinished, found.is_finished)
+    return Tracked(
+        name=history_name,
+        appended=tuple(appended),
+        known_steps=frozenset({*known_steps, *seen}),
+        earlier_steps=tuple(earlier),
+        unfinished=found.unfinished,
+        is_finished=found.is_finished,
+    )
+
+
+def _is_earlier(step: int, history: History | None) -> bool:
+    """Return whether a step is not in a history that has later ones, because its version was pruned or removed."""
+    if history is None or str(step) in history.labels:
+        return False
+    return any(record.step is not None and record.step > step for record in history)
 
 
 @contextmanager
@@ -134,14 +150,13 @@ def append_new(
         source: The adapter, with the name of the history.
         step: Training step, whose number is the label of the version.
         options: Options of `Pack.append`.
-        overwrite: Remove another version with this label, and all versions after it, which belong to the training that
-            has been repeated.
+        overwrite: Remove the versions of this step and of later ones first, which an earlier training has made.
 
     Returns:
         The record; None if the history had the version.
 
     Raises:
-        AdapterNameError: The history has another version with this label, and `overwrite` is not set.
+        AdapterNameError: The history has another version of this step, or later ones, and `overwrite` is not set.
     """
     assert source.name is not None
     history, label = pack.histories.get(source.name), str(step)
@@ -149,21 +164,26 @@ def append_new(
         adapter = checks.read_source(source, {"allow_pickle": options.get("allow_pickle", False)})
         if history[label].source_sha256 == checks.scan(adapter).content_hash:
             return None
-        if not overwrite:
-            raise AdapterNameError(
-                f"The history has a version {history.full_name(history[label])} of another adapter: step {step} was "
-                "trained twice. Pass another name (--name) to keep both, or overwrite=True (--overwrite) to replace "
-                "this version and all later ones."
-            )
-        repeated = history.versions[history.labels.index(label) :]
-        pack.remove(*(history.full_name(record) for record in repeated))
+    repeated = [
+        f"{source.name}{keys.VERSION_MARK}{record.version}"
+        for record in history or ()
+        if record.version == label or (record.step is not None and record.step >= step)
+    ]
+    if repeated and not overwrite:
+        others = f" and {len(repeated) - 1} more" if len(repeated) > 1 else ""
+        raise AdapterNameError(
+            f"Step {step} was trained twice: the history has {repeated[0]}{others} of another training. Pass another "
+            "name (--name) to keep both, or overwrite=True (--overwrite) to replace what the other one has from this "
+            "step on."
+        )
+    pack.remove(*repeated)
     return pack.append(source.source, label, name=source.name, step=step, **options)
 
 
 def run_name(run: Path) -> str:
     """Return the default name of a run's history: that of its folder, or "adapter" if that is no valid name."""
     folder = run.absolute().name if run.name not in ("", ".", "..") else run.resolve().name
-    return folder if keys.is_valid_name(folder) else DEFAULT_NAME
+    return folder if keys.is_valid_name(folder) else append.DEFAULT_NAME
 
 
 def watch(
@@ -184,7 +204,7 @@ def watch(
         EigenloraxError: Errors of `track`.
     """
     if not to_float("interval", interval) > 0:
-        raise OptionError(f"interval={interval}: a number of seconds above 0 was expected.")
+        raise OptionError(f"interval={interval:g}: a number of seconds above 0 was expected.")
     known_steps: Collection[int] = ()
     while True:
         if run_folders.has_checkpoints(Path(run)):
