@@ -9,6 +9,7 @@ import torch
 import reference
 from eigenlorax.codec.versions import lossy
 from eigenlorax.codec.versions.version import Version
+from eigenlorax.core import limits
 from eigenlorax.core.adapter import LoRAFactors
 from eigenlorax.errors import FormatError
 
@@ -185,6 +186,7 @@ def test_modules_and_tensors_may_come_and_go():
     assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[2].decoded)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in matmul")
 @pytest.mark.parametrize("change", ["zero up", "zero scaling", "huge", "tiny", "no tensors", "no modules"])
 def test_special_versions(change):
     version = start(dtype=torch.float64)
@@ -208,6 +210,33 @@ def test_special_versions(change):
             dense, decoded = reference.dense(factors), reference.dense(each.decoded.modules[name])
             np.testing.assert_allclose(decoded, dense, atol=0.2 * np.abs(dense).max(), rtol=0)
     assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[1].decoded)
+
+
+def test_a_training_can_start_from_an_untrained_version():
+    version = start()
+    modules = {
+        name: LoRAFactors(factors.down, torch.zeros_like(factors.up), factors.scaling)
+        for name, factors in version.modules.items()
+    }
+    first = lossy.encode(replace(version, modules=modules), None)
+    for name, factors in modules.items():
+        decoded = first.decoded.modules[name]
+        assert not decoded.up.any()
+        assert relative_error(factors.down, decoded.down) < 0.06
+    # and predicts the versions after it
+    second = lossy.encode(version, first.decoded)
+    assert second.lora_bytes < 0.8 * lossy.encode(version, None).lora_bytes
+
+
+def test_versions_that_take_too_few_bytes_to_be_read_are_stored_exactly(monkeypatch):
+    zeros = {"big": LoRAFactors(torch.zeros(2, 400), torch.zeros(300, 2), 1.0)}
+    version = Version(zeros, {}, 0.05, {})
+    assert not lossy.encode(version, None).decoded.exact
+    monkeypatch.setattr(limits, "MEMORY_ALLOWANCE", 0)
+    monkeypatch.setattr(limits, "MAX_EXPANSION", 10)
+    encoded = lossy.encode(version, None)
+    assert len(encoded.decoded.exact) == 2
+    assert torch.equal(encoded.decoded.modules["big"].down, zeros["big"].down)
 
 
 def test_encoding_again_keeps_every_number_with_other_references():

@@ -47,16 +47,16 @@ class Block:
     def levels(self, level: int) -> Int16[np.ndarray, " rows"]:
         """Return the level of each row, for steps of 2^(level / 8) at weight 1."""
         octaves = np.log2(np.maximum(self.weights, 1e-150))
-        wanted: np.ndarray = np.clip(np.rint(level - LEVELS_PER_OCTAVE * octaves), -MAX_LEVEL, MAX_LEVEL)
-        wanted = wanted.astype(np.int16)
+        levels: np.ndarray = np.clip(np.rint(level - LEVELS_PER_OCTAVE * octaves), -MAX_LEVEL, MAX_LEVEL)
+        levels = levels.astype(np.int16)
         # rows without weight are not coded at all
-        wanted[self.weights == 0] = 0
+        levels[self.weights == 0] = 0
         if self.reference is None:
-            return wanted
+            return levels
         earlier = self.reference.levels
-        is_near = (np.abs(wanted.astype(np.int64) - earlier) < HYSTERESIS) & self.reference.integers.any(1)
-        levels: np.ndarray = np.where(is_near | (self.weights == 0), earlier, wanted).astype(np.int16)
-        return levels
+        is_near = (np.abs(levels.astype(np.int64) - earlier) < HYSTERESIS) & self.reference.integers.any(1)
+        nearby: np.ndarray = np.where(is_near | (self.weights == 0), earlier, levels).astype(np.int16)
+        return nearby
 
     def quantise(self, level: int, multiplier: float) -> "QuantisedBlock":
         """Quantise all rows.

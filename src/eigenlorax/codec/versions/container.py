@@ -83,7 +83,7 @@ class Labels:
 
     @property
     def row_shapes(self) -> list[RowShape]:
-        """What divides the blocks into streams."""
+        """Widths and classes of all blocks, which divide them into streams."""
         return [RowShape(width, labels.classes) for (_, width), labels in zip(self.shapes, self.blocks, strict=True)]
 
     @property
@@ -122,12 +122,12 @@ def find_references(
     tensor_numbers = {key: number for number, key in enumerate(earlier.tensors)}
     references: list[tuple[int, np.ndarray | None] | None] = []
     for module, layout in modules.items():
-        known = earlier.modules.get(module)
+        source = earlier.modules.get(module)
         order = np.array(header.orders[module], np.int64) if module in header.orders else None
-        if known is None or known.widths != layout.widths or (order is None and known.rank != layout.rank):
+        if source is None or source.widths != layout.widths or (order is None and source.rank != layout.rank):
             references += [None, None]
             continue
-        if order is not None and (len(order) != layout.rank or order.max() >= known.rank or order.min() < -1):
+        if order is not None and (len(order) != layout.rank or order.max() >= source.rank or order.min() < -1):
             raise FormatError(f"the rows of module {module} refer to rows that the reference does not have.")
         references += [(2 * module_numbers[module] + side, order) for side in range(2)]
     for key, tensor in tensors.items():

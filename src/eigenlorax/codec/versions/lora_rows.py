@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int64
 
 from ...core.adapter import LoRAFactors, delta_square
+from ...errors import OptionError
 from . import gauge
 from .blocks import Block
 from .decoded import LossyVersion, ModuleLayout, ModuleRows
@@ -64,6 +65,8 @@ def quantise_modules(
         OptionError: The bound cannot be met.
     """
     square = sum(delta_square(factors) for factors in modules.values())
+    if not square:
+        return _quantise_untrained(modules, max_error)
     limit = max_error**2 * square
     prepared = {module: _prepare(factors, None, 0.0) for module, factors in modules.items()}
     earlier_level = None
@@ -74,26 +77,55 @@ def quantise_modules(
         }
         if _estimated_bits(predicted, limit, reference.level) < _estimated_bits(prepared, limit, None):
             prepared, earlier_level = predicted, reference.level
-    if limit:
-        blocks = [block for module in prepared.values() for block in module.blocks]
-        quantised, quantisation, error_square = search(
-            blocks, limit, earlier_level, lambda quantisation: _attempt(prepared, quantisation)
-        )
-    else:
-        # no number of an update of zero matters
-        quantisation = Quantisation(0, 0.0)
-        quantised, error_square = _attempt(prepared, quantisation)
+    blocks = [block for module in prepared.values() for block in module.blocks]
+    quantised, quantisation, error_square = search(
+        blocks, limit, earlier_level, lambda quantisation: _attempt(prepared, quantisation)
+    )
     return QuantisedModules(
         level=quantisation.level,
         modules=quantised,
         orders={name: module.order for name, module in prepared.items() if module.order is not None},
-        error=math.sqrt(error_square / square) if square else 0.0,
+        error=math.sqrt(error_square / square),
     )
 
 
+def _quantise_untrained(modules: Mapping[str, LoRAFactors], max_error: float) -> QuantisedModules:
+    """Quantise the factors of an update of zero, as before the first step of a training, in their own gauge.
+
+    The bound holds for the factors themselves, so that a training can start from them.
+
+    Raises:
+        OptionError: The factors of a module are not zero, and their product is.
+    """
+    prepared = {}
+    for name, factors in modules.items():
+        layout = ModuleLayout.of(factors)
+        up, down = factors.up.to(torch.float64).numpy().T, factors.down.to(torch.float64).numpy()
+        if up.any() and down.any() and factors.scaling:
+            raise OptionError(f"the factors of module {name} cancel out, which integers would not")
+        sides = Block(up, np.ones(layout.rank), None), Block(down, np.ones(layout.rank), None)
+        prepared[name] = _Module(factors, layout, sides, None)
+    blocks = [block for module in prepared.values() for block in module.blocks]
+    limit = max_error**2 * sum(float(np.square(block.values).sum()) for block in blocks)
+
+    def attempt(quantisation: Quantisation) -> tuple[dict[str, ModuleRows], float]:
+        quantised, square = {}, 0.0
+        for name, module in prepared.items():
+            up, down = (block.quantise(quantisation.level, quantisation.multiplier) for block in module.blocks)
+            square += up.square + down.square
+            quantised[name] = ModuleRows(module.layout, up.rows, down.rows)
+        return quantised, square
+
+    if limit:
+        quantised, quantisation, _ = search(blocks, limit, None, attempt)
+    else:
+        quantisation = Quantisation(0, 0.0)
+        quantised, _ = attempt(quantisation)
+    # zeros are exact, so that the update is
+    return QuantisedModules(quantisation.level, quantised, {}, 0.0)
+
+
 def _estimated_bits(prepared: Mapping[str, _Module], limit: float, earlier_level: int | None) -> float:
-    if not limit:
-        return 0.0
     sample = SampledRows([block for module in prepared.values() for block in module.blocks])
     return sample.bits(sample.choose(limit, earlier_level))
 

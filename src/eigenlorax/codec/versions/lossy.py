@@ -1,6 +1,7 @@
 """Encode and decode versions within an error bound. Each is predicted from at most one earlier version."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +15,13 @@ from ...core.limits import PARSE_FAILURES
 from ...errors import FormatError, OptionError, reason
 from ..quantised_tensor import MAX_NORM, MIN_NORM
 from . import container, gauge, increments, lossless
-from .container import BlockLabels, Header, Labels, ParsedVersion
+from .container import BlockLabels, Header, Labels, Orders, ParsedVersion
 from .decoded import LossyVersion, ModuleLayout
 from .increments import Increments
 from .lattice import LatticeRows
-from .lora_rows import quantise_modules
+from .lora_rows import QuantisedModules, quantise_modules
 from .rate_rounding import classes_and_bits
-from .tensor_rows import quantise_tensors
+from .tensor_rows import QuantisedTensors, quantise_tensors
 from .version import DecodedVersion, EncodedVersion, Version
 
 
@@ -37,29 +38,44 @@ def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion
     """
     reference = reference if isinstance(reference, LossyVersion) else None
     modules = dict(sorted(version.modules.items()))
-    exact_modules: dict[str, ModuleLayout] = {}
-    exact: dict[str, Tensor] = {}
-    quantised = None
+    quantised = QuantisedModules(0, {}, {}, 0.0)
+    exact_modules = modules
     if _is_in_range(modules):
-        try:
-            quantised = quantise_modules(modules, version.max_error, reference)
-        except OptionError:
-            quantised = None
-    if quantised is None:
-        exact_modules = {module: ModuleLayout.of(factors) for module, factors in modules.items()}
-        for module, factors in modules.items():
-            exact |= {keys.lora_key(module, "down"): factors.down, keys.lora_key(module, "up"): factors.up}
-    others = quantise_tensors(version.tensors, version.tensor_bounds, reference)
-    decoded = LossyVersion(
-        level=quantised.level if quantised is not None else 0,
-        module_rows=quantised.modules if quantised is not None else {},
-        tensor_rows=others.tensors,
-        exact_modules=exact_modules,
-        exact=dict(sorted((exact | dict(others.exact)).items())),
+        with suppress(OptionError):
+            quantised, exact_modules = quantise_modules(modules, version.max_error, reference), {}
+    tensors = quantise_tensors(version.tensors, version.tensor_bounds, reference)
+    decoded = _join(quantised, exact_modules, tensors)
+    encoded = _to_bytes(decoded, reference, quantised.orders)
+    if not _can_be_read(encoded, reference):
+        quantised = QuantisedModules(0, {}, {}, 0.0)
+        tensors = QuantisedTensors({}, version.tensors, 0.0)
+        encoded = _to_bytes(_join(quantised, modules, tensors), reference, {})
+    return replace(encoded, delta_error=quantised.error, tensor_error=tensors.error)
+
+
+def _join(
+    quantised: QuantisedModules, exact_modules: Mapping[str, LoRAFactors], tensors: QuantisedTensors
+) -> LossyVersion:
+    """Return a version of quantised and exact parts."""
+    exact = dict(tensors.exact)
+    for module, factors in exact_modules.items():
+        exact |= {keys.lora_key(module, "down"): factors.down, keys.lora_key(module, "up"): factors.up}
+    return LossyVersion(
+        level=quantised.level,
+        module_rows=quantised.modules,
+        tensor_rows=tensors.tensors,
+        exact_modules={module: ModuleLayout.of(factors) for module, factors in exact_modules.items()},
+        exact=dict(sorted(exact.items())),
     )
-    orders = quantised.orders if quantised is not None else {}
-    encoded = _to_bytes(decoded, reference, orders)
-    return replace(encoded, delta_error=quantised.error if quantised is not None else 0.0, tensor_error=others.error)
+
+
+def _can_be_read(encoded: EncodedVersion, reference: LossyVersion | None) -> bool:
+    """Return whether the limits of memory let a version be read: hundreds of megabytes of zeros take few bytes."""
+    try:
+        container.parse(encoded.data, labels_of(reference) if reference is not None else None)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_in_range(modules: Mapping[str, LoRAFactors]) -> bool:
@@ -119,9 +135,9 @@ def _to_bytes(
     )
     sources = container.find_references(header, earlier, modules, tensors)
     blocks, changes = [], []
-    for rows, source in zip(decoded.all_rows, sources, strict=True):
+    for rows, predicting in zip(decoded.all_rows, _predicting_rows(reference, sources), strict=True):
         change = rows.integers
-        if (predicting := _source_rows(reference, source)) is not None:
+        if predicting is not None:
             change = (change - predicting.predict(rows.levels)).astype(np.int32)
         classes, _ = classes_and_bits(change)
         blocks.append(LatticeRows(rows.integers, rows.levels, classes))
@@ -158,15 +174,15 @@ def labels_of(version: LossyVersion) -> Labels:
     )
 
 
-def _source_rows(
-    reference: LossyVersion | None, source: tuple[int, Int64[np.ndarray, " count"] | None] | None
-) -> LatticeRows | None:
-    """Return the rows of a reference that predict a block; None for none."""
-    if reference is None or source is None:
-        return None
-    number, order = source
-    rows = reference.all_rows[number]
-    return rows if order is None else rows.reordered(order)
+def _predicting_rows(reference: LossyVersion | None, sources: Orders) -> Iterator[LatticeRows | None]:
+    """Yield the rows of a reference that predict each block; None for none."""
+    rows = reference.all_rows if reference is not None else []
+    for source in sources:
+        if source is None:
+            yield None
+        else:
+            number, order = source
+            yield rows[number] if order is None else rows[number].reordered(order)
 
 
 def decode_chain(chain: Sequence[bytes], start: DecodedVersion | None = None) -> LossyVersion:
@@ -213,10 +229,10 @@ def _apply(
 ) -> LossyVersion:
     """Return a version from its decoded increments and its reference."""
     blocks = []
-    for labels, shape, source, parts in zip(
-        parsed.labels.blocks, parsed.labels.shapes, parsed.references, changes, strict=True
+    predicting_rows = _predicting_rows(reference, parsed.references)
+    for labels, shape, predicting, parts in zip(
+        parsed.labels.blocks, parsed.labels.shapes, predicting_rows, changes, strict=True
     ):
-        predicting = _source_rows(reference, source)
         integers = predicting.predict(labels.levels) if predicting is not None else np.zeros(shape, np.int64)
         for part in parts:
             integers[part.rows] += part.integers

@@ -31,7 +31,7 @@ _BISECTIONS = 6
 
 @dataclass(frozen=True, slots=True)
 class Quantisation:
-    """How the rows of a version are quantised.
+    """Step size and rounding of the rows of a version.
 
     Attributes:
         level: Level of rows of weight 1: a step size of 2^(level / 8).
