@@ -316,6 +316,11 @@ def file_name(name: str) -> str:
     return name.replace(VERSION_MARK, "-")
 
 
+def is_version(name: object) -> bool:
+    """Return whether a name is that of a version, and not of an adapter. It need not be valid."""
+    return split_version(name) is not None
+
+
 def is_valid_version(text: str) -> bool:
     """Return whether a text can be the name of a version, such as "run@1000" or "run@latest"."""
     history, _, label = text.partition(VERSION_MARK)

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ...core import convolution, int8_rows, keys
+from ...core import int8_rows, keys
+from ...core.adapter import Adapter
 from ...core.coefficients import pad_coefficients
 from ...core.layer_update import without_autograd
-from ...core.options import name_list
+from ...core.options import name_list, to_int
 from ...core.subspace import Subspace
-from ...errors import WARN_ABOVE, AdapterNameError, OptionError, ShapeError
+from ...errors import WARN_ABOVE, AdapterNameError, OptionError
 from ...formats import checks
 from ...formats.sources import Source
 from ...pack.pack import Pack
@@ -25,9 +26,10 @@ from ...pack.packed_adapter import PackedAdapter, Record
 from . import requests
 from .bank_adapter import BankAdapter, BankStorage, check_none_carried, check_not_carried
 from .heads import Heads, make_heads, tensor_names
-from .hooks import HeadHook, UpdateHook
-from .modules import check_not_compiled, match_modules
+from .hooks import HeadHook, UpdateHook, device_of
+from .modules import check_kernel, check_not_compiled, match_modules, match_version
 from .requests import RequestPlan, RunningPlan, current_plan
+from .versions import BankVersions, as_residual
 
 BASE = "__base__"
 """PEFT's name for the base model."""
@@ -39,6 +41,10 @@ class AdapterBank:
 
     A request runs with one adapter for all rows, or with one adapter per row. It uses the same adapters from its start
     to its end, whatever is added, removed or replaced meanwhile. Requests of several threads are independent.
+
+    Versions of the pack's histories have names such as "run@1000", and "run@latest" for the version that is the last
+    when a request starts. They are loaded at their first request. The bank follows the pack in a folder or on the Hub
+    as it changes; of a pack that is passed as a `Pack`, it serves the histories of that object.
 
     Args:
         model (`nn.Module`):
@@ -53,6 +59,9 @@ class AdapterBank:
         basis_dtype (`str` or `torch.dtype`, *optional*):
             "int8" stores the bases in 8 bits per entry and a scale per row. The pack's own bases are then only kept in
             memory if the pack is passed as a `Pack`. By default the bases are floats.
+        version_bytes (`int`):
+            Maximum bytes of loaded versions. Those that were not used for longest are dropped, and loaded again when
+            they are requested. Defaults to 1 GiB.
 
     Raises:
         AdapterNameError: The pack has no adapter of a name in `adapters`.
@@ -75,6 +84,7 @@ class AdapterBank:
         adapters: str | Sequence[str] | None = None,
         heads: bool = True,
         basis_dtype: str | torch.dtype | None = None,
+        version_bytes: int = 2**30,
     ) -> None:
         in_int8 = int8_rows.is_int8("basis_dtype", basis_dtype)
         names = list(dict.fromkeys(name_list(adapters))) if adapters is not None else None
@@ -86,23 +96,31 @@ class AdapterBank:
         if names is None:
             check_none_carried(self.pack)
         checks.warn_of_other_model(self.pack.base_model, getattr(model, "name_or_path", None))
+        self._versions = BankVersions(pack, self._store_version, to_int("version_bytes", version_bytes))
         with without_autograd(torch.device("cpu")):
             subspace = self._subspace()
         self._tensor_names = tensor_names(model) if heads else None
-        self._dtype = torch.promote_types(subspace.dtype, torch.float32)
+        self._dtype = torch.promote_types(self.pack.dtype, torch.float32)
         self._model_names = match_modules(model, self.pack)
         self._lock = threading.RLock()
         self._adapters: dict[str, BankAdapter] = {}
         self._head_hooks: dict[str, HeadHook] = {}
         self._handles: list[Any] = []
         self._default: str | None = None
+        self._default_adapter: BankAdapter | None = None
         # None if the default adapter was removed
         self._default_plan: RequestPlan | None = RequestPlan()
         self._unloaded = False
-        self._update_hooks = self._add_update_hooks(subspace, torch.int8 if in_int8 else self._dtype)
-        self._device = next(iter(self._update_hooks.values())).bases.down.device
-        modules = frozenset(self._model_names)
-        self._storage = BankStorage(self.pack.info, modules, self.pack.coefficient_dtype, self._device)
+        self._update_hooks: dict[str, UpdateHook] = {}
+        for subspace_name in self._model_names:
+            pair = subspace.modules[subspace_name]
+            rows = pair.down.components, pair.up.components
+            self._add_update_hook(subspace_name, rows, torch.int8 if in_int8 else self._dtype)
+        hooked = next(iter(self._update_hooks.values()), None)
+        self._device = hooked.bases.down.device if hooked is not None else device_of(model)
+        info = self.pack.info.modules
+        components = {name: (info[name]["down"].k, info[name]["up"].k) for name in self._model_names}
+        self._storage = BankStorage(components, self.pack.coefficient_dtype, self._device)
         self._unwrap_calls = requests.wrap_calls(model, self._request)
         try:
             for name in self.pack.names if names is None else names:
@@ -111,22 +129,19 @@ class AdapterBank:
             self.unload()
             raise
 
-    def _add_update_hooks(self, subspace: Subspace, dtype: torch.dtype) -> dict[str, UpdateHook]:
-        hooks = {}
-        for subspace_name, name in self._model_names.items():
-            module = self.model.get_submodule(name)
-            bases = subspace.modules[subspace_name]
-            with without_autograd(torch.device("cpu")):
-                hook = UpdateHook(module, name, self._plan, subspace_name=subspace_name, bases=bases, dtype=dtype)
-            hooks[name] = hook
-            self._handles.append(module.register_forward_hook(hook.forward_hook(), with_kwargs=True))
-        return hooks
+    def _add_update_hook(self, subspace_name: str, bases: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
+        name = self._model_names[subspace_name]
+        module = self.model.get_submodule(name)
+        with without_autograd(torch.device("cpu")):
+            hook = UpdateHook(module, name, self._plan, subspace_name=subspace_name, bases=bases, dtype=dtype)
+        self._update_hooks[name] = hook
+        self._handles.append(module.register_forward_hook(hook.forward_hook(), with_kwargs=True))
 
     def __len__(self) -> int:
         return len(self._adapters)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._adapters
+        return name in self._adapters or (keys.is_version(name) and name in self._versions)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -137,18 +152,19 @@ class AdapterBank:
 
     @property
     def names(self) -> list[str]:
-        """The adapters' names, sorted."""
+        """The adapters' names, sorted. Versions are not among them."""
         with self._lock:
             return sorted(self._adapters)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors of the bank: bases, coefficients, residuals and heads.
+        """Bytes of all tensors of the bank: bases, coefficients, residuals, heads and loaded versions.
 
         Bases of the pack are included if the pack keeps a second copy in memory.
         """
         with self._lock:
-            tensors = [tensor for adapter in self._adapters.values() for tensor in adapter.tensors]
+            adapters = [*self._adapters.values(), *self._versions.adapters]
+            tensors = [tensor for adapter in adapters for tensor in adapter.tensors]
         tensors += [tensor for hook in self._update_hooks.values() for tensor in hook.tensors]
         if not self._discards_bases:
             bases = [pair.side(side) for pair in self.pack.subspace.modules.values() for side in keys.SIDES]
@@ -167,7 +183,8 @@ class AdapterBank:
 
         Args:
             name (`str`, *optional*):
-                The name of the adapter; None or "__base__" for the base model.
+                The name of the adapter or version; None or "__base__" for the base model. "run@latest" is looked up at
+                the start of each request.
 
         Raises:
             AdapterNameError: The bank has no adapter of this name.
@@ -178,9 +195,15 @@ class AdapterBank:
             'a0'
         """
         name = None if name == BASE else name
+        # not under the lock, because a version may be read from disk
+        version = self._adapter(name) if keys.is_version(name) else None
         with self._lock:
-            plan = requests.plan_single(self._adapter(name), self._dtype)
-            self._default, self._default_plan = name, plan
+            self._set_default(name, version or self._adapter(name))
+
+    def _set_default(self, name: str | None, adapter: BankAdapter | None) -> None:
+        with self._lock:
+            self._default, self._default_adapter = name, adapter
+            self._default_plan = requests.plan_single(adapter, self._dtype)
 
     def using(self, adapter_names: str | Sequence[str]) -> AbstractContextManager[None]:
         """Return a context manager in which the current thread or task runs with these adapters.
@@ -334,19 +357,29 @@ class AdapterBank:
                 handle.remove()
             self._unwrap_calls()
             self._update_hooks, self._head_hooks, self._adapters = {}, {}, {}
-            self._default, self._default_plan = None, RequestPlan()
+            self._set_default(None, None)
         return self.model
 
     def _plan(self) -> RequestPlan:
         """Return the plan of the current request, or of the default adapter outside of requests."""
         plan = current_plan(self)
         if plan is None:
+            self._update_default()
             plan = self._default_plan
         if plan is None:
             raise AdapterNameError(
                 f"adapter {self._default!r}, chosen by set_adapter, was removed from the bank. Choose another adapter."
             )
         return plan
+
+    def _update_default(self) -> None:
+        """Look up the default adapter again if it is a version, which may have another content now."""
+        name = self._default
+        if name is not None and keys.is_version(name):
+            version = self._versions.get(name)
+            with self._lock:
+                if self._default == name and version is not self._default_adapter:
+                    self._set_default(name, version)
 
     def _request(self) -> AbstractContextManager[None]:
         """Continue the current request, or begin one with the default adapter."""
@@ -355,8 +388,10 @@ class AdapterBank:
     def _make_plan(self, adapter_names: str | Sequence[str], repeats: tuple[int, ...] = (1,)) -> RequestPlan:
         if isinstance(adapter_names, str):
             return requests.plan_single(self._adapter(adapter_names), self._dtype)
+        # not under the lock, because a version may be read from disk
+        versions = {name: self._adapter(name) for name in dict.fromkeys(adapter_names) if keys.is_version(name)}
         with self._lock:
-            adapters = [self._adapter(name) for name in adapter_names]
+            adapters = [versions[name] if name in versions else self._adapter(name) for name in adapter_names]
         if not adapters:
             raise OptionError("adapter_names is empty: pass one adapter for all rows, or one per row.")
         return requests.plan_mixed(adapters, self._dtype, repeats)
@@ -367,6 +402,8 @@ class AdapterBank:
             raise OptionError("this bank was unloaded. Create a new one: AdapterBank(model, pack).")
         if name is None or name == BASE:
             return None
+        if keys.is_version(name):
+            return self._versions.get(name)
         adapter = self._adapters.get(name)
         if adapter is None:
             keys.check_known(name, self.names, "the bank")
@@ -398,25 +435,40 @@ class AdapterBank:
         return single.packed(name)
 
     def _store(self, packed: PackedAdapter) -> BankAdapter:
-        check_not_carried(packed)
-        self._check_kernels(packed)
-        packed = self._extend_coefficients(packed)
-        names = self._tensor_names
-        with without_autograd(self._device):
-            heads = make_heads(packed, self.model, names) if names is not None else Heads()
-            return self._storage.store(packed, heads)
-
-    def _check_kernels(self, packed: PackedAdapter) -> None:
+        check_not_carried(packed.name, packed.carried)
         for module, coefficients in packed.coefficients.items():
             name = self._model_names.get(packed.subspace_names[module])
-            if name is None:
-                continue
-            kernel = convolution.kernel_size(self.model.get_submodule(name))
-            if not convolution.kernels_match(coefficients.kernel, kernel):
-                raise ShapeError(
-                    f"adapter {packed.name!r}, module {module}: its kernel is {coefficients.kernel}, and the "
-                    f"model's kernel is {kernel}. It belongs to a different base model."
-                )
+            if name is not None:
+                check_kernel(self.model, name, coefficients.kernel, f"adapter {packed.name!r}, module {module}")
+        packed = self._extend_coefficients(packed)
+        by_module = {packed.subspace_names[module]: each for module, each in packed.coefficients.items()}
+        with without_autograd(self._device):
+            return self._storage.store(packed.name, by_module, self._make_heads(packed.name, packed.heads))
+
+    def _store_version(self, version: Adapter) -> BankAdapter:
+        """Return a version as an adapter of the bank, with hooks on its modules and heads."""
+        check_not_carried(version.name, version.carried)
+        names = match_version(self.model, version)
+        with self._lock:
+            new = {name: version.specs[module] for module, name in names.items() if name not in self._update_hooks}
+            for name, spec in new.items():
+                self._model_names[name], self._storage.components[name] = name, (0, 0)
+                rows = torch.empty(0, spec.in_features), torch.empty(0, spec.out_features)
+                self._add_update_hook(name, rows, self._dtype)
+            if new:
+                requests.force_recompilation(self.model)
+        with without_autograd(self._device):
+            by_module = {}
+            for module, factors in version.modules.items():
+                subspace_name = self._update_hooks[names[module]].subspace_name
+                by_module[subspace_name] = as_residual(factors, self._storage.components[subspace_name])
+            heads = self._make_heads(version.name, version.heads)
+            adapter = replace(self._storage, dtype=torch.float32).store(version.name, by_module, heads)
+        self._add_head_hooks(adapter.heads)
+        return adapter
+
+    def _make_heads(self, name: str, tensors: Mapping[str, Tensor]) -> Heads:
+        return make_heads(name, tensors, self.model, self._tensor_names) if self._tensor_names is not None else Heads()
 
     def _extend_coefficients(self, packed: PackedAdapter) -> PackedAdapter:
         """Pad the coefficients of an adapter with zeros for the components by which its subspace has grown."""
@@ -440,7 +492,14 @@ class AdapterBank:
 
     def _put(self, adapter: BankAdapter) -> None:
         with self._lock:
-            for name in adapter.heads.modules:
+            self._add_head_hooks(adapter.heads)
+            self._adapters[adapter.name] = adapter
+            if adapter.name == self._default:
+                self._set_default(adapter.name, adapter)
+
+    def _add_head_hooks(self, heads: Heads) -> None:
+        with self._lock:
+            for name in heads.modules:
                 if name not in self._head_hooks:
                     check_not_compiled(self.model, name)
                     module = self.model.get_submodule(name)
@@ -450,9 +509,6 @@ class AdapterBank:
                         module.register_forward_hook(hook.forward_hook(), prepend=True, with_kwargs=True)
                     )
                     requests.force_recompilation(self.model)
-            self._adapters[adapter.name] = adapter
-            if adapter.name == self._default:
-                self._default_plan = requests.plan_single(adapter, self._dtype)
 
 
 def _open(pack: Pack | str | PathLike[str], adapters: list[str] | None) -> Pack:

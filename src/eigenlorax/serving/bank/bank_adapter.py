@@ -1,6 +1,6 @@
 """One adapter as the bank stores it: all its coefficients in one tensor, its residuals and its heads."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
@@ -11,9 +11,7 @@ from ...core import keys
 from ...core.coefficients import Coefficients
 from ...core.layer_update import LayerCoefficients, LayerResidual
 from ...errors import ModuleNameError, OptionError, ShapeError
-from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
-from ...pack.packed_adapter import PackedAdapter
 from .heads import Heads
 
 CARRIED = "(DoRA magnitudes, embeddings, modules that the subspace lacks)"
@@ -89,6 +87,11 @@ class BankAdapter:
         residuals = [tensor for residual in self.residuals.values() for tensor in residual.tensors]
         return [self.flat, *self.heads.tensors, *residuals]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the adapter."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
     def coefficients(self, dtype: torch.dtype) -> dict[str, LayerCoefficients]:
         """Return the coefficients by module name in the subspace, in `dtype`."""
         flat = self.flat.to(dtype)
@@ -108,35 +111,35 @@ class BankStorage:
     """Conversion of adapters of a pack to adapters of a bank.
 
     Attributes:
-        info: Sizes of the subspace.
-        modules: Names of the subspace's modules that the model has.
+        components: Number of components of the down and the up basis, by the name of each module that the bank serves.
         dtype: Dtype of all coefficients and residuals. It must represent them exactly.
         device: Device of all tensors.
         layouts: Layouts that are in use.
     """
 
-    info: SubspaceInfo
-    modules: frozenset[str]
+    components: MutableMapping[str, tuple[int, int]]
     dtype: torch.dtype
     device: torch.device
     layouts: MutableMapping[tuple[ModuleSlice, ...], Layout] = field(default_factory=WeakValueDictionary)
 
-    def store(self, packed: PackedAdapter, heads: Heads) -> BankAdapter:
-        """Return an adapter of the bank; raise an error that names the adapter if the bank cannot serve it."""
-        check_not_carried(packed)
-        by_module = {
-            packed.subspace_names[module]: coefficients for module, coefficients in packed.coefficients.items()
-        }
-        missing = sorted(by_module.keys() - self.modules)
+    def store(self, name: str, by_module: Mapping[str, Coefficients], heads: Heads) -> BankAdapter:
+        """Return an adapter of the bank; raise an error that names the adapter if the bank cannot serve it.
+
+        Args:
+            name: Name of the adapter.
+            by_module: Coefficients by module name in the subspace.
+            heads: The adapter's own heads and trained biases.
+        """
+        missing = sorted(by_module.keys() - self.components.keys())
         if missing:
             raise ModuleNameError(
-                f"adapter {packed.name!r} has {len(missing)} of {len(by_module)} modules that the model lacks, such as "
+                f"adapter {name!r} has {len(missing)} of {len(by_module)} modules that the model lacks, such as "
                 f"{missing[0]!r}. It belongs to another base model, or to a larger part of it."
             )
         slices, factors, start = [], [], 0
         residuals, scalings = {}, []
         for module, coefficients in sorted(by_module.items()):
-            module_slice = self._slice(packed.name, module, start, coefficients)
+            module_slice = self._slice(name, module, start, coefficients)
             slices.append(module_slice)
             factors += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
             scalings.append(coefficients.scaling)
@@ -144,15 +147,15 @@ class BankStorage:
             if coefficients.has_residual:
                 down, up = (coefficients.residual(side) for side in keys.SIDES)
                 residuals[module] = LayerResidual(
-                    None if down is None else self._convert(down, packed.name),
-                    None if up is None else self._convert(up, packed.name),
+                    None if down is None else self._convert(down, name),
+                    None if up is None else self._convert(up, name),
                 )
-        flat = self._convert(torch.cat(factors) if factors else torch.empty(0, dtype=self.dtype), packed.name)
+        flat = self._convert(torch.cat(factors) if factors else torch.empty(0, dtype=self.dtype), name)
         layout = self.layouts.setdefault(tuple(slices), Layout(tuple(slices)))
-        return BankAdapter(packed.name, layout, flat, tuple(scalings), heads, residuals)
+        return BankAdapter(name, layout, flat, tuple(scalings), heads, residuals)
 
     def _slice(self, adapter: str, module: str, start: int, coefficients: Coefficients) -> ModuleSlice:
-        expected = self.info.modules[module]["down"].k, self.info.modules[module]["up"].k
+        expected = self.components[module]
         actual = coefficients.down.shape[1], coefficients.up.shape[0]
         if actual != expected:
             raise ShapeError(
@@ -172,11 +175,16 @@ class BankStorage:
         return stored
 
 
-def check_not_carried(packed: PackedAdapter) -> None:
-    """Raise `OptionError` for an adapter with tensors that are neither coefficients, residuals nor heads."""
-    if packed.carried:
+def check_not_carried(name: str, carried: Collection[str]) -> None:
+    """Raise `OptionError` for an adapter with tensors that are neither coefficients, residuals nor heads.
+
+    Args:
+        name: Name of the adapter.
+        carried: Keys of such tensors.
+    """
+    if carried:
         raise OptionError(
-            f"adapter {packed.name!r} has tensors that coefficients cannot express, such as {min(packed.carried)!r} "
+            f"adapter {name!r} has tensors that coefficients cannot express, such as {min(carried)!r} "
             f"{CARRIED}. Write it as an ordinary LoRA with `eigenlorax export`."
         )
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ...core import keys, module_names
 from ...errors import ModuleNameError, ShapeError
-from ...pack.packed_adapter import PackedAdapter
 
 # torch's attributes for hooks of a module. A copy must not run the bank's hooks again.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
@@ -40,11 +39,12 @@ def tensor_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, _ in (*parameters, *buffers))
 
 
-def make_heads(packed: PackedAdapter, model: nn.Module, names: frozenset[str]) -> Heads:
+def make_heads(name: str, tensors: Mapping[str, Tensor], model: nn.Module, names: frozenset[str]) -> Heads:
     """Return the heads of an adapter for a model.
 
     Args:
-        packed: The adapter.
+        name: Name of the adapter.
+        tensors: Its heads and trained biases, by key.
         model: The model.
         names: The names of the model's tensors.
 
@@ -53,22 +53,26 @@ def make_heads(packed: PackedAdapter, model: nn.Module, names: frozenset[str]) -
         ShapeError: A tensor has another shape in the model.
     """
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in packed.heads.items():
+    for key, tensor in tensors.items():
         # PEFT saves the trained bias of an adapted layer under the name of its base layer
         model_key = key.removeprefix(keys.MODEL_PREFIX).replace(".base_layer.", ".")
-        name = module_names.resolve(model_key, names)
-        if name is None:
+        model_name = module_names.resolve(model_key, names)
+        if model_name is None:
             raise ModuleNameError(
-                f"adapter {packed.name!r} has a head of its own, {key!r}, that the model lacks. Load the model that it "
+                f"adapter {name!r} has a head of its own, {key!r}, that the model lacks. Load the model that it "
                 "was trained on, such as AutoModelForSequenceClassification, or pass heads=False."
             )
-        module, _, parameter = name.rpartition(".")
+        module, _, parameter = model_name.rpartition(".")
         tensors_by_module.setdefault(module, {})[parameter] = tensor
     modules = {
-        module: _copy_with(model.get_submodule(module), tensors, packed.name)
-        for module, tensors in tensors_by_module.items()
+        module: _copy_with(model.get_submodule(module), parameters, name)
+        for module, parameters in tensors_by_module.items()
     }
-    copied = tuple(getattr(modules[module], name) for module, tensors in tensors_by_module.items() for name in tensors)
+    copied = tuple(
+        getattr(modules[module], parameter)
+        for module, parameters in tensors_by_module.items()
+        for parameter in parameters
+    )
     return Heads(modules, copied)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ...core import convolution, int8_rows
 from ...core.int8_rows import BasisRows
 from ...core.layer_update import LayerBases, add_grouped_update, add_update
-from ...core.subspace import ModuleBases
 from ...errors import OptionError, ShapeError
 from .heads import apply_heads
 from .requests import RequestPlan
@@ -74,7 +73,7 @@ class UpdateHook(ModuleHook):
         name: Name of the module in the model.
         plan: Function that returns the plan of the current request.
         subspace_name: Name of the module in the subspace.
-        bases: Bases of the module.
+        bases: Rows of the bases of the module, (k_down, in) and (k_up, out).
         dtype: Dtype of the bases; torch.int8 stores 8 bits per entry and a scale per row.
     """
 
@@ -85,13 +84,13 @@ class UpdateHook(ModuleHook):
         plan: Callable[[], RequestPlan],
         *,
         subspace_name: str,
-        bases: ModuleBases,
+        bases: tuple[Tensor, Tensor],
         dtype: torch.dtype,
     ) -> None:
         super().__init__(module, name, plan)
         self.subspace_name = subspace_name
-        device = _device(module)
-        down, up = (_to_rows(basis.components, dtype, device) for basis in (bases.down, bases.up))
+        device = device_of(module)
+        down, up = (_to_rows(components, dtype, device) for components in bases)
         self.bases = LayerBases(down, up, module if isinstance(module, convolution.CONVOLUTIONS) else None)
 
     @property
@@ -192,7 +191,7 @@ def _to_rows(components: Tensor, dtype: torch.dtype, device: torch.device) -> Ba
     return int8_rows.quantise_rows(components).to(device) if dtype == torch.int8 else components.to(device, dtype)
 
 
-def _device(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Return the device of a module; the CPU for one on the meta device."""
     parameter = next(module.parameters(), None)
     return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device

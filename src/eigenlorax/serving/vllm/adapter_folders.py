@@ -23,7 +23,7 @@ from . import cache, threads
 from .cores import lora_on_cores
 from .servable import BASE_WEIGHTS, expanded_rank, refusal, shared_rank, version_rank, version_refusal_reason
 from .settings import SHARED_BASIS, Settings
-from .version_names import is_version, vllm_name, without_digest
+from .version_names import vllm_name, without_digest
 
 _FORMAT = 1
 """Version of the files' content. Increase it when the same pack gives other files."""
@@ -97,7 +97,7 @@ class AdapterFolders:
 
     def _checked_folder(self, name: str) -> AdapterFolder:
         # names come from clients
-        if not (keys.is_valid_version(without_digest(name)) if is_version(name) else keys.is_valid_name(name)):
+        if not (keys.is_valid_version(without_digest(name)) if keys.is_version(name) else keys.is_valid_name(name)):
             raise AdapterNameError(f"{name[:100]!r} is not a valid name of an adapter.")
         try:
             return self._folder(name)
@@ -107,7 +107,7 @@ class AdapterFolders:
 
     def _folder(self, name: str) -> AdapterFolder:
         pack = self._watched.current()
-        if is_version(name):
+        if keys.is_version(name):
             return self._version_folder(pack, name)
         keys.check_known(name, pack.names, f"the pack {self._watched.source}")
         min_bytes = 0 if self.shared else pack.records[name].lora_numbers * 4
@@ -150,7 +150,7 @@ class AdapterFolders:
         if self._digest(pack, name) != digest:
             raise PackBusyError(f"the pack {self._watched.source} was replaced while it was read.")
         try:
-            lora = self._version(pack, name) if is_version(name) else self._adapter(pack, name)
+            lora = self._version(pack, name) if keys.is_version(name) else self._adapter(pack, name)
         except ServingError as error:
             self._refused[digest] = error
             raise

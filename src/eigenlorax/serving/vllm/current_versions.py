@@ -13,8 +13,9 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
 
+from ...core import keys
 from .resolver import NAME, PackResolver
-from .version_names import is_version, without_digest
+from .version_names import without_digest
 
 
 def register() -> None:
@@ -35,7 +36,7 @@ def _update_before(check: Any) -> Any:
     async def check_model(self: Any, request: Any) -> Any:
         name, resolver = request.model or "", LoRAResolverRegistry.resolvers.get(NAME)
         # the content of a name with a digest does not change
-        if is_version(name) and name == without_digest(name) and isinstance(resolver, PackResolver):
+        if keys.is_version(name) and name == without_digest(name) and isinstance(resolver, PackResolver):
             await update(self.models, name, resolver)
         return await check(self, request)
 

@@ -13,10 +13,10 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
+from ...core import keys
 from ...errors import AdapterNameError, EigenloraxError
 from .adapter_folders import AdapterFolder, AdapterFolders
 from .settings import Settings
-from .version_names import is_version
 
 NAME = "eigenlorax"
 _MAX_LOGGED = 1000
@@ -55,7 +55,7 @@ class PackResolver(LoRAResolver):
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return vLLM's request for an adapter or version by name; None if it cannot be served."""
-        if is_version(lora_name):
+        if keys.is_version(lora_name):
             # imported here, because only servers ask for adapters
             from . import current_versions
 

@@ -4,7 +4,6 @@ vLLM keeps the KV cache of prompts by the name of a LoRA. With the digest in it,
 adapter, and "run@latest", never meet a cache of earlier content. Nothing here imports vLLM.
 """
 
-from ...core import keys
 from ...pack.pack import Pack
 
 _MARK = ":"
@@ -29,8 +28,3 @@ def vllm_name(pack: Pack, version: str) -> str:
 def without_digest(name: str) -> str:
     """Return the name of a version without the digest, if there is one."""
     return name.partition(_MARK)[0]
-
-
-def is_version(name: str) -> bool:
-    """Return whether a name is that of a version, with or without a digest, rather than that of an adapter."""
-    return keys.VERSION_MARK in name
