@@ -244,6 +244,15 @@ def find_pack(folder: Path) -> PackFolder | None:
     return PackFolder(folder, manifest_json.parse(data, path), atomic_files.digest(data))
 
 
+def is_unchanged(opened: PackFolder) -> bool:
+    """Return whether the manifest on disk has the bytes that were read."""
+    try:
+        data = read_file(opened.path / keys.MANIFEST, MAX_MANIFEST_BYTES)
+    except (FileNotFoundError, FormatError):
+        return False
+    return atomic_files.digest(data) == opened.digest
+
+
 def open_pack(folder: Path) -> PackFolder:
     """Read the manifest of the pack in `folder`; `PackMissingError` if there is no pack."""
     opened = find_pack(folder)

@@ -38,7 +38,7 @@ def to_json(histories: Mapping[str, History]) -> dict[str, Any]:
 
 
 def _history_fields(history: History) -> dict[str, Any]:
-    entries = [asdict(record) for record in history.versions]
+    entries = [_fields(record) for record in history.versions]
     shared = most_common(entries, _SHARED_FIELDS)
     implied = {**_DEFAULTS, **shared}
     return {
@@ -53,6 +53,12 @@ def _history_fields(history: History) -> dict[str, Any]:
             for entry in entries
         ],
     }
+
+
+def _fields(record: VersionRecord) -> dict[str, Any]:
+    # `asdict` would copy each value of thousands of versions
+    fields = {name: getattr(record, name) for name in VersionRecord.__dataclass_fields__}
+    return {**fields, "origin": asdict(record.origin) if record.origin is not None else None}
 
 
 def read(value: Any, adapters: Mapping[str, Any]) -> dict[str, History]:

@@ -14,7 +14,7 @@ from ..core.atomic_files import Files
 from ..errors import OptionError, PackBusyError, PackDamagedError, PackExistsError, PackVersionError
 from ..formats import hub_client
 from . import card, manifest_json, report_files
-from .folder import AdapterFolder, PackFolder, check_no_link, find_pack, locked, open_pack
+from .folder import AdapterFolder, PackFolder, check_no_link, find_pack, is_unchanged, locked
 from .manifest import Manifest
 
 
@@ -130,12 +130,11 @@ def replaced_manifest(target: Path, opened: PackFolder | None, overwrite: bool) 
     if not (target / keys.MANIFEST).exists():
         return None
     if opened is not None:
-        current = open_pack(target)
-        if current.digest != opened.digest:
+        if not is_unchanged(opened):
             raise PackBusyError(
                 f"{target} was changed by another process since it was opened. Open it again and repeat."
             )
-        return current.manifest
+        return opened.manifest
     check_free(target, overwrite)
     try:
         previous = find_pack(target)
