@@ -268,7 +268,7 @@ COMMAND = "command"
 def commands() -> Mapping[str, Tree]:
     """A pack with a report, and an adapter beside it."""
     found = {}
-    for name in ("float32", "coded-apart", "heads"):
+    for name in ("float32", "coded-apart", "heads", "histories"):
 
         def report(folder: Path, name: str = name) -> None:
             ex.report(ex.Pack.open(PACKS / name)).save(folder / keys.REPORT_FIGURES)

@@ -342,10 +342,24 @@ VERBS = (
     "fit one -o out -k 2 --no-report",
     "fit . -o out -k 2 --no-report --skip-bad",
 )
+OF_HISTORIES = (
+    "inspect pack",
+    "log pack run",
+    "log pack run --json",
+    "diff pack run@20 run@latest",
+    "diff pack exact@0 exact@3 --json",
+    "export pack run@latest exact@1 -o out --dtype float32",
+    "prune pack run --keep-last 1",
+    "prune pack exact --keep-every 2 --json",
+    "remove pack run@20",
+    "restore pack exact@3 -o out",
+)
+"""Verbs of a pack with the histories `run` and `exact`, the latter of which has lossless versions."""
 
 
 def _draw_command(random: Random, tree: Tree) -> list[Change]:
-    verb = Change(starts.COMMAND, "create", (random.choice(VERBS),))
+    has_histories = any(name.startswith(f"pack/{keys.VERSIONS}/") for name in tree)
+    verb = Change(starts.COMMAND, "create", (random.choice(OF_HISTORIES if has_histories else VERBS),))
     if random.random() < 0.15:
         return [verb, mutations.special(random, {name: data for name, data in tree.items() if name != starts.COMMAND})]
     files = sorted(name for name in tree if not name.endswith((keys.CARD, starts.COMMAND)))
