@@ -16,6 +16,7 @@ from eigenlorax.reports.comparison_data import (
     SizePoint,
     Spread,
 )
+from eigenlorax.reports.history_data import HistoryFigures, Run, VersionFigures
 from eigenlorax.reports.task_data import Evaluation, TaskFrontier, TaskPoint, TaskRun
 
 BERT = ("attention.self.query", "attention.self.value")
@@ -116,12 +117,40 @@ def report(
         duplicates=[names[1:3]],
         outliers=[order[-1]],
         untrained=[names[0]],
+        runs=[Run(names[2:5], 0.123)],
+        histories=[history("run", 7), history(HOSTILE, 3, steps=False)],
         bytes=_bytes(adapters, len(modules), width, k),
         sizes=_sizes(adapters, len(modules), width),
         evaluations=_evaluations(names),
         task_frontiers=_task_frontiers(names),
         notes=["Left-out errors are of a sample of 40 adapters, drawn with seed 7.", "Rounding is that of float32."],
     )
+
+
+def history(name, versions, *, steps=True, metrics=("eval_loss", "epoch", HOSTILE)):
+    """A history on a straight path to the last version; the second version is not sampled."""
+    figures = []
+    for index in range(versions):
+        left = (versions - 1 - index) / versions
+        sampled = index != 1
+        figures.append(
+            VersionFigures(
+                version=str(500 * (index + 1)),
+                sha256=f"{index:x}" * 64,
+                step=500 * (index + 1) if steps else None,
+                metrics=dict.fromkeys(metrics, 1 / (index + 1)),
+                delta_error=0.049,
+                lora_stored=90_000 // (index + 1),
+                tensors_stored=30_000,
+                source_bytes=3_600_000,
+                change=None if index == 0 else 1 / versions,
+                to_final=left if sampled else None,
+                left_out_error=0.07 if index % 2 else None,
+                x=left if sampled else None,
+                y=0.1 * left if sampled else None,
+            )
+        )
+    return HistoryFigures(name, figures, path_share=0.93, k=32, fitted=versions)
 
 
 def even(adapters, *, error=5e-8, cosine=0.0):
@@ -271,6 +300,8 @@ def bare(adapters=3):
                 "duplicates",
                 "outliers",
                 "untrained",
+                "runs",
+                "histories",
                 "sizes",
                 "evaluations",
                 "task_frontiers",

@@ -13,11 +13,17 @@ from synthetic import report as synthetic
 import eigenlorax as ex
 from eigenlorax.core import keys
 from eigenlorax.errors import FormatError, OptionError, PackExistsError, SkippedAdapterWarning, StaleReportWarning
-from eigenlorax.reports import data, files, json_document, originals, stored
+from eigenlorax.reports import data, files, history_data, json_document, originals, stored
 from planted import random_adapter, random_collection, shared_collection
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
 
+OBJECTS = [
+    kind
+    for module in (data, history_data)
+    for kind in vars(module).values()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+]
 DOCUMENTED = (Path(__file__).parents[2] / "docs/report.md").read_text("utf-8").partition("## The JSON")[2]
 
 
@@ -56,7 +62,7 @@ class TestJson:
 
     def test_names_its_schema(self, report):
         body = json.loads(json_document.to_json(report))
-        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 5)
+        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 6)
         assert body.keys() - {"schema", "schema_version"} == {
             field.name for field in dataclasses.fields(data.ReportData)
         }
@@ -92,20 +98,13 @@ class TestJson:
     def test_the_same_report_gives_the_same_bytes(self, report):
         assert json_document.to_json(report) == json_document.to_json(dataclasses.replace(report))
 
-    @pytest.mark.parametrize(
-        "of", [one for one in vars(data).values() if isinstance(one, type) and dataclasses.is_dataclass(one)]
-    )
+    @pytest.mark.parametrize("of", OBJECTS)
     def test_every_field_is_documented(self, of):
         for field in dataclasses.fields(of):
             assert f"`{field.name}`" in DOCUMENTED, f"docs/report.md: {field.name} of {of.__name__}"
 
     def test_no_field_is_documented_that_is_not_there(self):
-        known = {
-            field.name
-            for one in vars(data).values()
-            if dataclasses.is_dataclass(one)
-            for field in dataclasses.fields(one)
-        }
+        known = {field.name for kind in OBJECTS for field in dataclasses.fields(kind)}
         rows = re.findall(r"^\| (`.*?) \|", DOCUMENTED, flags=re.MULTILINE)
         assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} <= known | {"originals", "pack"}
 
@@ -116,7 +115,7 @@ class TestJson:
             (lambda text: "[]", "is no report: its schema is not"),
             (lambda text: text.replace("eigenlorax-report", "other"), "is no report: its schema is not"),
             (
-                lambda text: text.replace('"schema_version": 5', '"schema_version": 3'),
+                lambda text: text.replace('"schema_version": 6', '"schema_version": 3'),
                 "has version 3 .* Make the report",
             ),
             (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),

@@ -14,11 +14,23 @@ from ..formats.sources import Sources
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from ..version import __version__
-from . import alternatives, frontier, measure, originals, reconstructed_pairs, relations, rows, spreads, verdict
-from .analysis import groups
+from . import (
+    alternatives,
+    frontier,
+    histories,
+    measure,
+    originals,
+    reconstructed_pairs,
+    relations,
+    rows,
+    spreads,
+    verdict,
+)
+from .analysis import groups, runs
 from .analysis.pairs import cosines
 from .data import AdapterFigures, Collection, Similarity, Verdict
 from .files import Report
+from .history_data import Run
 from .measure import Measured
 from .originals import Originals
 from .task_data import Evaluation, TaskFrontier
@@ -35,6 +47,9 @@ def report(
 ) -> Report:
     """Measure whether the adapters of a pack share a subspace, and their errors in the pack.
 
+    Of histories, the report shows the path of the versions, their bytes and metrics, and the error of a version in a
+    subspace of the others.
+
     Args:
         pack: The pack, or its folder or Hub id.
         adapters: The original adapters, in any form that `fit` takes. They are recognised by their content. Without
@@ -49,7 +64,8 @@ def report(
         The report; `Report.save` writes it as HTML, Markdown or JSON.
 
     Raises:
-        OptionError: An option is out of range, or an adapter of the fit is not among `adapters`.
+        OptionError: An option is out of range, an adapter of the fit is not among `adapters`, or these are passed for a
+            pack of histories only.
         TypeError: An option is unknown.
 
     Example:
@@ -66,9 +82,9 @@ def report(
     if adapters is None and left_out is not None:
         raise OptionError("left_out needs the original adapters. Pass them as `adapters`.")
     pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
-    if not pack.names:
-        raise OptionError("The pack has no adapter to report on. Add some with `eigenlorax add`.")
     progress = progress or (lambda stage, done, total: None)
+    if not pack.names:
+        return _report_on_histories(pack, adapters, progress)
     matched = None
     if adapters is not None:
         listed = originals.listed(adapters)
@@ -81,6 +97,43 @@ def report(
     with threads.suited_to(measure.largest(pack, packed)):
         measured = measure.measure(pack, packed, matched, seed, left_out, progress) if matched is not None else None
         return _assemble(_Sources(pack, packed, matched, measured, seed, progress))
+
+
+def _report_on_histories(pack: Pack, adapters: Sources | Originals | None, progress: Progress) -> Report:
+    """Return the report of a pack that has no adapters beside histories."""
+    if not pack.histories:
+        raise OptionError("The pack has no adapter to report on. Add some with `eigenlorax add`.")
+    if adapters is not None:
+        raise OptionError(
+            "The pack has histories only, which the report measures as they are stored. Remove `adapters` (--adapters)."
+        )
+    report = Report(
+        eigenlorax_version=__version__,
+        collection=_collection(pack, False),
+        verdict=Verdict("", []),
+        adapters=[],
+        modules=[],
+        module_errors=[],
+        in_fit=None,
+        projected=None,
+        left_out=None,
+        null=None,
+        baselines=[],
+        frontier=None,
+        starts=None,
+        similarity=None,
+        duplicates=[],
+        outliers=[],
+        untrained=[],
+        runs=[],
+        histories=histories.measure(pack, progress),
+        bytes=alternatives.weights(pack, {}, None),
+        sizes=[],
+        evaluations=[],
+        task_frontiers=[],
+        notes=[],
+    )
+    return replace(report, verdict=verdict.conclude(report))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +185,8 @@ def _assemble(sources: _Sources) -> Report:
         duplicates=related.duplicates,
         outliers=related.outliers,
         untrained=[name for name, record in pack.records.items() if record.untrained],
+        runs=related.runs,
+        histories=histories.measure(pack, sources.progress),
         bytes=alternatives.weights(pack, packed, matched),
         sizes=alternatives.sizes(pack, packed, measured, related.copies),
         evaluations=[],
@@ -149,6 +204,7 @@ class _Related:
         similarity: Similarity between the adapters.
         outliers: Names of adapters that share little with the others.
         duplicates: Groups of adapters with equal updates.
+        runs: Adapters that look like versions of one run.
         neighbours: Fields of `AdapterFigures` on the nearest adapter, by adapter.
         positions: Coordinates (x, y) on the map, by adapter.
     """
@@ -156,6 +212,7 @@ class _Related:
     similarity: Similarity
     outliers: list[str]
     duplicates: list[list[str]]
+    runs: list[Run]
     neighbours: Mapping[str, Mapping[str, Any]]
     positions: Mapping[str, Sequence[float]]
 
@@ -182,6 +239,10 @@ def _related(sources: _Sources) -> _Related:
         similarity=similarity,
         outliers=outliers,
         duplicates=[[names[index] for index in group] for group in copies],
+        runs=[
+            Run([names[index] for index in run], float(runs.changes(pairs.delta, run).median()))
+            for run in runs.find_runs(pairs.delta, names)
+        ],
         neighbours=relations.neighbours(names, cosine, overlap),
         positions=dict(zip(trained, positions.tolist(), strict=True)),
     )

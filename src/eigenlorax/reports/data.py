@@ -8,9 +8,10 @@ Fields have the same names as in the JSON, so renaming one changes the schema.
 from dataclasses import dataclass, field
 
 from .comparison_data import Baseline, Bytes, Frontier, LeftOut, Null, SizePoint, Spread
+from .history_data import HistoryFigures, Run
 from .task_data import Evaluation, TaskFrontier
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 SHARING_KINDS = ("shared", "partly-shared", "not-shared", "unknown")
 """Kinds of the finding that answers whether the adapters share a subspace."""
 
@@ -62,8 +63,8 @@ class Finding:
 
     Attributes:
         kind: One of `SHARING_KINDS` for the answer whether the adapters share a subspace, which is the first finding,
-            or the second one after "bytes" of a pack for storage; then "start", "mean", "clusters", "outlier",
-            "duplicate", "untrained", "task", "loss", "bytes", "baseline", "rounding", "cores".
+            or the second one after "bytes" of a pack for storage; then "history", "versions", "start", "mean",
+            "clusters", "outlier", "duplicate", "untrained", "task", "loss", "bytes", "baseline", "rounding", "cores".
         text: One or two sentences.
         advice: Recommended action, or "".
         good: True if it speaks for the pack, False if it speaks against it, None otherwise.
@@ -346,6 +347,8 @@ class ReportData:
         duplicates: Groups of adapters with equal updates.
         outliers: Adapters that share little with the others.
         untrained: Adapters whose update is zero.
+        runs: Adapters that look like versions of one run.
+        histories: Figures of the histories, by name.
         bytes: Bytes of the collection as LoRAs and as a pack.
         sizes: Errors and bytes with other numbers of components.
         evaluations: Scores of adapters on their tasks.
@@ -370,6 +373,8 @@ class ReportData:
     duplicates: list[list[str]]
     outliers: list[str]
     untrained: list[str]
+    runs: list[Run]
+    histories: list[HistoryFigures]
     bytes: Bytes
     sizes: list[SizePoint]
     evaluations: list[Evaluation]

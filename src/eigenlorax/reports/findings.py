@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..codec.storage.table import storage_by_name
-from . import size_advice
+from . import history_findings, size_advice
 from .comparison_data import Baseline
 from .data import Finding, ReportData
 from .frontier import at_equal_error, cheapest, coded_within
@@ -26,6 +26,7 @@ def collect(report: ReportData, main: Finding) -> list[Finding]:
         main: The answer to the main question.
     """
     return [
+        *history_findings.collect(report),
         *_starts(report),
         *_mean(report),
         *_clusters(report, main),
@@ -50,9 +51,13 @@ def keeps_factors(report: ReportData) -> bool:
 def _starts(report: ReportData) -> list[Finding]:
     if report.starts is None:
         return []
+    in_runs = history_findings.in_runs(report)
     energies = {row.who: row for row in report.starts.energies}
     findings = []
     for number, group in enumerate(report.starts.groups, 1):
+        # versions of one run have one start, and more than that in common
+        if in_runs.issuperset(group.adapters):
+            continue
         energy, kept = energies.get(f"group {number}"), ""
         if energy is not None:
             kept = (
@@ -78,6 +83,8 @@ def _mean(report: ReportData) -> list[Finding]:
     similarity = report.similarity
     if similarity is None or similarity.mean_energy is None or similarity.mean_energy < _COMMON_MEAN:
         return []
+    if history_findings.in_runs(report).issuperset(similarity.names):
+        return []
     return [
         Finding(
             "mean",
@@ -90,6 +97,8 @@ def _mean(report: ReportData) -> list[Finding]:
 
 def _clusters(report: ReportData, main: Finding) -> list[Finding]:
     if report.similarity is None or not report.similarity.clusters:
+        return []
+    if history_findings.in_runs(report).issuperset(report.similarity.names):
         return []
     clusters, chance = report.similarity.clusters, report.similarity.chance_overlap
     sizes = " and ".join(", ".join(f"{len(cluster.adapters):,}" for cluster in clusters).rsplit(", ", 1))
@@ -117,9 +126,11 @@ def _first_names(names: Sequence[str]) -> str:
 
 
 def _outliers(report: ReportData, main: Finding) -> list[Finding]:
-    if not report.outliers or main.kind == "not-shared":
+    # the ends of a run are far from its other versions
+    outliers = [name for name in report.outliers if name not in history_findings.in_runs(report)]
+    if not outliers or main.kind == "not-shared":
         return []
-    several = len(report.outliers) > 1
+    several = len(outliers) > 1
     advice = (
         f"Leave {'them' if several else 'it'} out of the fit (`exclude_adapters=`, `--exclude-adapter`), and keep "
         f"{'them as ordinary LoRAs' if several else 'it as an ordinary LoRA'}."
@@ -127,20 +138,22 @@ def _outliers(report: ReportData, main: Finding) -> list[Finding]:
     return [
         Finding(
             "outlier",
-            f"{plural(len(report.outliers), 'adapter')} {'share' if several else 'shares'} far less with the other "
+            f"{plural(len(outliers), 'adapter')} {'share' if several else 'shares'} far less with the other "
             "adapters than these share with one another.",
             size_advice.on_size(report) if is_coded(report) else advice,
             good=None if is_coded(report) else False,
-            adapters=report.outliers,
+            adapters=outliers,
         )
     ]
 
 
 def _duplicates(report: ReportData) -> list[Finding]:
-    if not report.duplicates:
+    in_runs = history_findings.in_runs(report)
+    duplicates = [group for group in report.duplicates if not in_runs.issuperset(group)]
+    if not duplicates:
         return []
-    listed = "; ".join(" = ".join(group[:4]) + " = …" * (len(group) > 4) for group in report.duplicates[:3])
-    remaining = len(report.duplicates) - 3
+    listed = "; ".join(" = ".join(group[:4]) + " = …" * (len(group) > 4) for group in duplicates[:3])
+    remaining = len(duplicates) - 3
     more = f"; and {plural(remaining, 'group')} more" if remaining > 0 else ""
     return [
         Finding(

@@ -8,6 +8,7 @@ from typing import Any
 from ..core import keys
 from ..core.json_dataclasses import JsonTypeError, from_json
 from .data import MATRIX, SCHEMA_VERSION, AdapterFigures, ModuleFigures, ReportData
+from .history_data import HistoryFigures
 from .numbers import size
 from .size_advice import pack_bytes
 
@@ -15,13 +16,16 @@ MIN_LIMIT = 200_000
 """Bytes that the JSON of any report may have."""
 SHARE_OF_PACK = 0.1
 """Maximum share of the bytes of the pack's tensors that the JSON may have, where that is more than `MIN_LIMIT`."""
+MAX_VERSIONS = 200
+"""Maximum number of versions of a history in a JSON without the other ones."""
 DIGITS = 4
 """Significant digits of numbers where all digits would take too many bytes."""
 
 
 def limit(report: ReportData) -> int:
     """Return the maximum number of bytes of the report's JSON."""
-    return max(MIN_LIMIT, round(SHARE_OF_PACK * (pack_bytes(report) + report.bytes.heads)))
+    histories = sum(history.stored_bytes for history in report.histories)
+    return max(MIN_LIMIT, round(SHARE_OF_PACK * (pack_bytes(report) + report.bytes.heads + histories)))
 
 
 def to_json(report: ReportData) -> str:
@@ -82,10 +86,33 @@ def _without_spectrum(module: ModuleFigures) -> ModuleFigures:
     return replace(module, down=down, up=up)
 
 
+def _without_metrics(report: ReportData) -> ReportData:
+    histories = [
+        replace(history, versions=[replace(version, metrics={}) for version in history.versions])
+        for history in report.histories
+    ]
+    return replace(report, histories=histories)
+
+
+def _with_fewer_versions(report: ReportData) -> ReportData:
+    return replace(report, histories=[_thinned(history) for history in report.histories])
+
+
+def _thinned(history: HistoryFigures) -> HistoryFigures:
+    """Return a history with at most `MAX_VERSIONS` of its versions, those that were sampled, with both ends."""
+    sampled = [version for version in history.versions if version.x is not None]
+    count = min(len(sampled), MAX_VERSIONS)
+    if len(history.versions) <= MAX_VERSIONS:
+        return history
+    return replace(history, versions=[sampled[index * (len(sampled) - 1) // (count - 1)] for index in range(count)])
+
+
 SHORTENED: Mapping[str, Callable[[ReportData], ReportData]] = {
     "similarity matrices": _without_similarity,
     "module_errors": _without_module_errors,
     "spectra and angles": _without_spectra,
+    "metrics of versions": _without_metrics,
+    "most versions of long histories": _with_fewer_versions,
 }
 """Lists that are left out of a large JSON, by the words of the note, in this order."""
 

@@ -65,12 +65,16 @@ def load(pack: Pack) -> Report | None:
     except FormatError as error:
         warnings.warn(f"the report in the pack is not used: {error}", StaleReportWarning, stacklevel=2)
         return None
-    reported = {
+    reported: dict[str, object] = {
         adapter.name: (adapter.delta_error, adapter.in_fit, adapter.coefficient_bytes) for adapter in report.adapters
     }
-    current = {
+    current: dict[str, object] = {
         name: (record.delta_error, record.in_fit, record.coefficient_bytes) for name, record in pack.records.items()
     }
+    for figures in report.histories:
+        reported |= {f"{figures.name}{keys.VERSION_MARK}{each.version}": each.sha256 for each in figures.versions}
+    for history in pack.histories.values():
+        current |= {history.full_name(record): record.sha256 for record in history}
     if report.collection.fingerprint == pack.info.fingerprint and reported == current:
         return report
     changed = sorted(name for name in reported | current if reported.get(name) != current.get(name))

@@ -10,6 +10,7 @@ from ..core.json_dataclasses import JsonTypeError
 from .comparison_data import Spread
 from .data import ReportData, SideFigures, Similarity
 from .frontier import FIT, METHODS, TASK_METHODS
+from .history_data import HistoryFigures
 from .task_data import TaskFrontier
 
 _MAX = 1e100
@@ -31,6 +32,9 @@ def check(report: ReportData) -> None:
         _check_similarity(report.similarity)
     if report.frontier is not None:
         _check_methods([point.way for point in report.frontier.points], METHODS, "report.frontier")
+    _check_unique([history.name for history in report.histories], "report.histories")
+    for index, history in enumerate(report.histories):
+        _check_history(history, f"report.histories[{index}]")
     for index, frontier in enumerate(report.task_frontiers):
         _check_task_frontier(frontier, f"report.task_frontiers[{index}]")
 
@@ -43,6 +47,9 @@ def _check_numbers(value: Any, where: str) -> None:
     elif isinstance(value, list | tuple):
         for index, element in enumerate(value):
             _check_numbers(element, f"{where}[{index}]")
+    elif isinstance(value, dict):
+        for key, element in value.items():
+            _check_numbers(element, f"{where}.{key}")
     elif isinstance(value, float):
         # also false for NaN
         if not abs(value) <= _MAX:
@@ -82,6 +89,7 @@ def _names(report: ReportData) -> Iterator[tuple[str, str]]:
         ("task_frontiers", [run.name for point in frontier.points for run in point.runs])
         for frontier in report.task_frontiers
     ]
+    lists += [("runs", run.adapters) for run in report.runs]
     if report.starts is not None:
         lists += [("starts.groups", group.adapters) for group in report.starts.groups]
     if report.similarity is not None:
@@ -131,6 +139,18 @@ def _check_methods(methods: Sequence[str], known: Collection[str], where: str) -
             )
     if not methods:
         raise JsonTypeError(f"{where}.points is empty; expected the pack first.")
+
+
+def _check_history(history: HistoryFigures, where: str) -> None:
+    if not history.versions:
+        raise JsonTypeError(f"{where} has no versions.")
+    _check_unique([version.version for version in history.versions], f"{where}.versions")
+    for index, version in enumerate(history.versions):
+        sampled = [field is not None for field in (version.x, version.y, version.to_final)]
+        if any(sampled) != all(sampled):
+            raise JsonTypeError(f"{where}.versions[{index}] has some of x, y and to_final; expected all or none.")
+    if history.versions[0].x is None or history.versions[-1].x is None:
+        raise JsonTypeError(f"{where}: the first and the last version have no position.")
 
 
 def _check_task_frontier(frontier: TaskFrontier, where: str) -> None:

@@ -11,7 +11,7 @@ values and random singular vectors.
 
 from dataclasses import dataclass, replace
 
-from . import findings, size_advice, spreads
+from . import findings, history_findings, size_advice, spreads
 from .chance import is_above
 from .comparison_data import LeftOut, SizePoint, Spread
 from .data import Finding, ReportData, Verdict
@@ -101,6 +101,8 @@ class _Evidence:
 
 def conclude(report: ReportData) -> Verdict:
     """Return the verdict on a report's figures."""
+    if not report.adapters:
+        return Verdict(history_findings.headline(report), history_findings.collect(report))
     answer = _answer(report)
     others = findings.collect(report, answer.finding)
     if size_advice.is_for_storage(report):

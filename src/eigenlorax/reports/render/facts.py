@@ -4,6 +4,16 @@ from .. import numbers
 from ..data import ReportData, Similarity
 
 
+def title(report: ReportData) -> str:
+    """Return the title of a report: the number of adapters, or of versions, and the base model."""
+    about = report.collection
+    counted = numbers.plural(about.adapters, "LoRA adapter")
+    if not report.adapters:
+        versions = sum(len(history.versions) for history in report.histories)
+        counted = f"{numbers.plural(versions, 'version')} of {numbers.plural(len(report.histories), 'LoRA adapter')}"
+    return f"{counted} of {about.base_model or 'an unnamed base model'}"
+
+
 def size_range(report: ReportData) -> list[int]:
     """Return the smallest and the largest number of components per side, or one number if they are equal."""
     sizes = sorted({side.k for module in report.modules for side in (module.down, module.up)})

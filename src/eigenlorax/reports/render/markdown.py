@@ -22,6 +22,7 @@ def render(report: ReportData) -> str:
         .get_template("report.md")
         .render(
             report=report,
+            title=facts.title(report),
             about=report.collection,
             near=report.similarity,
             sizes=facts.size_range(report),

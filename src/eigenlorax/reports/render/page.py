@@ -15,9 +15,10 @@ from ..frontier import at_equal_error, on_task
 from ..size_advice import is_for_storage, pack_bytes, worst_error
 from . import bars, facts, tables, task_tables
 from .environment import html_environment
-from .figures import curves, error_plots, maps, module_labels, svg
+from .figures import curves, error_plots, histories, maps, module_labels, svg
 
 SECTIONS = {
+    "histories": ("Histories", "Versions of one run"),
     "newcomers": ("New adapters", "Would a new adapter fit?"),
     "spectra": ("Spectra", "Energy in few components"),
     "modules": ("Modules", "Module by module"),
@@ -32,6 +33,9 @@ SECTIONS = {
     "notes": ("Notes", "Notes on these figures"),
 }
 """Text of the link and heading of each section, by name of its template, in the order of the page."""
+
+HISTORY_SECTIONS = ("histories", "notes")
+"""Sections of the report of a pack that has histories only."""
 
 STORAGE_SECTIONS = ("frontier", "bytes", "adapters", "modules", "task", "task-bytes")
 """Sections that come first in the report of a pack for storage."""
@@ -51,10 +55,11 @@ _FEW = 2
 def render(report: ReportData) -> str:
     """Return the HTML document; `MissingExtraError` if matplotlib is not installed."""
     context = _context(report)
-    first = STORAGE_SECTIONS if is_for_storage(report) else ()
-    contents = {name: _compact(f"sections/{name}.html", **context) for name in dict.fromkeys([*first, *SECTIONS])}
+    first = ("histories", *STORAGE_SECTIONS) if is_for_storage(report) else ()
+    names = dict.fromkeys([*first, *SECTIONS]) if report.adapters else HISTORY_SECTIONS
+    contents = {name: _compact(f"sections/{name}.html", **context) for name in names}
     about, script = report.collection, _asset("page.js")
-    title = f"{numbers.plural(about.adapters, 'LoRA adapter')} of {about.base_model or 'an unnamed base model'}"
+    title = facts.title(report)
     body = _compact(
         "body.html",
         report=report,
@@ -100,6 +105,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         "task_tables": task_tables,
         "curves": curves,
         "error_plots": error_plots,
+        "history_figures": histories,
         "maps": maps,
         "energies": energies(report),
         "at_equal_error": at_equal_error,

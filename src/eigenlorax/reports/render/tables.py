@@ -7,6 +7,7 @@ from .. import numbers
 from ..comparison_data import Baseline, Bytes, FrontierPoint, SizePoint
 from ..data import AdapterFigures, ModuleFigures, ReportData, StartEnergy, StartGroup
 from ..frontier import METHODS
+from ..history_data import HistoryFigures, VersionFigures
 from .table import Field, Table, make_table
 
 
@@ -223,6 +224,29 @@ def start_energies(energies: list[StartEnergy]) -> Table:
         Field("updates, up", lambda e: e.delta_up, numbers.share),
     ]
     return make_table("Energy that k components keep", fields, energies)
+
+
+def versions(history: HistoryFigures, max_rows: int | None = None) -> Table:
+    """Return steps, errors, distances and bytes of all versions, or of the last `max_rows`, the latest last."""
+    fields: list[Field[VersionFigures]] = [
+        Field("version", lambda v: v.version, numeric=False),
+        Field("step", lambda v: v.step, numbers.count),
+        Field("delta error", lambda v: v.delta_error, numbers.error, "‖D − D̂‖ / ‖D‖ against the original"),
+        Field("change", lambda v: v.change, numbers.error, "distance to the previous version ÷ its norm"),
+        Field("to the last", lambda v: v.to_final, numbers.error, "distance to the last version ÷ its norm"),
+        Field("left out", lambda v: v.left_out_error, numbers.error, "error in components of the other versions"),
+        Field("LoRA", lambda v: v.lora_stored, numbers.size, "bytes of the LoRA factors", exact=True),
+        Field("others", lambda v: v.tensors_stored or None, numbers.size, "bytes of all other tensors", exact=True),
+        Field("file", lambda v: v.source_bytes, numbers.size, "bytes of the version's own file", exact=True),
+    ]
+    names = sorted({name for version in history.versions for name in version.metrics})
+    fields += [Field(name, _metric(name), numbers.plain) for name in names]
+    shown = history.versions if max_rows is None else history.versions[-max_rows:]
+    return make_table(f"Versions of {history.name}", fields, shown)
+
+
+def _metric(name: str) -> Callable[[VersionFigures], float | None]:
+    return lambda version: version.metrics.get(name)
 
 
 def _side_field(side: str, field: str) -> Callable[[ModuleFigures], Any]:

@@ -12,6 +12,7 @@ from ...data import ReportData, SideFigures
 from ...frontier import CODEC, METHODS, SHARING_METHODS, TASK_METHODS
 from ...task_data import TaskFrontier
 from . import module_labels, svg
+from .axes import byte_unit, count_along
 from .svg import HALF, WIDE, ink, series
 
 SIDES = {"down": "down (LoRA A)", "up": "up (LoRA B)"}
@@ -42,7 +43,7 @@ def scree(report: ReportData, side: str) -> str:
         axis.minorticks_off()
         axis.set(title=SIDES[side], xlabel="component", ylabel="share of energy")
         axis.margins(x=0.01)
-        _count_along(axis)
+        count_along(axis)
         _mark_k(axis, [getattr(module, side) for module in report.modules])
         figure.legend(loc="outside lower left", ncols=3)
 
@@ -57,7 +58,7 @@ def cumulative(report: ReportData, side: str) -> str:
         _curves(axis, {label: np.cumsum(curve) for label, curve in spectra(report, side).items()})
         axis.set(title=SIDES[side], xlabel="components", ylabel="energy kept", ylim=(0, 1.02))
         axis.margins(x=0.01)
-        _count_along(axis)
+        count_along(axis)
         _mark_k(axis, [getattr(module, side) for module in report.modules], height=0.08)
         figure.legend(loc="outside lower left", ncols=3)
 
@@ -78,7 +79,7 @@ def angles(report: ReportData) -> str:
                     marker = _marker(mean) if field == "angles" else ""
                     axis.plot(np.arange(1, len(mean) + 1), mean, marker=marker, color=series(number), **style)
         axis.set(ylim=(0, 92), yticks=[0, 30, 60, 90], xlabel="principal angle, in order", ylabel="degrees")
-        _count_along(axis)
+        count_along(axis)
         axis.legend(loc="lower right")
 
     return svg.draw("angles", (HALF, 330), "Principal angles between the subspaces of two halves", paint)
@@ -124,7 +125,7 @@ def frontier(report: ReportData) -> str:
     # the codec's curve has the colour of the pack
     methods = sorted(dict.fromkeys(point.way for point in baselines), key=lambda method: method != CODEC)
     stored = [point.stored_bytes for point in measured.points if point.stored_bytes]
-    unit, unit_name = _unit(max(*stored, measured.lora_float16))
+    unit, unit_name = byte_unit(max(*stored, measured.lora_float16))
 
     def paint(figure: Any) -> None:
         from matplotlib.ticker import LogLocator
@@ -178,7 +179,7 @@ def task_frontier(measured: TaskFrontier, measure: str, name: str) -> str:
         name: Name that is unique among the page's figures.
     """
     label = {"accuracy": "accuracy", "perplexity": "perplexity", "kl": "KL from the originals, nats"}[measure]
-    unit, unit_name = _unit(max(measured.lora_float16, *(point.stored_bytes for point in measured.points)))
+    unit, unit_name = byte_unit(max(measured.lora_float16, *(point.stored_bytes for point in measured.points)))
     original = 0.0 if measure == "kl" else getattr(measured, f"original_{measure}")
     without = getattr(measured, f"without_{measure}")
 
@@ -207,12 +208,6 @@ def task_frontier(measured: TaskFrontier, measure: str, name: str) -> str:
     return svg.draw(name, (HALF, 330), f"{measured.task}: {label} over bytes", paint)
 
 
-def _unit(largest: int) -> tuple[int, str]:
-    """Return the decimal unit for bytes up to `largest`, and its name."""
-    units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
-    return next(((size, name) for size, name in units if largest >= size), (1, "bytes"))
-
-
 def sizes(report: ReportData) -> str:
     """Draw errors over the number of components."""
 
@@ -234,7 +229,7 @@ def sizes(report: ReportData) -> str:
                     *zip(*points, strict=True), dash, marker="o", markersize=3.5, color=series(number), label=label
                 )
         axis.set(xlabel="k", ylabel="delta error")
-        _count_along(axis)
+        count_along(axis)
         axis.set_ylim(0, max(1.15, axis.get_ylim()[1]))
         _mark_k(axis, _all_sides(report))
         figure.legend(loc="outside upper left", ncols=2)
@@ -247,7 +242,7 @@ def size_bytes(report: ReportData) -> str:
     k = [point.k for point in report.sizes]
     stored = [point.stored_bytes for point in report.sizes]
     top = max(*stored, report.bytes.lora)
-    unit, unit_name = _unit(top)
+    unit, unit_name = byte_unit(top)
 
     def paint(figure: Any) -> None:
         axis = figure.subplots()
@@ -264,7 +259,7 @@ def size_bytes(report: ReportData) -> str:
         if crossing is not None:
             axis.axvspan(crossing, k[-1], color=ink("bad"), alpha=0.1, linewidth=0, label="larger than the LoRAs")
         axis.set(xlabel="k", ylabel=unit_name)
-        _count_along(axis)
+        count_along(axis)
         axis.set_ylim(0, 1.18 * top / unit)
         _mark_k(axis, _all_sides(report))
         figure.legend(loc="outside upper left", ncols=2)
@@ -294,14 +289,6 @@ def _curves(axis: Any, lines: dict[str, np.ndarray]) -> None:
 def _marker(curve: np.ndarray) -> str:
     """Return a marker for a curve of a single point, which a line would not show; else no marker."""
     return "o" if len(curve) == 1 else ""
-
-
-def _count_along(axis: Any) -> None:
-    """Label the x axis with whole numbers only."""
-    from matplotlib.ticker import MaxNLocator
-
-    # the default minimum of two ticks may need fractions
-    axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _mean(curves: Sequence[Sequence[float]], beyond: float) -> np.ndarray:
