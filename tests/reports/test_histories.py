@@ -213,8 +213,12 @@ class TestDocuments:
     def test_json_of_many_versions_is_within_the_limit(self, n, left):
         many = history("run", n, metrics=[f"eval_metric_{index}" for index in range(20)])
         small = [dataclasses.replace(version, lora_stored=200, tensors_stored=0) for version in many.versions]
+        full = synthetic(3)
         made = dataclasses.replace(
-            synthetic(3), adapters=[], runs=[], histories=[dataclasses.replace(many, versions=small)]
+            full,
+            bytes=dataclasses.replace(full.bytes, basis=0, coefficients=0, carried=0, heads=0),
+            histories=[dataclasses.replace(many, versions=small)],
+            **dict.fromkeys(("adapters", "modules", "module_errors", "runs"), []),
         )
         text = json_document.to_json(made)
         assert len(text) <= json_document.limit(made)
