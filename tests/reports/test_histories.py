@@ -218,7 +218,10 @@ class TestDocuments:
             full,
             bytes=dataclasses.replace(full.bytes, basis=0, coefficients=0, carried=0, heads=0),
             histories=[dataclasses.replace(many, versions=small)],
-            **dict.fromkeys(("adapters", "modules", "module_errors", "runs"), []),
+            adapters=[],
+            modules=[],
+            module_errors=[],
+            runs=[],
         )
         text = json_document.to_json(made)
         assert len(text) <= json_document.limit(made)
