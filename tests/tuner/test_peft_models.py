@@ -154,6 +154,20 @@ class TestLoadInto:
         assert model.peft_config["first"].peft_type == "EIGENLORAX"
         torch.testing.assert_close(logits(model, ids), logits(lora_model("first", 1), ids), rtol=1e-4, atol=1e-5)
 
+    def test_versions(self, ids):
+        pack = ex.Pack.empty()
+        for seed in (1, 2):
+            pack.append(lora_model("first", seed), step=seed, lossless=True)
+        model = lora_model("own", 5)
+        pack.load_into(model, ["adapter@1", "adapter@latest"])
+        for name, seed in (("adapter@1", 1), ("adapter@latest", 2)):
+            model.set_adapter(name)
+            torch.testing.assert_close(logits(model, ids), logits(lora_model("first", seed), ids))
+        pack.append(lora_model("first", 3), step=3, lossless=True)
+        coefficients = get_peft_model(make_bert(), EigenLoraxConfig(subspace=ex.fit(lora_model(), n_components=4), r=4))
+        with pytest.raises(AdapterNameError, match="'adapter@3' is a version of a history"):
+            pack.load_into(coefficients, "adapter@3")
+
     def test_all_by_default(self, exact_pack):
         model = lora_model("own", 5)
         exact_pack.load_into(model)

@@ -605,12 +605,12 @@ class Pack(VersionedContents):
         """Load adapters into a `PeftModel`, under their names in the pack.
 
         They become ordinary LoRAs, or coefficients over one basis if the model's adapters were made with an
-        `EigenLoraxConfig`. `model.set_adapter` activates one of them. For diffusers pipelines, use
-        `eigenlorax.load_into`.
+        `EigenLoraxConfig`; versions ("run@1000") become ordinary LoRAs only. `model.set_adapter` activates one of them.
+        For diffusers pipelines, use `eigenlorax.load_into`.
 
         Args:
             model: A `PeftModel` of the pack's base model.
-            names: Adapters to load. Default: all.
+            names: Adapters and versions to load. Default: all adapters.
 
         Raises:
             OptionError: The object is not a `PeftModel`, or has adapters of other types.
@@ -625,7 +625,8 @@ class Pack(VersionedContents):
         """
         wanted = list(dict.fromkeys(name_list(names))) if names is not None else self.names
         for name in wanted:
-            self._check_has(name)
+            if name not in self.history_store:
+                self._check_has(name)
         peft_models.load_into(self, model, wanted)
 
     def push_to_hub(

@@ -9,7 +9,6 @@ from .. import formats
 from ..core import keys
 from ..errors import AdapterNameError, EigenloraxError, ModuleNameError, OptionError, ShapeError
 from .contents import PackContents
-from .packed_adapter import unpack
 
 _LORA = "LORA"
 
@@ -20,7 +19,7 @@ def load_into(pack: PackContents, model: Any, names: Iterable[str]) -> None:
     Args:
         pack: The pack. Adapters are loaded as coefficients only if it is on disk.
         model: A `PeftModel`.
-        names: Names of the adapters, which the model uses too.
+        names: Names of adapters and versions, which the model uses too.
 
     Raises:
         OptionError: The object is not a `PeftModel`, or has adapters of other types.
@@ -41,8 +40,8 @@ def load_into(pack: PackContents, model: Any, names: Iterable[str]) -> None:
                 if peft_type == keys.PEFT_TYPE:
                     folder = pack.adapter_folder(name)
                 else:
-                    adapter = unpack(pack.packed(name), pack.subspace, pack.lossless_dtype)
-                    folder = formats.write_adapter(adapter, Path(temporary) / name, format=formats.PEFT)
+                    path = Path(temporary) / keys.file_name(name)
+                    folder = formats.write_adapter(pack.adapter(name), path, format=formats.PEFT)
                 _load(model, name, folder)
         except EigenloraxError:
             for name in set(names) & set(model.peft_config):
