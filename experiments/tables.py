@@ -24,6 +24,7 @@ def main() -> int:
         head_tables,
         language_tables,
         pages,
+        population_tables,
         record,
         records,
         recycled_tables,
@@ -56,6 +57,7 @@ def main() -> int:
         **drawing_tables.blocks(configs["diffusion"]),
         **same_bytes_tables.blocks(configs["bytes"]),
         **head_tables.blocks(),
+        **population_tables.blocks(),
     }
     records.check_bases(
         sorted(f"{folder.parent.name}/{folder.name}" for folder in record.RESULTS.glob("*/*") if folder.is_dir())

@@ -1,0 +1,124 @@
+"""Tables of the experiment on populations: what users gain over a common adapter, and in how many bytes."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import numpy as np
+
+from . import record
+from .pages import table
+from .records import Json
+
+POPULATIONS = {"populations-raters": "sst5", "populations-writers": "mnist"}
+REFERENCE = "common"
+"""The method that gains are counted from."""
+LABELS = {
+    "common": "common adapter",
+    "head": "common adapter, own head",
+    "own": "**own LoRA, from the common adapter**",
+    "scratch": "own LoRA, from scratch",
+    "coefficients": "coefficients, r = 8, k = 32",
+}
+DRAWS = 1000
+
+
+def blocks() -> Mapping[str, Callable[[], str]]:
+    """Return functions that write the blocks of the page, by their names."""
+    return {block: partial(population_table, name) for block, name in POPULATIONS.items()}
+
+
+def population_table(name: str) -> str:
+    """Write the table of one population."""
+    measured = record.read(record.RESULTS / "populations.json")
+    population = measured["populations"][name]
+    methods = population["methods"]
+    coded = sorted((method for method in methods if method not in LABELS), key=coded_order)
+    rows = [
+        [
+            LABELS.get(method) or coded_label(method),
+            f"{user_bytes(population, method):,.0f}",
+            f"{100 * np.mean(methods[method]['accuracy']):.1f}",
+            "–" if method == REFERENCE else gain(methods, method),
+            "–" if method in (REFERENCE, "own") else share(methods, method),
+            f"{np.mean(methods[method]['loss']):.3f}",
+            f"{np.mean(methods[method]['error']):.2f}" if "error" in methods[method] else "–",
+        ]
+        for method in [*LABELS, *coded]
+    ]
+    header = (
+        "",
+        "bytes of a user",
+        "accuracy",
+        "gain",
+        "share of the LoRA's gain, %",
+        "cross-entropy",
+        "error of the difference",
+    )
+    return f"{table(header, rows)}\n\n{caption(measured, population)}"
+
+
+def caption(measured: Json, population: Json) -> str:
+    """Return what the columns are, how large the shared parts are, and the command."""
+    rows, held_out, numbers = population["train_rows"], population["held_out_rows"], population["numbers"]
+    bases = [method["bases_bytes"] for name, method in population["methods"].items() if name.endswith("-bases")]
+    information = measured["meta_info"]["package_info"]
+    return (
+        f"{len(rows)} users with {min(rows)} to {max(rows)} rows (mean {np.mean(rows):.0f}), "
+        f"{min(held_out)} to {max(held_out)} held-out rows each. Gains in points over the common adapter, user by "
+        "user, ± the standard error over users. Bytes: head included; in 16 bits a number where nothing is coded. "
+        "Shared by all users and not counted there: the common adapter, "
+        f"{2 * numbers['lora'] / 1000:.0f} kB in 16 bits; bases of 30 other users, "
+        f"{2 * numbers['pack'] / 1000:.0f} kB in 16 bits for coefficients, "
+        f"{min(bases) / 1000:.0f} to {max(bases) / 1000:.0f} kB coded. "
+        f"Norm of the difference ÷ norm of the common update: {np.mean(population['difference_norm']):.2f}. "
+        f"`{measured['run_info']['command']}`; torch {information['torch-version']}, "
+        f"transformers {information['transformers-version']}, peft {information['peft-version']}."
+    )
+
+
+def coded_order(method: str) -> tuple[bool, int]:
+    """Return the key that lists users alone first, and the largest budgets first."""
+    return method.endswith("-bases"), -int(method.split("-")[1])
+
+
+def coded_label(method: str) -> str:
+    """Return the name of a coding in the table."""
+    kilobytes = f"difference in {int(method.split('-')[1]) // 1000} kB"
+    return f"{kilobytes}, over others' bases" if method.endswith("-bases") else kilobytes
+
+
+def user_bytes(population: Json, method: str) -> float:
+    """Return the mean bytes of a user, head included, without what all users share."""
+    coded, numbers = population["methods"][method], population["numbers"]
+    if "update_bytes" in coded:
+        return float(np.mean(coded["update_bytes"]) + np.mean(coded["head_bytes"]))
+    head = 2 * numbers["head"]
+    lora = 2 * numbers["lora"] + head
+    sizes = {
+        "common": 0,
+        "head": head,
+        "own": lora,
+        "scratch": lora,
+        "coefficients": 2 * numbers["coefficients"] + head,
+    }
+    return sizes[method]
+
+
+def gains(methods: Json, method: str) -> np.ndarray:
+    """Return the gain of each user over the common adapter, in points."""
+    accuracies: np.ndarray = np.array(methods[method]["accuracy"]) - np.array(methods[REFERENCE]["accuracy"])
+    return 100 * accuracies
+
+
+def gain(methods: Json, method: str) -> str:
+    """Write the mean gain over the common adapter and its standard error, in points."""
+    users = gains(methods, method)
+    return f"{users.mean():+.2f} ± {users.std(ddof=1) / len(users) ** 0.5:.2f}"
+
+
+def share(methods: Json, method: str) -> str:
+    """Write the share of the own LoRAs' mean gain, and its standard error over draws of users, in per cent."""
+    users, own = gains(methods, method), gains(methods, "own")
+    draws = np.random.default_rng(0).integers(len(own), size=(DRAWS, len(own)))
+    drawn = users[draws].mean(1) / own[draws].mean(1)
+    return f"{100 * users.mean() / own.mean():.0f} ± {100 * drawn.std(ddof=1):.0f}"
