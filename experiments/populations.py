@@ -39,8 +39,11 @@ from harness.population_training import CoefficientModel, LoRAModel, Weights
 from harness.population_users import POPULATIONS, WORK, Population, User
 
 import eigenlorax as ex
+from eigenlorax.codec.svd_batch import SvdBatch
 
 Json = dict[str, Any]
+Train = Callable[[str, "User", float], Json]
+"""Trains a method for a user at a learning rate, and returns the scores."""
 
 COMMAND = "python experiments/populations.py"
 RESULT = record.RESULTS / "populations.json"
@@ -50,8 +53,12 @@ BUDGETS = {8000: 0.1, 4000: 0.2, 2000: 0.3, 1000: 0.3}
 COMPONENTS = 32
 HEAD = "base_model.model.classifier.weight"
 """Name of the head, weight and bias side by side, in an adapter of a pack."""
-START_RATES = {"own": (1e-3, 3e-3, 9e-3), "scratch": (3e-3, 9e-3, 2.7e-2), "head": (5e-3, 1.5e-2, 4.5e-2)}
-COEFFICIENT_RATES = (2e-2, 6e-2, 1.8e-1)
+START_RATES = {
+    "own": (1e-3, 3e-3, 9e-3),
+    "scratch": (3e-3, 9e-3, 2.7e-2),
+    "head": (5e-3, 1.5e-2, 4.5e-2),
+    "coefficients": (2e-2, 6e-2, 1.8e-1),
+}
 RATE_FACTOR = 3
 CODED_RANK = 3 * training.RANK
 """Rank of a common update beside a decoded difference, which has the ranks of two LoRAs."""
@@ -91,39 +98,70 @@ class Experiment:
 
     def run(self) -> Json:
         """Do what has not been done yet, and return the population's part of the record."""
-        tried = {method: self.tune(method, START_RATES[method], self.train_and_score) for method in START_RATES}
-        rates = {method: best_rate(accuracies) for method, accuracies in tried.items()}
-        others = [self.own(self.population.user("fit", index), rates["own"])[0] for index in range(FIT_USERS)]
+        tried: Json = {}
+        methods = {"common": self.test("common", self.score_common, 0.0)}
+        for method in ("head", "own"):
+            tried[method] = self.tune(method, self.train_and_score)
+            methods[method] = self.test(method, self.train_and_score, best_rate(tried[method]))
+        own_rate = best_rate(tried["own"])
+        own = [self.own(user, own_rate) for user in self.users("test", TEST_USERS)]
+        others = [self.own(user, own_rate) for user in self.users("fit", FIT_USERS)]
+        batches = coding.svd_batches(others, self.common)
+        empty = coding.empty_bases(batches)
+        methods |= {f"coded-{limit}": self.code(f"coded-{limit}", own, empty, limit) for limit in BUDGETS}
+        tried["scratch"] = self.tune("scratch", self.train_and_score)
+        methods["scratch"] = self.test("scratch", self.train_and_score, best_rate(tried["scratch"]))
         pack = self.fit(others)
         coefficients = CoefficientModel(self.population, self.common, pack)
 
-        def train_coefficients(method: str, user: User, rate: float) -> Json:
+        def train_coefficients(_: str, user: User, rate: float) -> Json:
             coefficients.train(self.common.head, user.train, rate, user.seed)
             return self.score(coefficients, user)
 
-        tried["coefficients"] = self.tune("coefficients", COEFFICIENT_RATES, train_coefficients)
-        rates["coefficients"] = best_rate(tried["coefficients"])
-        users = [self.test_user(index, rates, train_coefficients) for index in range(TEST_USERS)]
-        methods = {method: column([user["scores"][method] for user in users]) for method in users[0]["scores"]}
-        methods |= self.coded(others, pack)
+        tried["coefficients"] = self.tune("coefficients", train_coefficients)
+        methods["coefficients"] = self.test("coefficients", train_coefficients, best_rate(tried["coefficients"]))
+        for limit in BUDGETS:
+            shared = self.shared_bases(batches, pack, limit)
+            methods[f"coded-{limit}-bases"] = self.code(f"coded-{limit}-bases", own, shared, limit)
+        components = [side.components for bases in pack.subspace.modules.values() for side in (bases.down, bases.up)]
         return {
-            "rates_tried": tried,
-            "rates": rates,
-            "train_rows": [user["train_rows"] for user in users],
-            "held_out_rows": [user["held_out_rows"] for user in users],
-            "difference_norm": [user["difference_norm"] for user in users],
+            "rates": tried,
             "numbers": {
                 "lora": sum(down.numel() + up.numel() for down, up in self.common.factors.values()),
                 "head": self.common.head.numel(),
                 "coefficients": coefficients.n_coefficients,
-                "pack": sum(
-                    side.components.numel()
-                    for bases in pack.subspace.modules.values()
-                    for side in (bases.down, bases.up)
-                ),
+                "pack": sum(side.numel() for side in components),
             },
+            **self.about_users(own),
             "methods": methods,
         }
+
+    def about_users(self, own: list[Weights]) -> Json:
+        """Return how many rows the test users have, and how far their LoRAs are from the common adapter."""
+        users = self.users("test", TEST_USERS)
+        common_square = coding.squared_norm(self.common.factors)
+        squares = [coding.squared_norm(training.difference(lora.factors, self.common.factors)) for lora in own]
+        return {
+            "train_rows": [len(user.train) for user in users],
+            "held_out_rows": [len(user.held_out) for user in users],
+            "difference_norm": [round((square / common_square) ** 0.5, 4) for square in squares],
+        }
+
+    def users(self, role: str, n: int) -> list[User]:
+        """Return the first users of a role."""
+        return [self.population.user(role, index) for index in range(n)]
+
+    def test(self, method: str, train: Train, rate: float) -> Json:
+        """Train a method for every test user, once, and return their scores."""
+        scores = []
+        for user in self.users("test", TEST_USERS):
+            scores.append(self.cached(f"test/{method}-{user.name}", lambda user=user: train(method, user, rate)))
+            print(f"{self.population.name} {method} {user.name}: {scores[-1]['accuracy']:.3f}", flush=True)
+        return column(scores)
+
+    def score_common(self, _: str, user: User, rate: float) -> Json:
+        """Return the scores of the common adapter, which has no learning rate."""
+        return self.score_weights(self.common, user)
 
     def _common(self) -> Weights:
         """Return the common adapter, trained on the pooled rows of other users."""
@@ -141,13 +179,12 @@ class Experiment:
             record.write(path, compute())
         return record.read(path)
 
-    def own(self, user: User, rate: float) -> tuple[Weights, Json]:
-        """Return a user's own LoRA, trained from the common adapter, and its scores."""
+    def own(self, user: User, rate: float) -> Weights:
+        """Return a user's own LoRA, trained from the common adapter."""
         path = self.work / "own" / f"{user.name}-{rate:g}.safetensors"
         if not path.is_file():
             self.trainer.train(self.common, user.train, rate, user.seed).save(path)
-        weights = Weights.load(path)
-        return weights, self.score_weights(weights, user)
+        return Weights.load(path)
 
     def score_weights(self, weights: Weights, user: User) -> Json:
         """Return the scores of an adapter on a user's held-out rows."""
@@ -162,15 +199,15 @@ class Experiment:
         if method == "head":
             return training.scores(training.train_head(self.judge, self.common, user, rate), user.held_out)
         if method == "own":
-            return self.own(user, rate)[1]
+            return self.score_weights(self.own(user, rate), user)
         start = self.trainer.new_weights(1)
         return self.score_weights(self.trainer.train(start, user.train, rate, user.seed), user)
 
-    def tune(self, method: str, start: tuple[float, ...], train: Callable[[str, User, float], Json]) -> Json:
+    def tune(self, method: str, train: Train) -> Json:
         """Return the mean accuracy of the tuning users by learning rate, beyond the start until the best is inside."""
         accuracies: dict[float, float] = {}
-        users = [self.population.user("tuning", index) for index in range(TUNING_USERS)]
-        rates = list(start)
+        users = self.users("tuning", TUNING_USERS)
+        rates = list(START_RATES[method])
         while rates:
             for rate in rates:
                 name = f"tuning/{method}-{rate:g}"
@@ -193,50 +230,14 @@ class Experiment:
         ]
         return ex.fit(adapters, n_components=COMPONENTS, dtype="float16", warn_above=1.0)
 
-    def test_user(self, index: int, rates: Json, train_coefficients: Callable[[str, User, float], Json]) -> Json:
-        """Train every method for a test user, once, and return their scores."""
-
-        def measure() -> Json:
-            user = self.population.user("test", index)
-            own, own_scores = self.own(user, rates["own"])
-            changed = coding.squared_norm(training.difference(own.factors, self.common.factors))
-            by_method = {
-                "common": self.score_weights(self.common, user),
-                "head": self.train_and_score("head", user, rates["head"]),
-                "own": own_scores,
-                "scratch": self.train_and_score("scratch", user, rates["scratch"]),
-                "coefficients": train_coefficients("coefficients", user, rates["coefficients"]),
-            }
-            return {
-                "scores": by_method,
-                "train_rows": user.n_rows,
-                "held_out_rows": len(user.held_out),
-                "difference_norm": (changed / coding.squared_norm(self.common.factors)) ** 0.5,
-            }
-
-        outcome = self.cached(f"test/{index}", measure)
-        print(
-            self.population.name, index, {m: round(s["accuracy"], 3) for m, s in outcome["scores"].items()}, flush=True
-        )
-        return outcome
-
-    def coded(self, others: list[Weights], pack: ex.Pack) -> Json:
-        """Code all test users within every budget, alone and over bases of the others, and score what is decoded."""
-        other_batches = coding.svd_batches(others, self.common)
-        empty = coding.empty_bases(other_batches)
-        bases = dict.fromkeys((f"coded-{limit}" for limit in BUDGETS), empty)
-        for limit in BUDGETS:
-            # a step size that such a budget allows, from users who are not tested
-            alone = coding.encode_within(other_batches, empty, torch.full((FIT_USERS,), limit))
-            step_sizes = torch.tensor([coding.decode(data, empty, ranks_of(other_batches))[1] for data in alone])
-            shared = coding.pack_bases(pack, other_batches, float(step_sizes.median()), TEST_USERS)
-            bases[f"coded-{limit}-bases"] = shared
-        outcome = {}
-        for name, chosen in bases.items():
-            limit = int(name.split("-")[1])
-            outcome[name] = self.cached(name, lambda chosen=chosen, limit=limit: self.code(chosen, limit))
-            print(self.population.name, name, sum(outcome[name]["accuracy"]) / TEST_USERS, flush=True)
-        return outcome
+    def shared_bases(self, others: Mapping[str, SvdBatch], pack: ex.Pack, limit: int) -> coding.Bases:
+        """Quantise the pack's bases for users of so many bytes each."""
+        empty = coding.empty_bases(others)
+        ranks = {name: int(batch.ranks[0]) for name, batch in others.items()}
+        # a step size that such a budget allows, from users who are not tested
+        alone = coding.encode_within(others, empty, torch.full((FIT_USERS,), limit))
+        step_sizes = torch.tensor([coding.decode(data, empty, ranks)[1] for data in alone])
+        return coding.pack_bases(pack, others, float(step_sizes.median()), TEST_USERS)
 
     def packs(self) -> Json:
         """Return the scores of packs of today, for every budget."""
@@ -246,11 +247,12 @@ class Experiment:
 
     def packed(self, limit: int) -> Json:
         """Score all test users as one pack of today stores them, basis and heads included in the bytes."""
-        users, own = self.test_users()
-        adapters = [
-            ex.from_factors(user.name, coding.lora_factors(weights.factors), heads={HEAD: weights.head})
-            for user, weights in zip(users, own, strict=True)
-        ]
+        users = self.users("test", TEST_USERS)
+        rate = best_rate(self.tune("own", self.train_and_score))
+        adapters = []
+        for user in users:
+            lora = self.own(user, rate)
+            adapters.append(ex.from_factors(user.name, coding.lora_factors(lora.factors), heads={HEAD: lora.head}))
         with tempfile.TemporaryDirectory() as folder:
             pack = ex.fit(adapters, max_bytes=limit * len(users), warn_above=1.0)
             pack.save(folder)
@@ -263,32 +265,26 @@ class Experiment:
         sizes = pack.summary.bytes
         return {**column(scores), "total_bytes": sizes.pack + sizes.heads}
 
-    def test_users(self) -> tuple[list[User], list[Weights]]:
-        """Return all test users and their own LoRAs."""
-        users = [self.population.user("test", index) for index in range(TEST_USERS)]
-        rate = best_rate(self.tune("own", START_RATES["own"], self.train_and_score))
-        return users, [Weights.load(self.work / "own" / f"{user.name}-{rate:g}.safetensors") for user in users]
-
-    def code(self, bases: coding.Bases, limit: int) -> Json:
+    def code(self, name: str, own: list[Weights], bases: coding.Bases, limit: int) -> Json:
         """Code all test users within a budget, and score what is decoded."""
-        users, own = self.test_users()
-        coded = coding.code_users(own, self.common, bases, limit, BUDGETS[limit])
-        scores = []
-        for user, member in zip(users, coded, strict=True):
-            factors = training.added(self.common.factors, member.weights.factors)
-            scores.append(self.score_weights(Weights(factors, member.weights.head), user))
-        return {
-            **column(scores),
-            "update_bytes": [member.update_bytes for member in coded],
-            "head_bytes": [member.head_bytes for member in coded],
-            "error": [round(member.error, 4) for member in coded],
-            "bases_bytes": coding.bases_size(bases),
-        }
 
+        def measure() -> Json:
+            coded = coding.code_users(own, self.common, bases, limit, BUDGETS[limit])
+            scores = []
+            for user, member in zip(self.users("test", TEST_USERS), coded, strict=True):
+                factors = training.added(self.common.factors, member.weights.factors)
+                scores.append(self.score_weights(Weights(factors, member.weights.head), user))
+            return {
+                **column(scores),
+                "update_bytes": [member.update_bytes for member in coded],
+                "head_bytes": [member.head_bytes for member in coded],
+                "error": [round(member.error, 4) for member in coded],
+                "bases_bytes": coding.bases_size(bases),
+            }
 
-def ranks_of(batches: Any) -> dict[str, int]:
-    """Return the rank of the updates of each module, which all users share."""
-    return {name: int(batch.ranks[0]) for name, batch in batches.items()}
+        outcome = self.cached(name, measure)
+        print(f"{self.population.name} {name}: {sum(outcome['accuracy']) / TEST_USERS:.4f}", flush=True)
+        return outcome
 
 
 def column(scores: list[Json]) -> Json:
