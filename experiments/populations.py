@@ -74,7 +74,11 @@ def main() -> None:
     for experiment in experiments:
         measured[experiment.population.name]["methods"] |= experiment.packs()
     config = {
-        "users": {"test": TEST_USERS, "fit": FIT_USERS, "tuning": TUNING_USERS},
+        "users": {
+            "test": TEST_USERS,
+            "fit": FIT_USERS,
+            "tuning": TUNING_USERS,
+        },
         "budgets": {str(limit): error for limit, error in BUDGETS.items()},
         "components": COMPONENTS,
     }
@@ -104,41 +108,47 @@ class Experiment:
             tried[method] = self.tune(method, self.train_and_score)
             methods[method] = self.test(method, self.train_and_score, best_rate(tried[method]))
         own_rate = best_rate(tried["own"])
-        own = [self.own(user, own_rate) for user in self.users("test", TEST_USERS)]
+        own = [self.own(user, own_rate) for user in self.test_users()]
+        empty = coding.empty_bases(coding.svd_batches(own[:1], self.common))
+        methods |= {f"coded-{limit}": self.code(f"coded-{limit}", own, empty, limit) for limit in BUDGETS}
         others = [self.own(user, own_rate) for user in self.users("fit", FIT_USERS)]
         batches = coding.svd_batches(others, self.common)
-        empty = coding.empty_bases(batches)
-        methods |= {f"coded-{limit}": self.code(f"coded-{limit}", own, empty, limit) for limit in BUDGETS}
-        tried["scratch"] = self.tune("scratch", self.train_and_score)
-        methods["scratch"] = self.test("scratch", self.train_and_score, best_rate(tried["scratch"]))
         pack = self.fit(others)
-        coefficients = CoefficientModel(self.population, self.common, pack)
-
-        def train_coefficients(_: str, user: User, rate: float) -> Json:
-            coefficients.train(self.common.head, user.train, rate, user.seed)
-            return self.score(coefficients, user)
-
-        tried["coefficients"] = self.tune("coefficients", train_coefficients)
-        methods["coefficients"] = self.test("coefficients", train_coefficients, best_rate(tried["coefficients"]))
-        for limit in BUDGETS:
+        for limit in self.settings.budgets_over_bases:
             shared = self.shared_bases(batches, pack, limit)
             methods[f"coded-{limit}-bases"] = self.code(f"coded-{limit}-bases", own, shared, limit)
+        tried["scratch"] = self.tune("scratch", self.train_and_score)
+        n_users = self.settings.scratch_users
+        methods["scratch"] = self.test("scratch", self.train_and_score, best_rate(tried["scratch"]), n_users)
+        if self.settings.has_coefficients:
+            tried["coefficients"], methods["coefficients"] = self.test_coefficients(pack)
         components = [side.components for bases in pack.subspace.modules.values() for side in (bases.down, bases.up)]
         return {
             "rates": tried,
             "numbers": {
                 "lora": sum(down.numel() + up.numel() for down, up in self.common.factors.values()),
                 "head": self.common.head.numel(),
-                "coefficients": coefficients.n_coefficients,
+                "coefficients": 2 * training.RANK * sum(bases.down.k for bases in pack.subspace.modules.values()),
                 "pack": sum(side.numel() for side in components),
             },
             **self.about_users(own),
             "methods": methods,
         }
 
+    def test_coefficients(self, pack: ex.Pack) -> tuple[Json, Json]:
+        """Return the accuracies by learning rate, and the scores, of coefficients over a pack's bases."""
+        model = CoefficientModel(self.population, self.common, pack)
+
+        def train(_: str, user: User, rate: float) -> Json:
+            model.train(self.common.head, user.train, rate, user.seed)
+            return self.score(model, user)
+
+        tried = self.tune("coefficients", train)
+        return tried, self.test("coefficients", train, best_rate(tried))
+
     def about_users(self, own: list[Weights]) -> Json:
         """Return how many rows the test users have, and how far their LoRAs are from the common adapter."""
-        users = self.users("test", TEST_USERS)
+        users = self.test_users()
         common_square = coding.squared_norm(self.common.factors)
         squares = [coding.squared_norm(training.difference(lora.factors, self.common.factors)) for lora in own]
         return {
@@ -147,14 +157,18 @@ class Experiment:
             "difference_norm": [round((square / common_square) ** 0.5, 4) for square in squares],
         }
 
+    def test_users(self) -> list[User]:
+        """Return the test users."""
+        return self.users("test", TEST_USERS)
+
     def users(self, role: str, n: int) -> list[User]:
         """Return the first users of a role."""
         return [self.population.user(role, index) for index in range(n)]
 
-    def test(self, method: str, train: Train, rate: float) -> Json:
-        """Train a method for every test user, once, and return their scores."""
+    def test(self, method: str, train: Train, rate: float, n_users: int = TEST_USERS) -> Json:
+        """Train a method for test users, once, and return their scores."""
         scores = []
-        for user in self.users("test", TEST_USERS):
+        for user in self.users("test", n_users):
             scores.append(self.cached(f"test/{method}-{user.name}", lambda user=user: train(method, user, rate)))
             print(f"{self.population.name} {method} {user.name}: {scores[-1]['accuracy']:.3f}", flush=True)
         return column(scores)
@@ -247,7 +261,7 @@ class Experiment:
 
     def packed(self, limit: int) -> Json:
         """Score all test users as one pack of today stores them, basis and heads included in the bytes."""
-        users = self.users("test", TEST_USERS)
+        users = self.test_users()
         rate = best_rate(self.tune("own", self.train_and_score))
         adapters = []
         for user in users:
@@ -271,7 +285,7 @@ class Experiment:
         def measure() -> Json:
             coded = coding.code_users(own, self.common, bases, limit, BUDGETS[limit])
             scores = []
-            for user, member in zip(self.users("test", TEST_USERS), coded, strict=True):
+            for user, member in zip(self.test_users(), coded, strict=True):
                 factors = training.added(self.common.factors, member.weights.factors)
                 scores.append(self.score_weights(Weights(factors, member.weights.head), user))
             return {
@@ -283,7 +297,7 @@ class Experiment:
             }
 
         outcome = self.cached(name, measure)
-        print(f"{self.population.name} {name}: {sum(outcome['accuracy']) / TEST_USERS:.4f}", flush=True)
+        print(f"{self.population.name} {name}: {sum(outcome['accuracy']) / len(own):.4f}", flush=True)
         return outcome
 
 

@@ -43,7 +43,7 @@ def population_table(name: str) -> str:
             f"{np.mean(methods[method]['loss']):.3f}",
             f"{np.mean(methods[method]['error']):.2f}" if "error" in methods[method] else "–",
         ]
-        for method in [*LABELS, *coded]
+        for method in [*(label for label in LABELS if label in methods), *coded]
     ]
     header = (
         "",
@@ -62,11 +62,13 @@ def caption(measured: Json, population: Json) -> str:
     rows, held_out, numbers = population["train_rows"], population["held_out_rows"], population["numbers"]
     bases = [method["bases_bytes"] for name, method in population["methods"].items() if name.endswith("-bases")]
     information = measured["meta_info"]["package_info"]
+    n_few = min(len(method["accuracy"]) for method in population["methods"].values())
+    few = f"From scratch: the first {n_few} users. " if n_few < len(rows) else ""
     return (
         f"{len(rows)} users with {min(rows)} to {max(rows)} rows (mean {np.mean(rows):.0f}), "
         f"{min(held_out)} to {max(held_out)} held-out rows each. Gains in points over the common adapter, user by "
-        "user, ± the standard error over users. Bytes: head included; in 16 bits a number where nothing is coded. "
-        "Shared by all users and not counted there: the common adapter, "
+        f"user, ± the standard error over users. {few}Bytes: head included; in 16 bits a number where nothing is "
+        "coded. Shared by all users and not counted there: the common adapter, "
         f"{2 * numbers['lora'] / 1000:.0f} kB in 16 bits; bases of 30 other users, "
         f"{2 * numbers['pack'] / 1000:.0f} kB in 16 bits for coefficients, "
         f"{min(bases) / 1000:.0f} to {max(bases) / 1000:.0f} kB coded. "
@@ -76,38 +78,38 @@ def caption(measured: Json, population: Json) -> str:
     )
 
 
-def coded_order(method: str) -> tuple[bool, int]:
-    """Return the key that lists users alone first, and the largest budgets first."""
-    return method.endswith("-bases"), -int(method.split("-")[1])
+def coded_order(method: str) -> tuple[int, int]:
+    """Return the key that lists differences alone first, then over bases, then packs, and the largest budgets first."""
+    return method.endswith("-bases") + 2 * method.startswith("pack-"), -int(method.split("-")[1])
 
 
 def coded_label(method: str) -> str:
     """Return the name of a coding in the table."""
-    kilobytes = f"difference in {int(method.split('-')[1]) // 1000} kB"
-    return f"{kilobytes}, over others' bases" if method.endswith("-bases") else kilobytes
+    kilobytes = f"{int(method.split('-')[1]) // 1000} kB"
+    if method.startswith("pack-"):
+        return f"one pack without a reference, {kilobytes}"
+    return f"difference, {kilobytes}" + (", over others' bases" if method.endswith("-bases") else "")
 
 
 def user_bytes(population: Json, method: str) -> float:
-    """Return the mean bytes of a user, head included, without what all users share."""
+    """Return the mean bytes of a user, head included; a pack's bases are included, other shared parts are not."""
     coded, numbers = population["methods"][method], population["numbers"]
     if "update_bytes" in coded:
         return float(np.mean(coded["update_bytes"]) + np.mean(coded["head_bytes"]))
+    if "total_bytes" in coded:
+        return float(coded["total_bytes"] / len(coded["accuracy"]))
     head = 2 * numbers["head"]
     lora = 2 * numbers["lora"] + head
-    sizes = {
-        "common": 0,
-        "head": head,
-        "own": lora,
-        "scratch": lora,
-        "coefficients": 2 * numbers["coefficients"] + head,
-    }
-    return sizes[method]
+    coefficients = 2 * numbers["coefficients"] + head
+    sizes = {"common": 0, "head": head, "own": lora, "scratch": lora, "coefficients": coefficients}
+    return float(sizes[method])
 
 
-def gains(methods: Json, method: str) -> np.ndarray:
-    """Return the gain of each user over the common adapter, in points."""
-    accuracies: np.ndarray = np.array(methods[method]["accuracy"]) - np.array(methods[REFERENCE]["accuracy"])
-    return 100 * accuracies
+def gains(methods: Json, method: str, n_users: int | None = None) -> np.ndarray:
+    """Return the gains of the users of a method over the common adapter, in points. n_users: the first ones only."""
+    accuracies = np.array(methods[method]["accuracy"][:n_users])
+    gained: np.ndarray = 100 * (accuracies - methods[REFERENCE]["accuracy"][: len(accuracies)])
+    return gained
 
 
 def gain(methods: Json, method: str) -> str:
@@ -118,7 +120,8 @@ def gain(methods: Json, method: str) -> str:
 
 def share(methods: Json, method: str) -> str:
     """Write the share of the own LoRAs' mean gain, and its standard error over draws of users, in per cent."""
-    users, own = gains(methods, method), gains(methods, "own")
+    users = gains(methods, method)
+    own = gains(methods, "own", len(users))
     draws = np.random.default_rng(0).integers(len(own), size=(DRAWS, len(own)))
     drawn = users[draws].mean(1) / own[draws].mean(1)
-    return f"{100 * users.mean() / own.mean():.0f} ± {100 * drawn.std(ddof=1):.0f}"
+    return f"{100 * users.mean() / own.mean():.1f} ± {100 * drawn.std(ddof=1):.1f}"

@@ -164,8 +164,6 @@ class CoefficientModel:
         self.head = head_of(self.model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.start = [parameter.detach().clone() for parameter in self.trained]
-        heads = {id(parameter) for parameter in self.head}
-        self.n_coefficients = sum(p.numel() for p in self.trained if id(p) not in heads)
 
     def train(self, head: Tensor, rows: Rows, rate: float, seed: int) -> None:
         """Train from the common adapter by SOAP."""

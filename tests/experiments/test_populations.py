@@ -117,7 +117,7 @@ def test_gains_and_shares_are_those_of_the_users():
         for name, accuracies in (("common", reference), ("own", own), ("coded-8000", reference + 0.098))
     }
     assert population_tables.gain(methods, "own") == "+10.00 ± 0.00"
-    assert population_tables.share(methods, "coded-8000") == "98 ± 0"
+    assert population_tables.share(methods, "coded-8000") == "98.0 ± 0.0"
 
 
 def test_a_hand_turns_and_mirrors_a_digit():
