@@ -60,7 +60,6 @@ def population_table(name: str) -> str:
 def caption(measured: Json, population: Json) -> str:
     """Return what the columns are, how large the shared parts are, and the command."""
     rows, held_out, numbers = population["train_rows"], population["held_out_rows"], population["numbers"]
-    bases = [method["bases_bytes"] for name, method in population["methods"].items() if name.endswith("-bases")]
     information = measured["meta_info"]["package_info"]
     n_few = min(len(method["accuracy"]) for method in population["methods"].values())
     few = f"From scratch: the first {n_few} users. " if n_few < len(rows) else ""
@@ -69,38 +68,43 @@ def caption(measured: Json, population: Json) -> str:
         f"{min(held_out)} to {max(held_out)} held-out rows each. Gains in points over the common adapter, user by "
         f"user, ± the standard error over users. {few}Bytes: head included; in 16 bits a number where nothing is "
         "coded. Shared by all users and not counted there: the common adapter, "
-        f"{2 * numbers['lora'] / 1000:.0f} kB in 16 bits; bases of 30 other users, "
-        f"{2 * numbers['pack'] / 1000:.0f} kB in 16 bits for coefficients, "
-        f"{min(bases) / 1000:.0f} to {max(bases) / 1000:.0f} kB coded. "
+        f"{2 * numbers['lora'] / 1000:.0f} kB in 16 bits{bases_size(population)}. "
         f"Norm of the difference ÷ norm of the common update: {np.mean(population['difference_norm']):.2f}. "
         f"`{measured['run_info']['command']}`; torch {information['torch-version']}, "
         f"transformers {information['transformers-version']}, peft {information['peft-version']}."
     )
 
 
-def coded_order(method: str) -> tuple[int, int]:
-    """Return the key that lists differences alone first, then over bases, then packs, and the largest budgets first."""
-    return method.endswith("-bases") + 2 * method.startswith("pack-"), -int(method.split("-")[1])
+def bases_size(population: Json) -> str:
+    """Write how large the bases of other users are, if there are any."""
+    sizes = [method["bases_bytes"] for name, method in population["methods"].items() if name.endswith("-bases")]
+    if not sizes:
+        return ""
+    return (
+        f"; bases of 30 other users, {2 * population['numbers']['pack'] / 1000:.0f} kB in 16 bits for coefficients, "
+        f"{min(sizes) / 1000:.0f} to {max(sizes) / 1000:.0f} kB coded"
+    )
+
+
+def coded_order(method: str) -> tuple[bool, int]:
+    """Return the key that lists users alone first, and the largest budgets first."""
+    return method.endswith("-bases"), -int(method.split("-")[1])
 
 
 def coded_label(method: str) -> str:
     """Return the name of a coding in the table."""
     kilobytes = f"{int(method.split('-')[1]) // 1000} kB"
-    if method.startswith("pack-"):
-        return f"one pack without a reference, {kilobytes}"
     return f"difference, {kilobytes}" + (", over others' bases" if method.endswith("-bases") else "")
 
 
 def user_bytes(population: Json, method: str) -> float:
-    """Return the mean bytes of a user, head included; a pack's bases are included, other shared parts are not."""
+    """Return the mean bytes of a user, head included; without what all users share."""
     coded, numbers = population["methods"][method], population["numbers"]
     if "update_bytes" in coded:
         return float(np.mean(coded["update_bytes"]) + np.mean(coded["head_bytes"]))
-    if "total_bytes" in coded:
-        return float(coded["total_bytes"] / len(coded["accuracy"]))
     head = 2 * numbers["head"]
     lora = 2 * numbers["lora"] + head
-    coefficients = 2 * numbers["coefficients"] + head
+    coefficients = 2 * numbers.get("coefficients", 0) + head
     sizes = {"common": 0, "head": head, "own": lora, "scratch": lora, "coefficients": coefficients}
     return float(sizes[method])
 

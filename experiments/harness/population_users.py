@@ -47,9 +47,8 @@ class Settings:
     """Sizes of a population's models and trainings.
 
     Attributes:
-        budgets_over_bases: Bytes of users that are coded over bases of others.
         scratch_users: Number of test users whose LoRA is trained from scratch, too: the first ones.
-        has_coefficients: Coefficients are trained.
+        has_bases: Bases of other users are fitted, for codings and coefficients.
         target_modules: Names of the modules with an adapter.
         n_labels: Number of labels of a user's head.
         steps, batch_size: Steps of every training of a user, and rows of a step.
@@ -58,9 +57,8 @@ class Settings:
         in_half: Frozen matrices are bfloat16.
     """
 
-    budgets_over_bases: tuple[int, ...]
     scratch_users: int
-    has_coefficients: bool
+    has_bases: bool
     target_modules: tuple[str, str]
     n_labels: int
     steps: int
@@ -97,9 +95,8 @@ class Reviews:
 
     name = "sst5"
     settings = Settings(
-        budgets_over_bases=(2000,),
         scratch_users=25,
-        has_coefficients=False,
+        has_bases=False,
         target_modules=("query", "value"),
         n_labels=2,
         steps=24,
@@ -207,9 +204,8 @@ class Writers:
 
     name = "mnist"
     settings = Settings(
-        budgets_over_bases=(8000, 4000, 2000, 1000),
         scratch_users=100,
-        has_coefficients=True,
+        has_bases=True,
         target_modules=("q_proj", "v_proj"),
         n_labels=10,
         steps=40,
