@@ -39,7 +39,7 @@ def population_table(name: str) -> str:
             f"{user_bytes(population, method):,.0f}",
             f"{100 * np.mean(methods[method]['accuracy']):.1f}",
             "–" if method == REFERENCE else gain(methods, method),
-            "–" if method in (REFERENCE, "own") else share(methods, method),
+            "–" if method in (REFERENCE, "own", "scratch") else share(methods, method),
             f"{np.mean(methods[method]['loss']):.3f}",
             f"{np.mean(methods[method]['error']):.2f}" if "error" in methods[method] else "–",
         ]
@@ -65,7 +65,7 @@ def caption(measured: Json, population: Json) -> str:
     few = f"From scratch: the first {n_few} users. " if n_few < len(rows) else ""
     return (
         f"{len(rows)} users with {min(rows)} to {max(rows)} rows (mean {np.mean(rows):.0f}), "
-        f"{min(held_out)} to {max(held_out)} held-out rows each. Gains in points over the common adapter, user by "
+        f"{np.mean(held_out):.0f} held-out rows each. Gains in points over the common adapter, user by "
         f"user, ± the standard error over users. {few}Bytes: head included; in 16 bits a number where nothing is "
         "coded. Shared by all users and not counted there: the common adapter, "
         f"{2 * numbers['lora'] / 1000:.0f} kB in 16 bits{bases_size(population)}. "
