@@ -76,6 +76,7 @@ CALLS = {
     "demo": "from eigenlorax.train import demo\ndemo.run(Path('demo'))",
     "options": "from eigenlorax.train import trainer\ntrainer.read_options(Path('options.yaml'))",
     "saved rows": "from eigenlorax.train import data\ndata.read(Path('saved'))",
+    "VersionCallback": "ex.VersionCallback",
     "report": "ex.report(pack, adapters)",
     "page": "from eigenlorax.reports import write\nwrite(ex.report(pack), Path('report.html'))",
     "ray": "ex.fit(adapters, n_components=4, engine='ray')",
@@ -83,7 +84,7 @@ CALLS = {
     "bank": "layer = torch.nn.ModuleDict({'query': torch.nn.Linear(5, 4)})\n"
     "ex.AdapterBank(torch.nn.ModuleDict({'layer': layer}), pack)",
 }
-ON_MODELS = [*list(CALLS)[:9], "demo"]
+ON_MODELS = [*list(CALLS)[:9], "demo", "VersionCallback"]
 FAIL = {
     "peft": ON_MODELS,
     "transformers": [*ON_MODELS, "serve-check"],
