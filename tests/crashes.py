@@ -30,7 +30,7 @@ from eigenlorax.core import keys
 from eigenlorax.core.atomic_files import STAGING_PREFIX
 from eigenlorax.errors import DuplicateAdapterWarning
 from outcomes import contents
-from runs import make_run, tensors_of
+from runs import make_run, tensors_of, write_states
 
 VERBS = {
     "add": "add {pack} {sources}/delta zeta={sources}/gamma --warn-above 1",
@@ -55,8 +55,9 @@ VERBS = {
     "export files in place": "export {place}/styles -o {place}/files --overwrite",
     "export a version": "export {place}/runs run@20 -o {place}/fresh",
     "remove a version": "remove {place}/runs run@20",
+    "track": "track {run} -o {place}/runs",
     "prune": "prune {place}/runs run --keep-last 1 --keep-every 20",
-    "restore": "restore {place}/runs run@20 -o {place}/fresh",
+    "restore": "restore {place}/runs run@latest -o {place}/fresh",
 }
 """Commands on the folder `place`, where there are packs and exports of them already. A new verb is one more line."""
 
@@ -90,7 +91,6 @@ NOT_KILLED = {
     "inspect": "reads",
     "log": "reads",
     "diff": "writes one file as `report` does",
-    "track": "appends and saves one version after another, as `Pack.append` does",
     "evaluate": "reads",
     "serve-check": "reads",
     "env": "reads",
@@ -185,6 +185,10 @@ class Crashes:
         images.save(self._before / "styles")
         images.export(self._before / "files", dtype="float16")
         checkpoints = make_run(self._scratch / "trained" / "run", range(10, 70, 10))
+        # with one checkpoint that is not in the history
+        longer = shutil.copytree(self._scratch / "trained" / "run", self._scratch / "longer" / "run")
+        shutil.rmtree(longer / checkpoints[-1].name)
+        write_states([longer / checkpoint.name for checkpoint in checkpoints[:-1]], max_steps=60)
         histories = ex.Pack.empty()
         for name in ("run", "other"):
             for number, checkpoint in enumerate(checkpoints[:4]):
@@ -198,7 +202,8 @@ class Crashes:
 
     def _arguments(self, verb: str) -> list[str]:
         pack = self._place / "pack"
-        return VERBS[verb].format(place=self._place, pack=pack, sources=self._sources).split()
+        run = self._scratch / "longer" / "run"
+        return VERBS[verb].format(place=self._place, pack=pack, sources=self._sources, run=run).split()
 
     def _fork(self, verb: str, prepare: Callable[[], object] = int, more: tuple[str, ...] = ()) -> Done:
         def run() -> None:
