@@ -126,6 +126,18 @@ def test_a_chain_decodes_to_what_the_encoder_saw():
     assert_same(lossy.decode_chain([encoded[5].data], encoded[4].decoded), encoded[5].decoded)
 
 
+@pytest.mark.parametrize("growth", [0.95, 1.05, 1.1, 1.3])
+def test_a_tensor_with_a_row_of_zeros_decodes_to_what_the_encoder_saw(growth):
+    # the norm decides whether the tensor keeps its level, and the row of zeros would not
+    head = start().tensors["head.weight"]
+    head[0] = 0
+    first, second = start(), moved(start(), 0.05, seed=1)
+    first = replace(first, tensors={**first.tensors, "head.weight": head})
+    second = replace(second, tensors={**second.tensors, "head.weight": growth * head + 0.02})
+    encoded = encode_all([first, second])
+    assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[-1].decoded)
+
+
 def test_later_versions_take_fewer_bytes_than_by_themselves():
     versions = run(4, size=0.03)
     predicted = encode_all(versions)

@@ -23,12 +23,15 @@ class Block:
         weights: Weight of each row: an error of the row counts with its square.
         reference: Rows that predict them; None for none.
         shares: For each row of a sample, the fraction of its columns that are here; None for whole rows.
+        has_one_level: True if all rows have one level, as those of a tensor. Their weights are equal, and so are the
+            levels of the reference.
     """
 
     values: Float64[np.ndarray, "rows width"]
     weights: Float64[np.ndarray, " rows"]
     reference: LatticeRows | None
     shares: Float64[np.ndarray, " rows"] | None = None
+    has_one_level: bool = False
 
     def columns(self, count: int) -> "Block":
         """Return this number of columns, evenly spaced; all if there are no more."""
@@ -37,7 +40,8 @@ class Block:
         reference = self.reference
         if reference is not None:
             reference = LatticeRows(reference.integers[:, at], reference.levels, reference.classes)
-        return Block(self.values[:, at], self.weights, reference, np.full(len(self.weights), len(at) / max(width, 1)))
+        shares = np.full(len(self.weights), len(at) / max(width, 1))
+        return Block(self.values[:, at], self.weights, reference, shares, self.has_one_level)
 
     def per_column(self, figures: Float64[np.ndarray, " rows"]) -> Float64[np.ndarray, " rows"]:
         """Return figures of the sampled columns of each row, extrapolated to all columns."""
@@ -54,7 +58,9 @@ class Block:
         if self.reference is None:
             return levels
         earlier = self.reference.levels
-        is_near = (np.abs(levels.astype(np.int64) - earlier) < HYSTERESIS) & self.reference.integers.any(1)
+        # rows of zeros predict nothing, so that any level does for them
+        predicts = self.reference.integers.any(1) | (self.has_one_level and self.reference.integers.any())
+        is_near = (np.abs(levels.astype(np.int64) - earlier) < HYSTERESIS) & predicts
         nearby: np.ndarray = np.where(is_near | (self.weights == 0), earlier, levels).astype(np.int16)
         return nearby
 
@@ -134,4 +140,5 @@ def join(blocks: Sequence[Block]) -> Block:
             np.concatenate([rows.classes for rows in references]),
         ),
         np.concatenate([block.shares if block.shares is not None else np.ones(len(block.weights)) for block in blocks]),
+        all(block.has_one_level for block in blocks),
     )

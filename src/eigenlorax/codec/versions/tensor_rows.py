@@ -64,7 +64,7 @@ def _quantise(tensor: Tensor, bound: float, reference: TensorRows | None) -> tup
     if not MIN_NORM < norm < MAX_NORM:
         return None
     earlier = reference if reference is not None and reference.layout.shape == layout.shape else None
-    block = Block(values, np.ones(layout.rows), earlier.rows if earlier is not None else None)
+    block = Block(values, np.ones(layout.rows), earlier.rows if earlier is not None else None, has_one_level=True)
 
     def attempt(quantisation: Quantisation) -> tuple[QuantisedBlock, float]:
         quantised = block.quantise(quantisation.level, quantisation.multiplier)
