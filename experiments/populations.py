@@ -3,7 +3,7 @@
 python experiments/run.py vision pretrain    # the base model of images
 python experiments/populations.py            # writes results/populations.json; goes on where it was stopped
 
-Decided before any result was seen:
+Decided before a test user of these two populations was trained, after trials on tuning users (LOG.md):
 
 - Two populations of 100 test users each (`harness/population_users.py`): sentences of sst5 with personal thresholds and
   topics on MiniLM, and digits of MNIST in personal handwriting on a small ViT that has seen printed letters and digits.
