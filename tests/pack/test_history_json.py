@@ -143,6 +143,13 @@ def test_a_field_that_is_missing_or_unknown_is_refused_though_the_digest_fits(da
             manifest_json.parse(changed(data, path, put("a" * 64)), PATH)
 
 
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
@@ -150,6 +157,7 @@ def test_a_field_that_is_missing_or_unknown_is_refused_though_the_digest_fits(da
         (("histories", "run@1"), {}, "adapter name 'run@1' is not allowed"),
         (("histories", "run", "versions"), [], "histories.run has no version"),
         (("histories", "run", "source_fields"), {"a": "x" * 2**16}, "source_fields is too large"),
+        (("histories", "run", "source_fields"), {"a": nested(101)}, "nests lists and objects more than 100 deep"),
         ((*FIRST, "version"), "latest", "version label 'latest' is not allowed"),
         ((*FIRST, "version"), "a/b", "version label 'a/b' is not allowed"),
         ((*FIRST, "version"), "20", "two versions of one label"),

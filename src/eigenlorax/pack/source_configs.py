@@ -68,7 +68,7 @@ def from_bytes(data: bytes, shared: Fields) -> tuple[str, dict[str, Any]]:
     """Return the text of a config and its fields, from the bytes that `to_bytes` returned.
 
     Raises:
-        ValueError: The bytes are not a JSON object, or their differences have another form.
+        ValueError: The bytes are not a JSON object, their differences have another form, or they are nested too deep.
     """
     text, fields = limits.parse_json_object(data, keys.SOURCE_CONFIG)
     if CHANGED not in fields:
@@ -79,7 +79,9 @@ def from_bytes(data: bytes, shared: Fields) -> tuple[str, dict[str, Any]]:
     kept = {name: value for name, value in shared.items() if name not in removed}
     text = _peft_text({**kept, **changed})
     # parsed again, so that values of `shared` are not shared between adapters
-    return text, json.loads(text)
+    parsed = json.loads(text)
+    limits.check_depth(parsed, keys.SOURCE_CONFIG)
+    return text, parsed
 
 
 def _canonical_fields(config: str) -> dict[str, Any] | None:
