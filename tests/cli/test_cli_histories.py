@@ -33,6 +33,11 @@ def folder(_made, tmp_path):
     return tmp_path
 
 
+def dense(adapter, module):
+    factors = adapter.modules[module]
+    return factors.scaling * factors.up.double() @ factors.down.double()
+
+
 def lines(out, start):
     """The cells of lines of a table that begin with one of these words."""
     return [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in start]
@@ -47,6 +52,22 @@ class TestTrack:
         assert [record.step for record in history] == list(STEPS)
         assert [record.metrics["eval_loss"] for record in history] == [9 / step for step in STEPS]
         assert contents(folder / "new") == contents(folder / "history")
+
+    def test_every_version_keeps_its_error_bound(self, cli, folder):
+        tracked = json_of(cli("track", folder / "run", "-o", folder / "new", "--max-error", 0.1, "--json"))
+        pack = ex.Pack.open(folder / "new")
+        for record, step in zip(tracked["appended"], STEPS, strict=True):
+            source, version = ex.read_adapter(folder / f"run/checkpoint-{step}"), pack[f"run@{step}"]
+            pairs = [(dense(source, module), dense(version, module)) for module in source.modules]
+            square = sum(float(before.square().sum()) for before, _ in pairs)
+            deviation = sum(float((after - before).square().sum()) for before, after in pairs)
+            assert (deviation / square) ** 0.5 == pytest.approx(record["delta_error"], rel=1e-6)
+            assert 0.03 < record["delta_error"] <= 0.1
+            for key, tensor in source.heads.items():
+                assert (version.heads[key] - tensor).norm() <= 0.1 * tensor.norm()
+        assert sum(path.stat().st_size for path in (folder / "new/versions").iterdir()) == sum(
+            record["file_bytes"] for record in tracked["appended"]
+        )
 
     def test_run_again_it_takes_new_checkpoints_only(self, cli, folder):
         assert "no checkpoint is new" in succeeded(cli("track", folder / "run", "-o", folder / "history")).out

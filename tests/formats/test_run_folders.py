@@ -75,6 +75,17 @@ def test_checkpoints_come_in_order_with_their_metrics(tmp_path):
     ]
 
 
+def test_numbers_that_are_not_finite_are_left_out(tmp_path):
+    path = make_run(tmp_path, steps=(20,)) / "checkpoint-20" / TRAINER_STATE
+    path.write_text(
+        '{"log_history": [{"step": 20, "loss": 1e999, "eval_loss": NaN, "eval_a": 1' + 400 * "0" + ', "eval_b": true, '
+        '"eval_c": "1", "eval_d": 2}, {"step": true, "loss": 1}, {"step": "20", "loss": 1}, 3], "max_steps": NaN, '
+        '"save_steps": 1' + 400 * "0" + "}"
+    )
+    (checkpoint,) = read_run(tmp_path).checkpoints
+    assert (checkpoint.metrics, checkpoint.settings) == ({"eval_d": 2.0}, {})
+
+
 def test_known_steps_are_left_out(tmp_path):
     assert steps(read_run(make_run(tmp_path), known_steps={5, 20})) == [10]
 

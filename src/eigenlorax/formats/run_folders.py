@@ -143,7 +143,7 @@ def metrics_at(step: int, log: LogHistory) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for record in log:
         logged_step = record.get("step")
-        if not isinstance(logged_step, int) or logged_step > step:
+        if type(logged_step) is not int or logged_step > step:
             continue
         for name, number in record.items():
             is_metric = (
@@ -151,7 +151,7 @@ def metrics_at(step: int, log: LogHistory) -> dict[str, float]:
                 if name.startswith("eval_")
                 else name in _TRAINING_METRICS or name.startswith("reward")
             )
-            if is_metric and type(number) in (int, float) and math.isfinite(number):
+            if is_metric and _is_finite(number):
                 metrics[name] = float(number)
     return dict(sorted(metrics.items()))
 
@@ -162,8 +162,15 @@ def settings(state: Mapping[str, Any]) -> dict[str, float]:
     Args:
         state: Fields of the Trainer's state.
     """
-    numbers = {field: state[field] for field in _SETTINGS if type(state.get(field)) in (int, float)}
-    return {SETTING + field: float(number) for field, number in numbers.items()}
+    return {SETTING + field: float(state[field]) for field in _SETTINGS if _is_finite(state.get(field))}
+
+
+def _is_finite(number: Any) -> bool:
+    """Return whether a value is a number that a float can represent."""
+    try:
+        return type(number) in (int, float) and math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def trainer_state(step: int, versions: Sequence[tuple[int, Mapping[str, float]]]) -> bytes | None:
