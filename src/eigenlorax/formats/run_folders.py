@@ -25,6 +25,8 @@ COPIED_SECONDS = 2
 """The same for a checkpoint of a run in which nothing is from a Trainer, as after a download of the adapters alone."""
 TRAINING_ARGUMENTS = "training_args.bin"
 """File that the Trainer writes beside the adapter."""
+REMOVED = "it has been removed"
+"""Reason why a checkpoint is left out that was there when the run was listed."""
 REFERENCE_ADAPTERS = ("ref", "reference")
 """Names that TRL's trainers and documentation give to the frozen copy of an adapter in training."""
 
@@ -260,7 +262,7 @@ def _complete_adapter(folder: Path, adapter: str | None, *, is_saved: bool) -> P
     except FormatError as error:
         raise _UnfinishedError(f"its adapter is not complete: {error}") from error
     except FileNotFoundError as error:
-        raise _UnfinishedError("it has been removed") from error
+        raise _UnfinishedError(REMOVED) from error
     return chosen
 
 
@@ -279,7 +281,7 @@ def _check_state(folder: Path, state: _State | None, settled_seconds: float) -> 
     try:
         age = time.time() - max(file.stat().st_mtime for file in (folder, *folder.rglob("*")))
     except FileNotFoundError as error:
-        raise _UnfinishedError("it has been removed") from error
+        raise _UnfinishedError(REMOVED) from error
     if age < settled_seconds:
         raise _UnfinishedError(f"it has no {TRAINER_STATE} yet, and changed {max(age, 0):.0f} s ago")
 

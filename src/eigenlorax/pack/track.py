@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from ..core import keys
 from ..core.options import to_float
 from ..core.progress import Progress
-from ..errors import AdapterNameError, OptionError
+from ..errors import AdapterNameError, FormatError, OptionError, PackBusyError
 from ..formats import checks, run_folders
 from ..formats.sources import AdapterSource
 from . import append
@@ -97,7 +97,7 @@ def track(
     history_name = keys.check_name(name) if name is not None else run_name(Path(run))
     options: dict[str, Any] = {"max_error": max_error, "head_error": head_error, "lossless": lossless}
     options |= {"same_base": same_base, "allow_pickle": allow_pickle}
-    appended, earlier = [], []
+    appended, earlier, unfinished = [], [], dict(found.unfinished)
     with opened_for_appending(Path(history)) as pack:
         for done, checkpoint in enumerate(found.checkpoints):
             if progress is not None:
@@ -108,7 +108,14 @@ def track(
             # a lossless version can resume the training, which needs the settings of the run
             options["metrics"] = {**checkpoint.metrics, **(checkpoint.settings if lossless else {})}
             source = AdapterSource(history_name, checkpoint.folder)
-            record = append_new(pack, source, checkpoint.step, options, overwrite=overwrite)
+            try:
+                record = append_new(pack, source, checkpoint.step, options, overwrite=overwrite)
+            except (FormatError, OSError):
+                # the Trainer removes old checkpoints (save_total_limit)
+                if checkpoint.folder.exists():
+                    raise
+                unfinished[checkpoint.folder] = run_folders.REMOVED
+                continue
             if record is not None:
                 appended.append(record)
                 pack.save(None if pack.path is not None else history)
@@ -118,7 +125,7 @@ def track(
         appended=tuple(appended),
         known_steps=frozenset({*known_steps, *seen}),
         earlier_steps=tuple(earlier),
-        unfinished=found.unfinished,
+        unfinished=unfinished,
         is_finished=found.is_finished,
     )
 
@@ -191,7 +198,7 @@ def watch(
 ) -> Iterator[Tracked]:
     """Track a run until its last step has been saved; yield the result of each look at it.
 
-    A run whose folder has no checkpoint yet is waited for.
+    A run whose folder has no checkpoint yet is waited for, and so is another process that is writing to the pack.
 
     Args:
         run: `output_dir` of the Trainer.
@@ -207,10 +214,11 @@ def watch(
         raise OptionError(f"interval={interval:g}: a number of seconds above 0 was expected.")
     known_steps: Collection[int] = ()
     while True:
-        if run_folders.has_checkpoints(Path(run)):
-            tracked = track(run, history, known_steps=known_steps, **options)
-            known_steps = tracked.known_steps
-            yield tracked
-            if tracked.is_finished:
-                return
+        with suppress(PackBusyError):
+            if run_folders.has_checkpoints(Path(run)):
+                tracked = track(run, history, known_steps=known_steps, **options)
+                known_steps = tracked.known_steps
+                yield tracked
+                if tracked.is_finished:
+                    return
         time.sleep(interval)

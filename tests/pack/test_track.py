@@ -1,0 +1,83 @@
+"""Runs that are tracked while their files change, and histories that others write to."""
+
+import shutil
+
+import pytest
+
+import eigenlorax as ex
+from adapters import change_tensors, make_adapter
+from eigenlorax.errors import AdapterNameError, FormatError, NonFiniteError, PackBusyError
+from eigenlorax.pack import track as tracking
+from outcomes import contents
+from runs import WEIGHTS, make_run, write_states
+
+STEPS = (10, 20, 30)
+
+
+@pytest.fixture
+def run(tmp_path):
+    write_states(make_run(tmp_path / "run", STEPS), max_steps=30)
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(run, tmp_path):
+    def remove(stage, done, total):
+        if done == 1:
+            shutil.rmtree(run / "checkpoint-20")
+
+    tracked = ex.track(run, tmp_path / "history", progress=remove)
+    assert [record.step for record in tracked.appended] == [10, 30]
+    assert tracked.unfinished == {run / "checkpoint-20": "it has been removed"}
+
+
+def test_a_checkpoint_that_is_damaged_meanwhile_is_an_error(run, tmp_path):
+    def damage(stage, done, total):
+        if done == 1:
+            (run / "checkpoint-20" / WEIGHTS).write_bytes(b"damaged")
+
+    with pytest.raises(FormatError, match="checkpoint-20"):
+        ex.track(run, tmp_path / "history", progress=damage)
+    # the version before it is in the history
+    assert ex.Pack.open(tmp_path / "history").histories["run"].labels == ["10"]
+
+
+def test_versions_before_one_that_is_not_finite_are_kept(run, tmp_path):
+    change_tensors(run / "checkpoint-20", lambda tensors: [tensor.fill_(float("nan")) for tensor in tensors.values()])
+    with pytest.raises(NonFiniteError, match="NaN or Inf"):
+        ex.track(run, tmp_path / "history")
+    assert ex.Pack.open(tmp_path / "history").histories["run"].labels == ["10"]
+
+
+def test_watching_goes_on_when_another_process_holds_the_pack(run, tmp_path, monkeypatch):
+    calls = []
+
+    def track(*arguments, **options):
+        calls.append(options)
+        if len(calls) == 1:
+            raise PackBusyError("held")
+        return ex.track(*arguments, **options)
+
+    monkeypatch.setattr(tracking, "track", track)
+    (tracked,) = tracking.watch(run, tmp_path / "history", interval=0.001)
+    assert (len(calls), len(tracked.appended)) == (2, 3)
+
+
+def test_a_pack_with_adapters_gets_a_history_beside_them(run, tmp_path):
+    make_adapter(tmp_path / "in/a", seed=3)
+    make_adapter(tmp_path / "in/run", seed=4)
+    ex.fit(tmp_path / "in/a", n_components=3).save(tmp_path / "pack")
+    ex.track(run, tmp_path / "pack")
+    pack = ex.Pack.open(tmp_path / "pack")
+    assert (pack.names, pack.histories["run"].labels) == (["a"], ["10", "20", "30"])
+    ex.fit(tmp_path / "in", n_components=3).save(tmp_path / "other")
+    before = contents(tmp_path / "other")
+    with pytest.raises(AdapterNameError, match="already has an adapter named 'run'"):
+        ex.track(run, tmp_path / "other")
+    assert contents(tmp_path / "other") == before
+
+
+def test_the_name_is_that_of_the_folder_if_it_is_valid(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(run)
+    assert ex.track(".", tmp_path / "history").name == "run"
+    odd = run.rename(tmp_path / "my run")
+    assert ex.track(odd, tmp_path / "history").name == "adapter"
