@@ -1,6 +1,7 @@
 """Verbs of histories: track, log, diff, prune, restore; and export, remove and inspect of packs with histories."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -132,13 +133,11 @@ class TestTrack:
         training.start()
         done = cli("track", run, "-o", folder / "new", "--lossless", "--watch", "--interval", "0.01")
         training.join()
-        assert [line[0] for line in lines(succeeded(done).out, ("10", "20", "30", "40", "50"))] == [
-            "10",
-            "20",
-            "30",
-            "40",
-            "50",
-        ]
+        printed = succeeded(done).out.splitlines()
+        assert [line.partition(":")[0] for line in printed] == [f"run@{step}" for step in (*STEPS, 50)]
+        assert re.fullmatch(
+            r"run@10: delta error exact, bytes [\d,]+, times smaller [\d.]+, eval_loss 0.9, loss 1", printed[0]
+        )
         assert ex.Pack.open(folder / "new").histories["run"].labels == ["10", "20", "30", "40", "50"]
 
     def test_an_interrupt_says_where_the_versions_are(self, cli, folder, monkeypatch):

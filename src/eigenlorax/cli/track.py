@@ -114,8 +114,8 @@ def track(
         return
     with console.explain_interrupt(lambda: f"All versions above are in {output}."):
         for tracked in tracking.watch(run, output, interval=interval, **options):
-            if tracked.appended:
-                _print_versions(output, tracked)
+            for record in tracked.appended:
+                console.say(version_rows.sentence(tracked.name, record))
             _print_earlier(tracked)
 
 

@@ -41,6 +41,17 @@ def times_smaller(record: "VersionRecord") -> str:
     return f"{source / record.file_bytes:.1f}" if record.file_bytes else ""
 
 
+def sentence(history: str, record: "VersionRecord") -> str:
+    """Return the figures of a version in one line."""
+    figures = {
+        "delta error": error(record),
+        "bytes": f"{record.file_bytes:,}",
+        "times smaller": times_smaller(record),
+        **{name: cell for name, (cell,) in metric_columns([record]).items()},
+    }
+    return f"{history}@{record.version}: " + ", ".join(f"{name} {cell}" for name, cell in figures.items())
+
+
 def metric_columns(records: Sequence["VersionRecord"], chosen: Sequence[str] = ()) -> dict[str, list[str]]:
     """Return a column of cells for each metric.
 
