@@ -373,6 +373,16 @@ class TestWhatIsRefused:
         assert dict(runs.histories) == before
 
 
+class TestHistoriesOnly:
+    def test_have_no_bases_to_change(self, saved, run):
+        with pytest.raises(OptionError, match="no bases to augment, but histories only. Fit a pack of adapters"):
+            saved.augment(2, seed=1)
+        with pytest.raises(OptionError, match="no bases, but histories only. Append the adapter as a version"):
+            saved.add(run[0], name="one")
+        with pytest.raises(OptionError, match="no adapter to fit a subspace to. Fit a pack of adapters"):
+            ex.refit(saved, n_components=2)
+
+
 class TestOnDisk:
     def test_a_version_costs_little_in_the_manifest(self, saved, run):
         before = (saved.path / MANIFEST).stat().st_size

@@ -146,7 +146,8 @@ def refit(
     warn_above = check_warn_above(warn_above)
     report = progress or (lambda stage, done, total: None)
     if not pack.names:
-        raise OptionError("The pack has no adapter to fit a subspace to. Add some with `eigenlorax add`.")
+        remedy = "Fit a pack of adapters." if pack.histories else "Add some with `eigenlorax add`."
+        raise OptionError(f"The pack has no adapter to fit a subspace to. {remedy}")
     originals: Mapping[str, Adapter] = {}
     if adapters is not None:
         originals = match_adapters(pack.source_hashes, adapters, report, options, 3).adapters

@@ -86,6 +86,15 @@ def check_extend(extend: int, pack: PackContents) -> int:
     return extend
 
 
+def check_has_bases(pack: PackContents) -> None:
+    """Raise `OptionError` if a pack has histories only."""
+    if not pack.info.modules and pack.histories:
+        raise OptionError(
+            "The pack has no bases, but histories only. Append the adapter as a version (pack.append, `eigenlorax "
+            "track`), or fit a pack of adapters."
+        )
+
+
 def read_new(sources: Sequence[AdapterSource], pack: PackContents, options: AddOptions) -> list[ScannedAdapter]:
     """Read adapters in the order of the sources, and check that each belongs to the pack.
 
@@ -160,6 +169,7 @@ def add_adapters(
         options: Options of `Pack.add`.
         progress: Callback with the arguments (stage, done, total).
     """
+    check_has_bases(pack)
     n_components = None if options.extend is None else check_extend(options.extend, pack)
     new = read_new(sources, pack, options)
     subspace = pack.subspace

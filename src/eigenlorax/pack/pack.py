@@ -493,7 +493,7 @@ class Pack(VersionedContents):
             seed: Seed of the components.
 
         Raises:
-            OptionError: The seed was used before.
+            OptionError: The seed was used before, or the pack has no bases.
             ShapeError: A basis would have more components than dimensions.
 
         Example:
@@ -501,6 +501,8 @@ class Pack(VersionedContents):
             >>> wider.info.n_extra
             2
         """
+        if not self.info.modules:
+            raise OptionError("The pack has no bases to augment, but histories only. Fit a pack of adapters.")
         adapters = {name: self._with_fingerprint(name) for name in self.names}
         if self.basis is not None:
             return self._copy(adapters, basis=self.basis.augment(n_extra, seed))
