@@ -105,7 +105,7 @@ def _report_on_histories(pack: Pack, adapters: Sources | Originals | None, progr
         raise OptionError("The pack has no adapter to report on. Add some with `eigenlorax add`.")
     if adapters is not None:
         raise OptionError(
-            "The pack has histories only, which the report measures as they are stored. Remove `adapters` (--adapters)."
+            "The pack has histories only, which the report measures as they are stored. Remove adapters (--adapters)."
         )
     report = Report(
         eigenlorax_version=__version__,
