@@ -13,6 +13,7 @@ from eigenlorax.core import atomic_files, checkpoint, keys
 from eigenlorax.errors import PackMissingError
 from outcomes import contents, succeeded
 from powercuts import cuts, record
+from runs import make_run, write_states
 
 pytestmark = [pytest.mark.slow, needs_fork]
 
@@ -22,6 +23,8 @@ PACKS = {
     "a first fit": "fit {in} -o {place}/some/where -k 3 --no-report",
     "extend": "add {place}/pack zeta={in}/gamma --extend 1 --warn-above 1",
     "remove": "remove {place}/pack beta",
+    "track": "track {in}/run --name run -o {place}/pack",
+    "prune": "prune {place}/pack run --keep-last 1",
 }
 
 
@@ -35,7 +38,13 @@ def made(tmp_path_factory):
     """Adapters in `in`, and a place with a pack of two of them and their exports."""
     folder = tmp_path_factory.mktemp("made")
     sources = make_adapters(folder / "in", "alpha beta gamma")
-    ex.fit(sources[:2], n_components=4).save(folder / "place" / "pack")
+    checkpoints = make_run(folder / "in" / "run", (10, 20, 30))
+    write_states(checkpoints, max_steps=30)
+    pack = ex.fit(sources[:2], n_components=4)
+    # `track` appends the third
+    for path in checkpoints[:2]:
+        pack.append(path)
+    pack.save(folder / "place" / "pack")
     ex.fit(sources, n_components=2).export(folder / "place" / "out")
     return folder
 

@@ -67,6 +67,7 @@ class TestAppendedVersions:
         assert [record.metrics for record in history] == [{"loss": 1 / n} for n in range(1, 6)]
         assert [record.reference for record in history] == [None, "10", "20", "30", "40"]
         assert (runs.base_model, len(runs), runs.names, list(runs)) == ("org/base", 0, [], [])
+        assert repr(runs) == "<Pack of 0 adapters of org/base, 0 modules, 1 history>"
 
     def test_have_the_figures_of_their_sources(self, runs, run):
         for record, checkpoint in zip(runs.histories["run"], run, strict=True):

@@ -248,7 +248,9 @@ class Pack(VersionedContents):
     def __repr__(self) -> str:
         where = f" in {str(self.path)!r}" if self.path is not None else ""
         base = self.base_model or "an unknown base model"
-        return f"<Pack of {len(self)} adapters of {base}, {len(self.info.modules)} modules{where}>"
+        n_histories = len(self.histories)
+        histories = f", {n_histories} {'history' if n_histories == 1 else 'histories'}" if n_histories else ""
+        return f"<Pack of {len(self)} adapters of {base}, {len(self.info.modules)} modules{histories}{where}>"
 
     def export(
         self,
