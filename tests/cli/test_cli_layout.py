@@ -213,6 +213,7 @@ def test_figures_of_trainings_are_whole(trained, line):
 def test_figures_of_the_demo_are_whole(place):
     from eigenlorax.cli import demo
     from eigenlorax.train.demo import HELD_OUT, Demo, Outcome, descriptions
+    from eigenlorax.train.demo_history import DemoHistory, DemoVersion
     from eigenlorax.train.demo_subspaces import Planted, SubspaceCheck
     from eigenlorax.train.new_task import Attempt
 
@@ -220,7 +221,10 @@ def test_figures_of_the_demo_are_whole(place):
     attempts = [Attempt("coefficients of the pack", 73_728, 0.925, 12.5), Attempt("LoRA", 1_234_567, 0.9, 100.0)]
     check = SubspaceCheck(32, {"a": 0.241}, dict.fromkeys(HELD_OUT, 0.954))
     planted = Planted(32, 24, 0.05, SubspaceCheck(32, {"a": 0.06}, {"b": 0.073}), 20.803, 0.0999)
-    found = Demo(place / "pack", ex.Pack.open("pack").summary, outcomes, check, planted, attempts)
+    versions = [DemoVersion(500 * step, 0.962, 100_175, 0.0496, 0.453, 0.186) for step in range(4, 9)]
+    baseline = "one shared basis of 12 components, 8 bits"
+    history = DemoHistory(versions, 32, 2_983_120, 208_617, baseline, 480_192, 3000, 0.0499)
+    found = Demo(place / "pack", ex.Pack.open("pack").summary, outcomes, check, history, planted, attempts)
     assert_whole(lambda width: terminals.shown(lambda: demo._print(found, 61.5), columns=width)[0])
 
 

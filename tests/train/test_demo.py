@@ -6,17 +6,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import children
 import eigenlorax as ex
 from eigenlorax.cli import main
+from eigenlorax.core import keys
 from eigenlorax.errors import MissingExtraError, PackExistsError
+from eigenlorax.formats import run_folders
 from eigenlorax.reports import stored
-from eigenlorax.train import data, demo, demo_files, demo_subspaces, methods, new_task, recycled_evaluation
+from eigenlorax.train import (
+    data,
+    demo,
+    demo_files,
+    demo_history,
+    demo_subspaces,
+    methods,
+    new_task,
+    recycled_evaluation,
+)
 from outcomes import json_of
 
 pytestmark = pytest.mark.slow
 
+LINEAGE = Path(__file__).parents[3] / "shared" / "zoo" / "lineages" / "roberta-portuguese"
 FULL_RANK = 104  # 13 fitted adapters of rank 8
 
 
@@ -33,7 +46,10 @@ class TestShippedData:
             assert one["test_accuracy"] > one["test_majority"]
 
     def test_is_small(self):
-        assert sum(path.stat().st_size for path in demo.data().rglob("*") if path.is_file()) < 6_000_000
+        sizes = {path: path.stat().st_size for path in demo.data().rglob("*") if path.is_file()}
+        run = sum(size for path, size in sizes.items() if demo.checkpoints() in path.parents)
+        assert run <= 3_000_000
+        assert sum(sizes.values()) - run < 6_000_000
 
     def test_kinds_of_data(self):
         about = demo.descriptions()
@@ -48,6 +64,59 @@ class TestShippedData:
     def test_the_notice_names_every_source(self):
         notice = (demo.data() / "NOTICE.md").read_text("utf-8")
         assert all(one["source"] in notice for one in demo.descriptions().values())
+
+
+class TestCheckpoints:
+    """Checkpoints of another author's run, which the demo stores as a history."""
+
+    def test_licence_and_author_are_beside_them(self):
+        folder = demo.checkpoints()
+        assert "MIT License" in (folder / "LICENSE").read_text("utf-8")
+        text = (folder / "README.md").read_text("utf-8")
+        assert "https://github.com/paulohenriquecrs/RoBERTa_SEQ_CLS_LoRA_Portuguese" in text
+        assert "paulohenriquecrs" in (demo.data() / "NOTICE.md").read_text("utf-8")
+
+    def test_are_a_run_that_is_read(self):
+        checkpoints = run_folders.read_run(demo.checkpoints()).checkpoints
+        assert [checkpoint.step for checkpoint in checkpoints] == [2000, 2500, 3000, 3500, 4000]
+        assert all(checkpoint.metrics["eval_loss"] < 1 for checkpoint in checkpoints)
+
+    @pytest.mark.skipif(not LINEAGE.is_dir(), reason=f"{LINEAGE} is not there")
+    @pytest.mark.parametrize("step", [2000, 4000])
+    def test_are_the_published_values_in_float16(self, step):
+        name = f"checkpoint-{step}"
+        shipped = load_file(demo.checkpoints() / name / keys.ADAPTER_WEIGHTS)
+        published = load_file(LINEAGE / name / keys.ADAPTER_WEIGHTS)
+        assert shipped.keys() == {key for key in published if "lora_" in key}
+        assert all(torch.equal(tensor, published[key].half()) for key, tensor in shipped.items())
+        for file in (keys.ADAPTER_CONFIG, run_folders.TRAINER_STATE):
+            ours, theirs = (json.loads((root / name / file).read_text()) for root in (demo.checkpoints(), LINEAGE))
+            assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tracked") / "history"
+    result = demo_history.run(demo.checkpoints(), folder, 32, overwrite=False, progress=lambda stage, done, total: None)
+    return result, ex.Pack.open(folder)
+
+
+class TestHistory:
+    def test_is_within_the_error_bound_and_recycling_pays(self, tracked):
+        history, _ = tracked
+        assert [version.step for version in history.versions] == [2000, 2500, 3000, 3500, 4000]
+        assert max(version.delta_error for version in history.versions) <= demo_history.MAX_ERROR
+        assert sum(version.left_out_error for version in history.versions) / 5 < 0.15
+        assert history.versions[-1].to_latest == 0
+        assert history.read_back_error <= demo_history.MAX_ERROR
+
+    def test_is_smaller_than_files_and_baselines(self, tracked):
+        history, pack = tracked
+        files = [folder / keys.ADAPTER_WEIGHTS for folder in demo.checkpoints().glob("checkpoint-*")]
+        assert history.source_bytes == sum(path.stat().st_size for path in files)
+        assert history.stored_bytes == sum(record.file_bytes for record in pack.histories[demo_history.NAME])
+        assert history.source_bytes > 12 * history.stored_bytes
+        assert history.stored_bytes < history.baseline_bytes < history.source_bytes / 4
 
 
 class TestAdaptersOfOneSeed:
@@ -189,6 +258,7 @@ class TestTheCommand:
         assert len(list((folder / "loras").iterdir())) == len(demo.descriptions())
         report = stored.load(ex.Pack.open(folder / "pack"))
         assert (report.in_fit.adapters, report.projected) == (16, None)
+        assert ex.Pack.open(folder / "history").histories["roberta-portuguese"].labels[-1] == "4000"
         again = children.run(lambda: main(["demo", "--keep", str(folder)]))
         assert again.code == 4
         assert "--overwrite" in again.err
@@ -227,6 +297,7 @@ def test_the_committed_result_is_one_of_this_demo():
     assert sorted(found["subspace"]["left_out"]) == sorted(demo.HELD_OUT)
     assert found["summary"]["fit"]["purpose"] == "storage"
     assert len(found["planted"]["check"]["left_out"]) == 1
+    assert [version["step"] for version in found["history"]["versions"]] == [2000, 2500, 3000, 3500, 4000]
 
 
 class TestTheFiles:
@@ -242,6 +313,7 @@ class TestTheFiles:
         assert {path.name for path in files.new.iterdir()} == set(demo.HELD_OUT)
         assert {path.name for path in files.adapters.iterdir()} == set(demo.descriptions()) - set(demo.HELD_OUT)
         assert (files.model / "config.json").is_file()
+        assert len(run_folders.read_run(files.run).checkpoints) == 5
         task = new_task.read()
         for path, expected in ((files.train, task.train), (files.test, task.test)):
             rows = [(row["text"], task.labels.index(row["label"])) for row in data.read(path).rows]

@@ -1,4 +1,4 @@
-"""`eigenlorax demo`: store, export, compare and train on real adapters, offline."""
+"""`eigenlorax demo`: store, export, compare and train on real adapters, and store a run's checkpoints, offline."""
 
 import os
 import tempfile
@@ -18,6 +18,7 @@ from .env import collect
 
 if TYPE_CHECKING:
     from ..train.demo import Demo, Outcome
+    from ..train.demo_subspaces import Planted
     from ..train.new_task import Attempt
 
 EXAMPLES = """
@@ -28,6 +29,8 @@ NEXT = (
     "eigenlorax fit demo/adapters -o small/",
     "eigenlorax inspect small/ --verify demo/adapters",
     "eigenlorax fit demo/adapters -o pack/ --for training",
+    "eigenlorax track demo/run -o history/",
+    "eigenlorax log history/",
 )
 """Commands that the demo suggests at its end. They read the files that `eigenlorax demo --data demo/` writes."""
 
@@ -42,7 +45,8 @@ def demo(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Only write the demo's adapters, base model and rows to DIR: files to try the other commands on.",
+            help="Only write the demo's adapters, checkpoints, base model and rows to DIR: files to try the other "
+            "commands on.",
             parser=arguments.path,
         ),
     ] = None,
@@ -50,7 +54,7 @@ def demo(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Keep the pack (DIR/pack) and the exported LoRAs (DIR/loras).",
+            help="Keep the pack (DIR/pack), the exported LoRAs (DIR/loras) and the history (DIR/history).",
             parser=arguments.path,
         ),
     ] = None,
@@ -69,7 +73,7 @@ def demo(
     overwrite: arguments.Overwrite = False,
     json: arguments.Json = False,
 ) -> None:
-    """Store sixteen LoRA adapters of a MiniLM, compare answers, check their subspace, and train a new task in it."""
+    """Store sixteen LoRA adapters and a training run, compare answers, check what they share, and train a new task."""
     if data is not None and keep is not None:
         raise OptionError("--data only writes files, so that there is nothing to keep. Pass either --data or --keep.")
     if data is not None:
@@ -90,6 +94,7 @@ def demo(
     if keep is not None:
         writer.check_free(keep / "pack", overwrite)
         atomic_files.check_free(keep / "loras", overwrite)
+        writer.check_free(keep / "history", overwrite)
     with tempfile.TemporaryDirectory() as temporary, console.working() as progress:
         demo_run = demonstration.run(
             keep or Path(temporary),
@@ -111,6 +116,7 @@ def demo(
                 "summary": asdict(demo_run.summary),
                 "outcomes": [asdict(outcome) for outcome in demo_run.outcomes],
                 "subspace": asdict(demo_run.subspace),
+                "history": asdict(demo_run.history),
                 "planted": asdict(demo_run.planted),
                 "new_task": [asdict(attempt) for attempt in demo_run.attempts],
             }
@@ -120,7 +126,7 @@ def demo(
     if keep is not None:
         page = keep / "pack" / keys.REPORT_PAGE
         console.note(
-            f"kept {keep / 'pack'} and {keep / 'loras'}: try eigenlorax inspect {keep / 'pack'}"
+            f"kept {keep / 'pack'}, {keep / 'loras'} and {keep / 'history'}: try eigenlorax inspect {keep / 'pack'}"
             + (f", and open {page} in a browser." if page.exists() else ".")
         )
 
@@ -135,7 +141,8 @@ def _write_data(directory: Path, overwrite: bool, json: bool) -> None:
     rows = [
         (str(files.adapters), "LoRA adapters, a folder each"),
         (str(files.new), "adapters to add to a pack of the others"),
-        (str(files.model), "their base model"),
+        (str(files.run), "checkpoints of one training run, to track"),
+        (str(files.model), "the base model of the adapters"),
         (f"{files.train}, {files.test.name}", "rows of a task that no adapter was trained on"),
         (str(files.spam), "rows for the adapters sms-spam-a and sms-spam-b"),
     ]
@@ -157,6 +164,8 @@ def _print(result: "Demo", seconds: float) -> None:
         numbers=(1, 2, 3, 4, 5),
     )
     _print_subspaces(result)
+    _print_history(result)
+    _print_planted(result.planted)
     if result.attempts:
         _print_new_task(result.attempts)
     console.say(f"That took {seconds:.0f} seconds. Try next, after `eigenlorax demo --data demo/`:")
@@ -177,18 +186,58 @@ def _mean_row(outcomes: "Sequence[Outcome]") -> tuple[str, ...]:
 
 
 def _print_subspaces(result: "Demo") -> None:
-    check, planted = result.subspace, result.planted
+    check = result.subspace
     fitted, left_out = fmean(check.fitted.values()), fmean(check.left_out.values())
     console.say(
         f"2. They share little: a basis of {check.n_components} components, fitted to {len(check.fitted)} of them, has "
-        f"a mean error of {fitted:.3f} on these and {left_out:.3f} on the other {len(check.left_out)}. The pack above "
-        "needs no basis."
+        f"a mean error of {fitted:.3f} on these and {left_out:.3f} on the other {len(check.left_out)}. Recycling their "
+        "subspace for a new adapter does not pay. The pack above needs no basis."
     )
     console.say()
+
+
+def _print_history(result: "Demo") -> None:
+    history = result.history
+    versions, stored = history.versions, history.stored_bytes
+    left_out = fmean(version.left_out_error for version in versions)
+    console.say(
+        f"3. Versions of one run share nearly everything: {len(versions)} checkpoints of a RoBERTa, one after another, "
+        f"by paulohenriquecrs (MIT). A basis of {history.n_components} components, fitted to {len(versions) - 1} of "
+        f"them, has an error of {left_out:.3f} on the one that is left out, on average. Here recycling pays."
+    )
+    header = ("version", "eval loss", "bytes", "delta error", "to latest", "left out")
+    rows = [
+        (
+            str(version.step),
+            f"{version.eval_loss:.3f}",
+            f"{version.stored_bytes:,}",
+            *(console.format_error(error) for error in (version.delta_error, version.to_latest)),
+            console.format_error(version.left_out_error),
+        )
+        for version in versions
+    ]
+    console.print_table(
+        "As a history, made as `eigenlorax track` makes it and listed as `eigenlorax log` does; left out: error in a "
+        "basis fitted to the others",
+        header,
+        rows,
+        numbers=(1, 2, 3, 4, 5),
+    )
+    console.say(
+        f"{history.source_bytes:,} bytes of files, LoRAs in 16 bits, are {stored:,} as a history: "
+        f"{history.source_bytes / stored:.1f} times smaller. The best baseline at the same error takes "
+        f"{history.baseline_bytes:,} bytes ({history.baseline}): {history.baseline_bytes / stored:.1f} times as many. "
+        f"Version {history.read_back_step} was read back from the saved history, with an error of "
+        f"{history.read_back_error:.3f} against its original."
+    )
+    console.say()
+
+
+def _print_planted(planted: "Planted") -> None:
     (error,) = planted.check.left_out.values()
     console.say(
-        f"3. Adapters that do share one: {planted.adapters} of the same shapes, not trained but planted at random in "
-        f"{planted.shared} directions per side, with {planted.noise:.0%} noise. A basis fitted to "
+        f"4. Adapters that share a subspace by construction: {planted.adapters} of the shapes of 1, not trained but "
+        f"planted at random in {planted.shared} directions per side, with {planted.noise:.0%} noise. A basis fitted to "
         f"{len(planted.check.fitted)} of them gives the other one an error of {error:.3f}. The pack of all is "
         f"{planted.ratio:.1f} times smaller at a worst error of {planted.worst:.3f}."
     )
@@ -201,7 +250,7 @@ def _print_new_task(attempts: "Sequence[Attempt]") -> None:
         for attempt in attempts
     ]
     console.print_table(
-        "4. A new task, trained in the basis of 2 on 200 messages written for the demo, beside a LoRA: accuracy on 120 "
+        "5. A new task, trained in the basis of 2 on 200 messages written for the demo, beside a LoRA: accuracy on 120 "
         "others",
         ("method", "trained parameters", "accuracy", "seconds"),
         rows,

@@ -1,5 +1,6 @@
 """The demo: stores the shipped LoRA adapters of a MiniLM, checks their subspace, and trains a new task in it.
 
+Beside these adapters, which share little, it stores checkpoints of one training run as a history (`demo_history`).
 Three versions of each adapter classify the same sentences: the original, the adapter exported from the pack, and its
 head without the update.
 """
@@ -19,8 +20,9 @@ from ..errors import MissingExtraError
 from ..fitting.fit import fit
 from ..pack.pack import Pack
 from ..pack.summary import Summary
-from . import demo_subspaces, models, new_task
+from . import demo_history, demo_subspaces, models, new_task
 from .adapter_versions import without_updates
+from .demo_history import DemoHistory
 from .demo_subspaces import Planted, SubspaceCheck
 from .new_task import Attempt
 
@@ -66,7 +68,8 @@ class Demo:
         summary: Figures of that pack.
         outcomes: One outcome per adapter.
         subspace: Errors of the adapters in a basis that was fitted without some of them.
-        planted: The same of adapters that share a subspace by construction.
+        history: Checkpoints of one training run as a history.
+        planted: The same as `subspace`, of adapters that share a subspace by construction.
         attempts: One attempt per method on the new task; empty if it was not trained.
     """
 
@@ -74,6 +77,7 @@ class Demo:
     summary: Summary
     outcomes: list[Outcome]
     subspace: SubspaceCheck
+    history: DemoHistory
     planted: Planted
     attempts: list[Attempt]
 
@@ -110,6 +114,11 @@ def shipped() -> dict[str, Path]:
     return {name: data() / "adapters" / name for name in descriptions()}
 
 
+def checkpoints() -> Path:
+    """Return the folder of the checkpoints of one training run."""
+    return data() / demo_history.NAME
+
+
 def run(
     directory: Path,
     *,
@@ -120,16 +129,18 @@ def run(
 ) -> Demo:
     """Run the demo: store, export and evaluate the adapters, check their subspace, and train the new task in it.
 
+    Checkpoints of one training run are stored as a history.
+
     Args:
-        directory: Folder for the pack and the exported LoRAs.
+        directory: Folder for the pack, the exported LoRAs and the history.
         n_components: Maximum number of components per module and side, for the basis of the new task.
         training: Whether to train the new task, which takes most of the time.
-        overwrite: Whether to replace a pack and LoRAs in `directory`.
+        overwrite: Whether to replace a pack, LoRAs and a history in `directory`.
         progress: Function that is called with (stage, done, total).
 
     Raises:
         MissingExtraError: PEFT, transformers or the base model is not installed.
-        PackExistsError: `directory` has a pack or LoRAs, and `overwrite` is False.
+        PackExistsError: `directory` has a pack, LoRAs or a history, and `overwrite` is False.
     """
     base_folder = model_folder()
     report = progress or (lambda stage, done, total: None)
@@ -145,9 +156,12 @@ def run(
             outcomes.append(_outcome(base_folder, name, original, exported[name], pack.records[name].delta_error))
         report("classifying sentences", len(adapters), len(adapters))
         basis, subspace = demo_subspaces.fit_without(adapters, HELD_OUT, n_components)
+        history = demo_history.run(
+            checkpoints(), directory / "history", n_components, overwrite=overwrite, progress=report
+        )
         planted = demo_subspaces.check_planted(basis.info, n_components, report)
         attempts = new_task.run(basis, base_folder, report) if training else []
-    return Demo(directory / "pack", pack.summary, outcomes, subspace, planted, attempts)
+    return Demo(directory / "pack", pack.summary, outcomes, subspace, history, planted, attempts)
 
 
 def _outcome(base_folder: Path, name: str, original: Path, exported: Path, delta_error: float) -> Outcome:

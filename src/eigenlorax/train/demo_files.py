@@ -17,6 +17,7 @@ class DemoFiles:
     Attributes:
         adapters: Folder of LoRA adapters, one folder each.
         new: Folder of the adapters that the demo leaves out of its fit.
+        run: Folder of the checkpoints of one training run.
         model: Folder of the base model, with its tokenizer.
         train: CSV file of the new task's training rows.
         test: CSV file of the new task's test rows.
@@ -25,6 +26,7 @@ class DemoFiles:
 
     adapters: Path
     new: Path
+    run: Path
     model: Path
     train: Path
     test: Path
@@ -48,12 +50,13 @@ def write(directory: Path, *, overwrite: bool = False) -> DemoFiles:
     model = demo.model_folder()
     atomic_files.check_free(directory, overwrite)
     files = DemoFiles(
-        *(directory / name for name in ("adapters", "new", "model")),
+        *(directory / name for name in ("adapters", "new", "run", "model")),
         *(directory / f"{name}.csv" for name in ("train", "test", "spam")),
     )
     for name, folder in demo.shipped().items():
         parent = files.new if name in demo.HELD_OUT else files.adapters
         shutil.copytree(folder, parent / name, dirs_exist_ok=True)
+    shutil.copytree(demo.checkpoints(), files.run, dirs_exist_ok=True)
     shutil.copytree(model, files.model, dirs_exist_ok=True)
     task = new_task.read()
     _write_rows(files.train, ((text, task.labels[label]) for text, label in task.train))
