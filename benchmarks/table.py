@@ -287,7 +287,8 @@ def tuner_table(tuner: Json) -> str:
 def figures_table(run: Json, demo: Json) -> str:
     """The README's figures: what the demo found, and how the fit compares."""
     summary, outcomes, where = demo["summary"], demo["outcomes"], demo["environment"]
-    subspace, planted = demo["subspace"], demo["planted"]
+    subspace, history, planted = demo["subspace"], demo["history"], demo["planted"]
+    left_out_checkpoints = {version["step"]: version["left_out_error"] for version in history["versions"]}
     attempts = {one["method"]: one for one in demo["new_task"]}
     k = subspace["n_components"]
     cost, files = summary["bytes"], summary["files"]
@@ -307,6 +308,18 @@ def figures_table(run: Json, demo: Json) -> str:
             f"a basis of k = {k} for training, fitted to {len(subspace['fitted'])} of them: delta error, mean / worst",
             f"{mean_worst(subspace['fitted'])} of these, {mean_worst(subspace['left_out'])} of the "
             f"{len(subspace['left_out'])} left out",
+        ],
+        [
+            f"{len(history['versions'])} checkpoints of one run (RoBERTa), in a basis of k = {history['n_components']} "
+            "fitted to the others: delta error, mean / worst",
+            f"**{mean_worst(left_out_checkpoints)}** of the one left out",
+        ],
+        [
+            "the same as a history, at an error of "
+            f"{max(version['delta_error'] for version in history['versions']):.3f}",
+            f"{history['source_bytes']:,} → {history['stored_bytes']:,} bytes, "
+            f"**{history['source_bytes'] / history['stored_bytes']:.1f} times smaller**; best baseline at this error "
+            f"{history['baseline_bytes']:,} bytes ({history['baseline']})",
         ],
         [
             f"{planted['adapters']} planted adapters that share {planted['shared']} directions per side, in a basis "

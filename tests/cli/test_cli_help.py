@@ -199,6 +199,7 @@ def test_demo_writes_files_or_keeps_a_pack(cli, demo_folder):
         for name, path in {
             "adapters": "adapters",
             "new": "new",
+            "run": "run",
             "model": "model",
             "train": "train.csv",
             "test": "test.csv",

@@ -29,8 +29,8 @@ NEXT = (
     "eigenlorax fit demo/adapters -o small/",
     "eigenlorax inspect small/ --verify demo/adapters",
     "eigenlorax fit demo/adapters -o pack/ --for training",
-    "eigenlorax track demo/run -o history/",
-    "eigenlorax log history/",
+    "eigenlorax track demo/run -o versions/",
+    "eigenlorax log versions/",
 )
 """Commands that the demo suggests at its end. They read the files that `eigenlorax demo --data demo/` writes."""
 
