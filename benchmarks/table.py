@@ -53,6 +53,7 @@ def main() -> int:
         (docs / "benchmarks.md", "results"): measured.page(run),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
+        (ROOT / "README.md", "sharing"): sharing_table(demo),
         (ROOT / "README.md", "results"): figures_table(run, demo),
         (docs / "tuner.md", "results"): tuner_table(tuner),
         (docs / "diffusion.md", "sdxl"): sdxl_table(sdxl),
@@ -281,6 +282,34 @@ def tuner_table(tuner: Json) -> str:
         f"{table(header, rows)}\n\n"
         f"`{tuner['command']}`; {where['processor']}, one thread, torch {where['torch']}, peft {where['peft']}, "
         f"transformers {where['transformers']}, seed {tuner['seed']}."
+    )
+
+
+def sharing_table(demo: Json) -> str:
+    """What adapters share, and what storing them gains: checkpoints of one run, and adapters of other tasks."""
+    history, left_out = demo["history"], demo["subspace"]["left_out"]
+    checkpoints = {version["step"]: version["left_out_error"] for version in history["versions"]}
+    rows = [
+        [
+            f"**versions of one run**: {len(checkpoints)} checkpoints of a RoBERTa",
+            f"**{sum(checkpoints.values()) / len(checkpoints):.2f}**",
+            f"**{history['source_bytes'] / history['stored_bytes']:.1f}× fewer bytes** as a history "
+            f"(`eigenlorax track`), {history['baseline_bytes'] / history['stored_bytes']:.1f}× fewer than the best "
+            f"baseline, each within {max(version['delta_error'] for version in history['versions']):.2f}",
+        ],
+        [
+            f"**trained separately**: {len(demo['outcomes'])} adapters of a MiniLM for several tasks",
+            f"**{sum(left_out.values()) / len(left_out):.2f}**",
+            f"{demo['summary']['bytes']['ratio']:.1f}× fewer bytes in a pack (`eigenlorax fit`), each within "
+            f"{max(outcome['delta_error'] for outcome in demo['outcomes']):.2f}, by coding alone: no basis for new "
+            "adapters",
+        ],
+    ]
+    header = ("adapters", "error of one that a basis of the others has not seen", "stored")
+    return (
+        f"{table(header, rows)}\n\n"
+        f"Errors are relative, from 0 to 1; k = {history['n_components']}; bytes against files with LoRAs in 16 bits, "
+        "without heads. `eigenlorax demo --json`."
     )
 
 
