@@ -159,6 +159,15 @@ def test_an_unrelated_version_is_not_predicted():
     assert after.lora_bytes < 1.02 * alone.lora_bytes
 
 
+def test_a_version_after_a_much_larger_one_takes_no_more_bytes_than_by_itself():
+    first, other = start(seed=1), start(seed=2)
+    modules = {name: replace(factors, up=100 * factors.up) for name, factors in first.modules.items()}
+    earlier = lossy.encode(replace(first, modules=modules), None)
+    after = lossy.encode(other, earlier.decoded)
+    assert after.lora_bytes < 1.02 * lossy.encode(other, None).lora_bytes
+    assert_same(lossy.decode_chain([earlier.data, after.data]), after.decoded)
+
+
 def test_the_bytes_do_not_depend_on_the_factorisation():
     first, second = run(2, dtype=torch.float64)
     random = torch.Generator().manual_seed(9)

@@ -98,7 +98,7 @@ def shapes_of(modules: Mapping[str, ModuleLayout], tensors: Mapping[str, TensorL
     return blocks + [(layout.rows, layout.width) for layout in tensors.values()]
 
 
-Orders = Sequence[tuple[int, Int64[np.ndarray, " count"] | None] | None]
+Orders = Sequence[tuple[int, Int64[np.ndarray, " _"] | None] | None]
 """For each block, the number of the block of the reference that predicts it, and the order of the rows there (None for
 the same order); None for no prediction."""
 

@@ -70,6 +70,7 @@ def quantise_modules(
     limit = max_error**2 * square
     prepared = {module: _prepare(factors, None, 0.0) for module, factors in modules.items()}
     earlier_level = None
+    orders: dict[str, np.ndarray] = {}
     if reference is not None:
         noise = float(step_sizes(np.array([reference.level]))[0]) ** 2 / 12
         predicted = {
@@ -77,6 +78,10 @@ def quantise_modules(
         }
         if _estimated_bits(predicted, limit, reference.level) < _estimated_bits(prepared, limit, None):
             prepared, earlier_level = predicted, reference.level
+            orders = {name: module.order for name, module in prepared.items() if module.order is not None}
+        else:
+            # a reader predicts rows by those of the reference unless it is told otherwise
+            orders = {name: np.full(module.layout.rank, -1) for name, module in prepared.items()}
     blocks = [block for module in prepared.values() for block in module.blocks]
     quantised, quantisation, error_square = search(
         blocks, limit, earlier_level, lambda quantisation: _attempt(prepared, quantisation)
@@ -84,7 +89,7 @@ def quantise_modules(
     return QuantisedModules(
         level=quantisation.level,
         modules=quantised,
-        orders={name: module.order for name, module in prepared.items() if module.order is not None},
+        orders=orders,
         error=math.sqrt(error_square / square),
     )
 
