@@ -237,6 +237,29 @@ class TestWithinAnErrorBound:
             pack.restore("style@2", tmp_path / "restored")
 
 
+class TestTensorsOfTheCaller:
+    """They may change after the call, as those of a training do."""
+
+    @pytest.mark.parametrize("lossless", [True, False])
+    def test_may_change_after_they_were_appended(self, tmp_path, run, lossless):
+        adapter = ex.read_adapter(run[0])
+        modules = dict(adapter.modules)
+        tensors = [tensor for factors in modules.values() for tensor in (factors.down, factors.up)]
+        tensors += [head := torch.arange(500), embedding := torch.zeros(3, 5, requires_grad=True)]
+        heads = {"base_model.model.position_ids": head, "base_model.model.score.weight": embedding}
+        adapter = ex.from_factors("a", modules, heads=heads)
+        pack = ex.Pack.empty()
+        for _ in range(3):
+            pack.append(adapter, lossless=lossless)
+            with torch.no_grad():
+                for tensor in tensors:
+                    tensor += 1
+        opened = ex.Pack.open(pack.save(tmp_path / "pack"))
+        for number in range(3):
+            found = opened[f"adapter@{number + 1}"].heads["base_model.model.position_ids"]
+            assert torch.equal(found, torch.arange(500) + number)
+
+
 class TestLabelsAndNames:
     def test_without_a_step_the_next_integer_is_the_label(self, tmp_path, run):
         pack = ex.Pack.empty()

@@ -264,4 +264,5 @@ def delta_square(factors: LoRAFactors) -> float:
     """Return ‖scaling · up @ down‖²_F without forming the out × in matrix."""
     down_gram, up_gram = factor_grams(factors)
     # ‖BA‖² = tr(BᵀB · AAᵀ), the sum of the products of the entries; rounding may leave it slightly negative
-    return max(factors.scaling**2 * float((down_gram * up_gram).sum()), 0.0)
+    # Python's `**` would raise OverflowError where the product is infinite
+    return max(factors.scaling * factors.scaling * float((down_gram * up_gram).sum()), 0.0)

@@ -141,7 +141,7 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
         _check_new_name(name, pack)
     label = _label(history, options)
     full_name = f"{name}{keys.VERSION_MARK}{label}"
-    adapter = replace(_in_memory(checks.read_source(source, options.reading)), name=full_name)
+    adapter = replace(_copied(checks.read_source(source, options.reading)), name=full_name)
     if options.lossless:
         _check_restorable(source, adapter)
     if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
@@ -230,14 +230,23 @@ def _check_restorable(source: AdapterSource, adapter: Adapter) -> None:
         )
 
 
-def _in_memory(adapter: Adapter) -> Adapter:
-    """Return an adapter whose tensors are in memory, because they are read several times."""
+def _copied(adapter: Adapter) -> Adapter:
+    """Return an adapter with copies of its tensors in memory.
+
+    They are read several times, and those that are stored exactly predict the next version, whatever the caller does
+    with its own tensors in the meantime.
+    """
+    factors = {module: adapter.modules[module] for module in sorted(adapter.specs)}
     return replace(
         adapter,
-        modules={module: adapter.modules[module] for module in sorted(adapter.specs)},
-        heads={key: adapter.heads[key] for key in sorted(adapter.heads)},
-        carried={key: adapter.carried[key] for key in sorted(adapter.carried)},
+        modules={module: replace(each, down=_copy(each.down), up=_copy(each.up)) for module, each in factors.items()},
+        heads={key: _copy(adapter.heads[key]) for key in sorted(adapter.heads)},
+        carried={key: _copy(adapter.carried[key]) for key in sorted(adapter.carried)},
     )
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _check_same_shapes(

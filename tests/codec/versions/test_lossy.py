@@ -118,6 +118,29 @@ def test_bounds_hold_whatever_the_bound_and_the_change(bound, size, scaling):
         assert encoded.delta_error <= bound
 
 
+@pytest.mark.parametrize("bound", [1e-10, 1e-13, 1e-170])
+def test_bounds_hold_below_the_precision_of_squares(bound):
+    version = replace(start(dtype=torch.float64), max_error=bound)
+    version = replace(version, tensor_bounds=dict.fromkeys(version.tensors, bound))
+    encoded = lossy.encode(version, None)
+    assert dense_error(version, encoded.decoded) <= bound
+    assert all(
+        relative_error(tensor, encoded.decoded.tensors[key]) <= bound
+        for key, tensor in version.tensors.items()
+        if tensor.is_floating_point()
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_factors_beyond_their_dtype_are_stored_exactly():
+    # in the gauge of equal norms, one side is too large
+    factors = LoRAFactors(torch.full((2, 40), 6e4).half(), torch.full((48, 2), 6e4).half(), 1.0)
+    version = replace(start(), modules={"layer": factors})
+    encoded = lossy.encode(version, None)
+    assert torch.equal(encoded.decoded.modules["layer"].up, factors.up)
+    assert encoded.delta_error == 0
+
+
 def test_a_chain_decodes_to_what_the_encoder_saw():
     encoded = encode_all(run(6))
     assert [each.has_reference for each in encoded] == [False] + [True] * 5
@@ -269,6 +292,31 @@ def test_encoding_again_keeps_every_number_with_other_references():
         assert_same(lossy.decode_chain([again.data], before), decoded[4])
     # the version before the last is closer than the first one
     assert len(lossy.encode_again(decoded[4], decoded[3]).data) < len(lossy.encode_again(decoded[4], decoded[0]).data)
+
+
+def scaled(version, size):
+    """A version whose numbers are this many times as large."""
+    modules = {
+        name: replace(factors, down=size * factors.down, up=size * factors.up)
+        for name, factors in version.modules.items()
+    }
+    return replace(
+        version, modules=modules, tensors={key: (size * t).to(t.dtype) for key, t in version.tensors.items()}
+    )
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-30])
+def test_differences_beyond_32_bits_need_no_reference(size):
+    first, second = run(2, dtype=torch.float64)
+    second = scaled(second, size)
+    large, small = lossy.encode(first, None), lossy.encode(second, None)
+    again = lossy.encode_again(small.decoded, large.decoded)
+    assert not again.has_reference
+    assert_same(lossy.decode_chain([again.data]), small.decoded)
+    after = lossy.encode(second, large.decoded)
+    assert dense_error(second, after.decoded) <= second.max_error
+    before = large.decoded if after.has_reference else None
+    assert_same(lossy.decode_chain([after.data], before), after.decoded)
 
 
 def test_encoding_again_after_a_change_of_rank():

@@ -74,6 +74,8 @@ class Block:
         levels = self.levels(level)
         scaled = self.values / step_sizes(levels)[:, None]
         predicted = self.reference.predict(levels) if self.reference is not None else np.zeros((1, 1), np.int64)
+        # a version with such differences to its reference is coded without it
+        predicted[np.abs(predicted) >= _MAX_INTEGER] = 0
         increments = round_by_rate(np.clip(scaled - predicted, -_MAX_INTEGER, _MAX_INTEGER), multiplier)
         increments[self.weights == 0] = 0
         return QuantisedBlock(self, levels, (predicted + increments).astype(np.int32), increments.astype(np.int32))

@@ -63,7 +63,9 @@ class LatticeRows:
         if np.array_equal(levels, self.levels):
             return self.integers.astype(np.int64)
         ratios = step_sizes(self.levels.astype(np.int64) - levels)
-        predicted: np.ndarray = np.rint(self.integers * ratios[:, None]).astype(np.int64)
+        # machines convert numbers beyond 64 bits differently; none of these is within the 32 bits of a valid version
+        exact = np.clip(self.integers * ratios[:, None], -(2.0**62), 2.0**62)
+        predicted: np.ndarray = np.rint(exact).astype(np.int64)
         return predicted
 
 

@@ -16,6 +16,9 @@ from .decoded import LossyVersion, ModuleLayout, ModuleRows
 from .lattice import step_sizes
 from .search import Quantisation, SampledRows, search
 
+_CANCELLATION = 1e-10
+"""Share of its terms below which a squared error in float64 has too few digits."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Module:
@@ -68,6 +71,8 @@ def quantise_modules(
     if not square:
         return _quantise_untrained(modules, max_error)
     limit = max_error**2 * square
+    if not limit:
+        raise OptionError("the square of the error bound is below float64's range")
     prepared = {module: _prepare(factors, None, 0.0) for module, factors in modules.items()}
     earlier_level = None
     orders: dict[str, np.ndarray] = {}
@@ -172,7 +177,16 @@ def _attempt(prepared: Mapping[str, _Module], quantisation: Quantisation) -> tup
 
 
 def _error_square(factors: LoRAFactors, decoded: LoRAFactors) -> float:
-    """Return the squared Frobenius norm of the difference of two updates, as the update of the joined factors."""
+    """Return the squared Frobenius norm of the difference of two updates, as the update of the joined factors.
+
+    It is infinite or NaN if a number of the decoded factors is beyond its dtype.
+    """
     up = np.hstack([factors.up.double().numpy(), -decoded.up.double().numpy()])
     down = np.vstack([factors.down.double().numpy(), decoded.down.double().numpy()])
-    return max(factors.scaling**2 * float(np.sum((up.T @ up) * (down @ down.T))), 0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        products = (up.T @ up) * (down @ down.T)
+        square = float(products.sum())
+        if square < _CANCELLATION * float(np.abs(products).sum()):
+            # slower, with the digits that the sum has lost
+            square = float(np.square(np.linalg.qr(up, "r") @ np.linalg.qr(down.T, "r").T).sum())
+    return factors.scaling**2 * square

@@ -46,7 +46,7 @@ def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion
     tensors = quantise_tensors(version.tensors, version.tensor_bounds, reference)
     decoded = _join(quantised, exact_modules, tensors)
     encoded = _to_bytes(decoded, reference, quantised.orders)
-    if not _can_be_read(encoded, reference):
+    if not _can_be_read(encoded, reference if encoded.has_reference else None):
         quantised = QuantisedModules(0, {}, {}, 0.0)
         tensors = QuantisedTensors({}, version.tensors, 0.0)
         encoded = _to_bytes(_join(quantised, modules, tensors), reference, {})
@@ -115,7 +115,7 @@ def encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> E
 def _to_bytes(
     decoded: LossyVersion, reference: LossyVersion | None, orders: Mapping[str, Int64[np.ndarray, " rank"]]
 ) -> EncodedVersion:
-    """Return a version as bytes, with errors of 0.
+    """Return a version as bytes, with errors of 0; without the reference if a difference to it is beyond 32 bits.
 
     Args:
         decoded: The version. The classes of its rows are not used.
@@ -138,7 +138,10 @@ def _to_bytes(
     for rows, predicting in zip(decoded.all_rows, _predicting_rows(reference, sources), strict=True):
         change = rows.integers
         if predicting is not None:
-            change = (change - predicting.predict(rows.levels)).astype(np.int32)
+            difference = change - predicting.predict(rows.levels)
+            if np.abs(difference).max(initial=0) >= 2**31:
+                return _to_bytes(decoded, None, {})
+            change = difference.astype(np.int32)
         classes, _ = classes_and_bits(change)
         blocks.append(LatticeRows(rows.integers, rows.levels, classes))
         changes.append(change)

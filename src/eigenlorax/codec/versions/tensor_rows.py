@@ -61,7 +61,9 @@ def _quantise(tensor: Tensor, bound: float, reference: TensorRows | None) -> tup
     layout = TensorLayout.of(tensor)
     values = tensor.to(torch.float64).reshape(layout.rows, layout.width).numpy()
     norm = float(np.linalg.norm(values))
-    if not MIN_NORM < norm < MAX_NORM:
+    limit = (bound * norm) ** 2
+    # the square of a tiny bound is 0 in float64
+    if not MIN_NORM < norm < MAX_NORM or not limit:
         return None
     earlier = reference if reference is not None and reference.layout.shape == layout.shape else None
     block = Block(values, np.ones(layout.rows), earlier.rows if earlier is not None else None, has_one_level=True)
@@ -72,9 +74,7 @@ def _quantise(tensor: Tensor, bound: float, reference: TensorRows | None) -> tup
         return quantised, float(np.square(decoded - values).sum())
 
     try:
-        quantised, _, square = search(
-            [block], (bound * norm) ** 2, earlier.level if earlier is not None else None, attempt
-        )
+        quantised, _, square = search([block], limit, earlier.level if earlier is not None else None, attempt)
     except OptionError:
         return None
     return TensorRows(layout, quantised.rows), math.sqrt(square) / norm
