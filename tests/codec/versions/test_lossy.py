@@ -272,6 +272,16 @@ def test_a_training_can_start_from_an_untrained_version():
     assert second.lora_bytes < 0.8 * lossy.encode(version, None).lora_bytes
 
 
+@pytest.mark.parametrize("bound", [0.05, 0.2, 0.5])
+def test_the_bound_of_untrained_factors_holds_in_their_dtype(bound):
+    # rounded up, the numbers are infinite
+    factors = LoRAFactors(torch.linspace(-65504, 65504, 80).view(2, 40).half(), torch.zeros(48, 2).half(), 1.0)
+    version = replace(start(), modules={"layer": factors}, max_error=bound)
+    decoded = lossy.encode(version, None).decoded.modules["layer"]
+    assert relative_error(factors.down, decoded.down) <= bound
+    assert not decoded.up.any()
+
+
 def test_versions_that_take_too_few_bytes_to_be_read_are_stored_exactly(monkeypatch):
     zeros = {"big": LoRAFactors(torch.zeros(2, 400), torch.zeros(300, 2), 1.0)}
     version = Version(zeros, {}, 0.05, {})

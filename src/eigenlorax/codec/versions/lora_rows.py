@@ -122,8 +122,10 @@ def _quantise_untrained(modules: Mapping[str, LoRAFactors], max_error: float) ->
         quantised, square = {}, 0.0
         for name, module in prepared.items():
             up, down = (block.quantise(quantisation.level, quantisation.multiplier) for block in module.blocks)
-            square += up.square + down.square
             quantised[name] = ModuleRows(module.layout, up.rows, down.rows)
+            decoded = quantised[name].factors
+            square += float((decoded.up.double() - module.factors.up.double()).square().sum())
+            square += float((decoded.down.double() - module.factors.down.double()).square().sum())
         return quantised, square
 
     if limit:
@@ -188,5 +190,6 @@ def _error_square(factors: LoRAFactors, decoded: LoRAFactors) -> float:
         square = float(products.sum())
         if square < _CANCELLATION * float(np.abs(products).sum()):
             # slower, with the digits that the sum has lost
-            square = float(np.square(np.linalg.qr(up, "r") @ np.linalg.qr(down.T, "r").T).sum())
+            up_triangle, down_triangle = np.linalg.qr(up)[1], np.linalg.qr(down.T)[1]
+            square = float(np.square(up_triangle @ down_triangle.T).sum())
     return factors.scaling**2 * square
