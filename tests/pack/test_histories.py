@@ -13,6 +13,7 @@ import eigenlorax as ex
 import lora_files
 import reference
 from adapters import change_config, change_tensors, make_adapter
+from eigenlorax.codec.versions import lossy
 from eigenlorax.errors import (
     AdapterNameError,
     BaseModelError,
@@ -117,6 +118,21 @@ class TestAppendedVersions:
         assert read == ["10", "20", "30"]
         saved["run@40"]
         assert read == ["10", "20", "30", "40"]
+
+    def test_few_at_once_where_they_are_large(self, run, tmp_path, monkeypatch):
+        pack = ex.Pack.empty()
+        for checkpoint in run:
+            pack.append(checkpoint)
+        path, expected = pack.save(tmp_path / "pack"), tensors_of(pack["run@50"])
+        counts, decode_chain = [], lossy.decode_chain
+        monkeypatch.setattr(
+            lossy, "decode_chain", lambda chain, start: counts.append(len(chain)) or decode_chain(chain, start)
+        )
+        for held, at_once in ((2**26, [1, 4]), (0, [1] * 5)):
+            monkeypatch.setattr(history_store, "HELD_BYTES", held)
+            counts.clear()
+            assert_equal_tensors(tensors_of(ex.Pack.open(path)["run@50"]), expected)
+            assert counts == at_once
 
     def test_a_change_of_what_was_read_changes_nothing_in_the_pack(self, saved):
         before = {key: tensor.clone() for key, tensor in tensors_of(saved["run@50"]).items()}

@@ -199,6 +199,16 @@ def test_a_version_refers_to_its_own_kind():
         history_json.read(written, {})
 
 
+def test_long_chains_are_refused():
+    versions = [
+        replace(RECORD, version=str(number), reference=str(number - 1) if number else None) for number in range(65)
+    ]
+    short = History("run", tuple(versions[:-1]))
+    assert history_json.read(history_json.to_json({"run": short}), {})["run"] == short
+    with pytest.raises(JsonTypeError, match="more than 64 versions would have to be decoded for one"):
+        history_json.read(history_json.to_json({"run": History("run", tuple(versions))}), {})
+
+
 def test_names_that_differ_by_case_are_refused(data):
     body = json.loads(data)
     body["histories"]["RUN"] = body["histories"]["run"]

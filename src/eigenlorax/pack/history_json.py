@@ -11,6 +11,8 @@ from . import source_configs
 from .history import History, VersionRecord
 from .shared_fields import most_common
 
+MAX_CHAIN = 64
+"""Maximum number of versions that are decoded for one, because few bytes of a version may change many numbers."""
 _FIELDS = {"shared_fields", "source_fields", "versions"}
 _DEFAULTS: Mapping[str, Any] = {"step": None, "metrics": {}, "reference": None, "origin": None, "change": None}
 """Values of fields that an entry does without."""
@@ -104,9 +106,13 @@ def _history(name: str, value: Any) -> History:
     for text in {record.source_config for record in versions}:
         _check_config(text, source_fields, where)
     kinds: dict[str, bool] = {}
+    lengths: dict[str | None, int] = {None: 0}
     for i, record in enumerate(versions):
         _check(record, kinds, f"{where}.versions[{i}]")
         kinds[record.version] = record.lossless
+        lengths[record.version] = lengths[record.reference] + 1
+    if max(lengths.values()) > MAX_CHAIN:
+        raise JsonTypeError(f"{where}: more than {MAX_CHAIN} versions would have to be decoded for one.")
     return history
 
 

@@ -1,7 +1,7 @@
 """Histories of an open pack: their records, the bytes of versions that are not on disk yet, and decoded versions."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ..codec.versions import lossy
@@ -13,7 +13,7 @@ from ..errors import AdapterNameError
 from . import lossless_versions
 from .history import History, VersionRecord
 
-HELD_BYTES = 2**28
+HELD_BYTES = 2**26
 """Maximum bytes of decoded versions that stay in memory, so that the next version is coded without decoding a chain.
 
 The version that was used last stays, however large it is."""
@@ -93,11 +93,19 @@ class HistoryStore:
             if record.lossless:
                 for each in remaining:
                     decoded = lossless_versions.decode(self.read(each), decoded, history.config(each))
-            elif remaining:
-                decoded = lossy.decode_chain([self.read(each) for each in remaining], decoded)
+            else:
+                decoded = self._decode_lossy(remaining, decoded)
         assert decoded is not None
         self._hold(name, decoded)
         return decoded
+
+    def _decode_lossy(self, chain: Sequence[VersionRecord], start: DecodedVersion | None) -> DecodedVersion | None:
+        """Decode the last version of a chain, several versions at once as far as their memory allows."""
+        while chain:
+            count = 1 if start is None else max(1, HELD_BYTES // max(start.nbytes, 1))
+            start = lossy.decode_chain([self.read(record) for record in chain[:count]], start)
+            chain = chain[count:]
+        return start
 
     def _hold(self, name: str, decoded: DecodedVersion) -> None:
         """Keep a decoded version in memory, in place of those that were not used for longest."""
