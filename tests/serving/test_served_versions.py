@@ -138,3 +138,18 @@ def test_clients_get_whole_versions_while_others_are_appended(history, made, ans
             found = list(running)
         assert all(answer in answers for answer in found)
         assert server.greedy("run@latest", PROMPT) == answers[N - 1]
+
+
+def test_a_full_cache_serves_what_it_has_and_keeps_what_was_just_requested(history, made, answers, tmp_path):
+    (folder,) = ex.Pack.open(history).export(tmp_path / "size", ["run@0"]).values()
+    room = int(2.5 * sum(file.stat().st_size for file in folder.iterdir()))
+    env = {"EIGENLORAX_CACHE": str(tmp_path / "cache"), "EIGENLORAX_CACHE_BYTES": str(room)}
+    with serving(made / "base", history, tmp_path / "log", env=env, max_loras=2, **ENGINE) as server:
+        for i in range(2):
+            if i:
+                edit(history, made, i)
+            assert server.greedy("run@latest", PROMPT) == answers[i]
+        edit(history, made, 2)
+        assert [server.status("run@latest") for _ in range(2)] == [404] * 2
+        assert [line[:18] for line in server.said if "no room" in line] == ["no room for run-2-"]
+        assert [server.greedy(f"run@{i}", PROMPT) for i in (1, 0)] == [answers[1], answers[0]]

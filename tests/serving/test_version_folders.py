@@ -7,8 +7,9 @@ import pytest
 import eigenlorax as ex
 from adapters import change_config, make_adapters
 from children import needs_fork, run
-from eigenlorax.errors import AdapterNameError, PackBusyError, ServingError
+from eigenlorax.errors import AdapterNameError, CacheFullError, PackBusyError, ServingError
 from eigenlorax.pack.folder import PackFolder
+from eigenlorax.serving.vllm import cache
 from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.settings import Settings
 from runs import make_run
@@ -174,9 +175,66 @@ def test_unknown_versions_are_named(folders, name, message):
         folder_of(folders, name)
 
 
+def test_versions_that_no_request_uses_give_way_to_others(history, checkpoints, tmp_path, monkeypatch):
+    now, used = [1000.0], set()
+    monkeypatch.setattr(cache.time, "monotonic", lambda: now[0])
+    for checkpoint in checkpoints[3:]:
+        append(history, checkpoint)
+    (exported,) = ex.Pack.open(history).export(tmp_path / "out", ["run@10"]).values()
+    room = int(2.5 * sum(map(len, content(exported).values())))
+    folders = AdapterFolders(Settings(str(history), cache=tmp_path / "cache", cache_bytes=room))
+
+    def request(step):
+        return folders.request(f"run@{step}", lambda: used).result(timeout=60)
+
+    first, second = request(10), request(20)
+    with pytest.raises(CacheFullError, match="no room for run-30-.* Only versions that no request uses are deleted"):
+        request(30)
+    now[0] += 61
+    request(10)
+    # 20 was requested less recently than 10
+    third = request(30)
+    assert [folder.path.is_dir() for folder in (first, second, third)] == [True, False, True]
+    now[0] += 61
+    used |= {first.name, third.name}
+    with pytest.raises(CacheFullError, match="no room for run-20-"):
+        request(20)
+    used.remove(first.name)
+    before = content(third.path)
+    assert request(20) == second
+    assert not first.path.exists()
+    assert content(third.path) == before
+    used.clear()
+    now[0] += 61
+    for step in (40, 50, 10, 20):
+        folder = request(step)
+        assert content(folder.path).keys() == before.keys()
+        now[0] += 61
+    assert len([path for path in folder.path.parent.iterdir() if not path.name.startswith(".")]) == 2
+
+
+def test_adapters_do_not_give_way(tmp_path, checkpoints, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(cache.time, "monotonic", lambda: now[0])
+    make_adapters(tmp_path / "in", "alpha beta")
+    pack = ex.fit(tmp_path / "in", n_components=4)
+    pack.append(checkpoints[0], name="run")
+    path = pack.save(tmp_path / "pack")
+    sizes = [
+        sum(map(len, content(path).values())) for path in pack.export(tmp_path / "out", ["alpha", "run@10"]).values()
+    ]
+    folders = AdapterFolders(Settings(str(path), cache=tmp_path / "cache", cache_bytes=sum(sizes) + 100))
+    alpha, version = (folders.request(name, set).result(timeout=60) for name in ("alpha", "run@10"))
+    now[0] += 1000
+    beta = folders.request("beta", set).result(timeout=60)
+    assert [folder.path.is_dir() for folder in (alpha, version, beta)] == [True, False, True]
+    with pytest.raises(CacheFullError, match="no room for run-10-"):
+        folders.request("run@10", set).result(timeout=60)
+
+
 def test_a_folder_is_refused_when_the_cache_is_full(folders, history, tmp_path):
     size = sum(map(len, content(folder_of(folders, "run@10").path).values()))
     small = AdapterFolders(replace(Settings(str(history), cache=tmp_path / "cache"), cache_bytes=size + 10))
     assert folder_of(small, "run@10").path.is_dir()
-    with pytest.raises(ex.EigenloraxError, match="no room for run-20-"):
+    with pytest.raises(CacheFullError, match="no room for run-20-"):
         folder_of(small, "run@20")

@@ -8,6 +8,7 @@ everything that determines its content, because vLLM caches adapters by name and
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ...core import atomic_files, keys
@@ -81,11 +82,15 @@ class AdapterFolders:
         """The pack in its current state."""
         return self._watched.current()
 
-    def request(self, name: str) -> "Future[AdapterFolder]":
-        """Return a future of the folder. The folder is kept until the process ends.
+    def request(self, name: str, in_use: cache.InUse | None = None) -> "Future[AdapterFolder]":
+        """Return a future of the folder.
+
+        The folder of an adapter is kept until the process ends. That of a version is removed if the cache is full and
+        it is not in use. The next request writes it again.
 
         Args:
             name: Name of the adapter, or of a version: "run@1000", "run@latest", or its name in vLLM.
+            in_use: Function that returns the names in vLLM of all requests that run. Without it, no folder is removed.
 
         Raises:
             AdapterNameError: The pack has no adapter or version of that name. The future raises this and other errors.
@@ -93,27 +98,28 @@ class AdapterFolders:
             CacheFullError: The cache is full.
             PackError, HubError: The pack cannot be read.
         """
-        return self._executor.submit(self._checked_folder, name)
+        return self._executor.submit(self._checked_folder, name, in_use)
 
-    def _checked_folder(self, name: str) -> AdapterFolder:
+    def _checked_folder(self, name: str, in_use: cache.InUse | None) -> AdapterFolder:
         # names come from clients
         if not (keys.is_valid_version(without_digest(name)) if keys.is_version(name) else keys.is_valid_name(name)):
             raise AdapterNameError(f"{name[:100]!r} is not a valid name of an adapter.")
         try:
-            return self._folder(name)
+            return self._folder(name, in_use)
         except PackBusyError:
             # the pack was replaced between two reads; the second attempt reads the new one
-            return self._folder(name)
+            return self._folder(name, in_use)
 
-    def _folder(self, name: str) -> AdapterFolder:
+    def _folder(self, name: str, in_use: cache.InUse | None) -> AdapterFolder:
         pack = self._watched.current()
         if keys.is_version(name):
-            return self._version_folder(pack, name)
+            return self._version_folder(pack, name, in_use)
         keys.check_known(name, pack.names, f"the pack {self._watched.source}")
         min_bytes = 0 if self.shared else pack.records[name].lora_numbers * 4
-        return self._written(name, self._digest(pack, name), min_bytes, name)
+        digest = self._digest(pack, name)
+        return AdapterFolder(name, self._written(name, digest, min_bytes, in_use=in_use), digest)
 
-    def _version_folder(self, pack: Pack, name: str) -> AdapterFolder:
+    def _version_folder(self, pack: Pack, name: str, in_use: cache.InUse | None) -> AdapterFolder:
         in_vllm = vllm_name(pack, without_digest(name))
         version = without_digest(in_vllm)
         if name not in (in_vllm, without_digest(name)):
@@ -121,29 +127,34 @@ class AdapterFolders:
                 f"the pack {self._watched.source} has another version {version!r} than {name[:200]!r}."
             )
         _, record = pack.history_store.find(version)
-        return self._written(version, self._digest(pack, version), record.source_lora_bytes, in_vllm)
+        digest = self._digest(pack, version)
+        path = self._written(version, digest, record.source_lora_bytes, client=in_vllm, in_use=in_use)
+        return AdapterFolder(in_vllm, path, digest)
 
     def _digest(self, pack: Pack, name: str) -> str:
         mode = f"cores of {self.served.fingerprint}" if self.shared else "expanded"
         mode += f" within {self._within}" if self._within is not None else ""
         return atomic_files.digest(f"{_FORMAT}, {name}, {pack.digest(name)}, {mode}".encode())
 
-    def _written(self, name: str, digest: str, min_bytes: int, in_vllm: str) -> AdapterFolder:
+    def _written(
+        self, name: str, digest: str, min_bytes: int, *, client: str | None = None, in_use: cache.InUse | None
+    ) -> Path:
         """Return the folder of an adapter or version, and write it at the first request.
 
         Args:
             name: Name of the adapter or version.
             digest: Digest of everything that determines the folder's content.
             min_bytes: Lower bound of its size.
-            in_vllm: Name in vLLM.
+            client, in_use: Arguments of `Cache.folder`.
         """
         if digest in self._refused:
             raise self._refused[digest]
         if self._cache is None:
             # created on demand: the other processes of a server get no requests for adapters
             self._cache = cache.Cache(self._root, self._limit)
-        path = self._cache.folder(f"{keys.file_name(name)}-{digest[:32]}", min_bytes, lambda: self._files(name, digest))
-        return AdapterFolder(in_vllm, path, digest)
+        folder = f"{keys.file_name(name)}-{digest[:32]}"
+        make = partial(self._files, name, digest)
+        return self._cache.folder(folder, min_bytes, make, client=client, in_use=in_use)
 
     def _files(self, name: str, digest: str) -> atomic_files.Files:
         pack = self._watched.with_adapter(name)

@@ -1,7 +1,9 @@
 """A bounded cache of folders. Each process that writes to it has its own.
 
-A folder exists until its process ends, because a client with its path may read it again. If the cache is full, new
-folders raise `CacheFullError`. Folders of processes that were killed are removed when the next process starts.
+A folder exists until its process ends, because a client with its path may read it again. The exception are folders
+whose use the process knows: if the cache is full, those that were not used for longest are removed. If that does not
+suffice, new folders raise `CacheFullError`. Folders of processes that were killed are removed when the next process
+starts.
 """
 
 import atexit
@@ -13,8 +15,11 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
@@ -33,6 +38,10 @@ _PREFIX, _LOCK = "eigenlorax-server-", ".lock"
 _LOCK_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{16}}{re.escape(_LOCK)}")
 _LINKS = 40
 """Maximum number of links in a path, about as many as Linux follows."""
+_RECENT_SECONDS = 60.0
+"""Time for which a folder is in use after it was requested: until then, its client is known to use it."""
+InUse = Callable[[], Collection[str]]
+"""A function that returns the names of the clients whose folders have to stay."""
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -159,6 +168,23 @@ def _lock(path: Path) -> filelock.BaseFileLock:
     return filelock.FileLock(path, timeout=0, thread_local=False, mode=0o600)
 
 
+@dataclass(slots=True)
+class _Folder:
+    """A folder of the cache.
+
+    Attributes:
+        path: The folder.
+        n_bytes: Bytes of its files.
+        client: Name under which the folder is used; None if its use is unknown.
+        requested: Time of the last request, in seconds.
+    """
+
+    path: Path
+    n_bytes: int
+    client: str | None
+    requested: float
+
+
 class Cache:
     """The folders of this process in a root folder.
 
@@ -175,38 +201,60 @@ class Cache:
         self._folder = Path(self._lock.lock_file).with_suffix("")
         self._folder.mkdir(mode=0o700)
         self._writing = threading.Lock()
-        self._known: dict[str, Path] = {}
-        self._bytes = 0
+        # the folder that was requested last at the end
+        self._known: OrderedDict[str, _Folder] = OrderedDict()
         atexit.register(self._end)
 
-    def folder(self, name: str, min_bytes: int, make: Callable[[], Files]) -> Path:
+    def folder(
+        self,
+        name: str,
+        min_bytes: int,
+        make: Callable[[], Files],
+        *,
+        client: str | None = None,
+        in_use: InUse | None = None,
+    ) -> Path:
         """Return the folder of a name. If it does not exist, write the files that `make` returns.
 
         Args:
             name: Name of the folder, which determines its content.
             min_bytes: Lower bound of its size, which is checked before `make` is called.
             make: Function that returns the files. Calls are serialised.
+            client: Name under which the folder will be used. Without it, the folder is never removed.
+            in_use: Clients whose folders have to stay. Without it, no folder is removed.
 
         Raises:
             CacheFullError: The cache or the disk is full.
         """
         with self._writing:
             if name not in self._known:
-                self._check_room(name, min_bytes)
+                self._make_room(name, min_bytes, in_use)
                 files = make()
                 n = sum(map(len, files.values()))
-                self._check_room(name, n)
+                self._make_room(name, n, in_use)
                 self._write(self._folder / name, files)
-                self._bytes += n
-                self._known[name] = self._folder / name
-            return self._known[name]
+                self._known[name] = _Folder(self._folder / name, n, client, 0.0)
+            self._known[name].requested = time.monotonic()
+            self._known.move_to_end(name)
+            return self._known[name].path
 
-    def _check_room(self, name: str, n: int) -> None:
-        if self._bytes + n > self.limit:
+    def _make_room(self, name: str, n: int, in_use: InUse | None) -> None:
+        """Remove folders until `n` more bytes fit; `CacheFullError` if they do not."""
+        total = sum(folder.n_bytes for folder in self._known.values())
+        if total + n > self.limit and in_use is not None:
+            used, now = set(in_use()), time.monotonic()
+            for known, folder in list(self._known.items()):
+                if total + n <= self.limit:
+                    break
+                if folder.client not in (None, *used) and now - folder.requested > _RECENT_SECONDS:
+                    del self._known[known]
+                    shutil.rmtree(folder.path)
+                    total -= folder.n_bytes
+        if total + n > self.limit:
             raise CacheFullError(
-                f"no room for {name}: the cache in {self._folder} has {self._bytes:,} of {self.limit:,} bytes, and "
-                f"{n:,} would be added. Nothing in it is deleted while the server runs; start it with a larger "
-                f"{CACHE_BYTES}, or with {CACHE} on a larger disk."
+                f"no room for {name}: the cache in {self._folder} has {total:,} of {self.limit:,} bytes, and {n:,} "
+                "would be added. Only versions that no request uses are deleted while the server runs; start it with a "
+                f"larger {CACHE_BYTES}, or with {CACHE} on a larger disk."
             )
 
     def _write(self, path: Path, files: Files) -> None:

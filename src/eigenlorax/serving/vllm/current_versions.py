@@ -4,7 +4,7 @@ vLLM asks a resolver once for a name and keeps the answer: "run@latest" would st
 """
 
 from contextlib import suppress
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
@@ -15,7 +15,6 @@ from vllm.lora.resolver import LoRAResolverRegistry
 
 from ...core import keys
 from .resolver import NAME, PackResolver
-from .version_names import without_digest
 
 
 def register() -> None:
@@ -34,9 +33,8 @@ def _update_before(check: Any) -> Any:
 
     @wraps(check)
     async def check_model(self: Any, request: Any) -> Any:
-        name, resolver = request.model or "", LoRAResolverRegistry.resolvers.get(NAME)
-        # the content of a name with a digest does not change
-        if keys.is_version(name) and name == without_digest(name) and isinstance(resolver, PackResolver):
+        name, resolver = request.model, LoRAResolverRegistry.resolvers.get(NAME)
+        if keys.is_version(name) and isinstance(resolver, PackResolver):
             await update(self.models, name, resolver)
         return await check(self, request)
 
@@ -46,7 +44,8 @@ def _update_before(check: Any) -> Any:
 async def update(models: OpenAIServingModels, name: str, resolver: PackResolver) -> None:
     """Load the version that a name stands for now, unless vLLM has it. Requests that have started keep theirs.
 
-    If that fails, vLLM forgets the name. It then asks the resolver, and answers with the error.
+    The version's folder is written again if it was removed, because vLLM may load it at any time. If anything fails,
+    vLLM forgets the name. It then asks the resolver, and answers with the error.
 
     Args:
         models: vLLM's table of adapters.
@@ -54,7 +53,7 @@ async def update(models: OpenAIServingModels, name: str, resolver: PackResolver)
         resolver: The resolver of the pack.
     """
     async with models.lora_resolver_lock[name]:
-        folder = await resolver.find(models.model_config.model, name)
+        folder = await resolver.find(models.model_config.model, name, partial(_names_in_use, models))
         if folder is not None:
             known = {request.lora_name: request for request in models.lora_requests.values()}
             request = known.get(folder.name)
@@ -66,3 +65,10 @@ async def update(models: OpenAIServingModels, name: str, resolver: PackResolver)
                 models.lora_requests[name] = request
                 return
         models.lora_requests.pop(name, None)
+
+
+def _names_in_use(models: OpenAIServingModels) -> set[str]:
+    """Return the names of adapters and versions that unfinished requests have."""
+    # a copy, because requests start and end in another thread
+    states = list(models.engine_client.output_processor.request_states.values())
+    return {state.lora_name for state in states if state.lora_name is not None}

@@ -16,6 +16,7 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from ...core import keys
 from ...errors import AdapterNameError, EigenloraxError
 from .adapter_folders import AdapterFolder, AdapterFolders
+from .cache import InUse
 from .settings import Settings
 
 NAME = "eigenlorax"
@@ -64,11 +65,17 @@ class PackResolver(LoRAResolver):
         # the server replaces the id by its own
         return LoRARequest(folder.name, lora_int_id=1, lora_path=str(folder.path)) if folder is not None else None
 
-    async def find(self, base_model_name: str, name: str) -> AdapterFolder | None:
-        """Return the folder of an adapter or version by name; log a message and return None if it cannot be served."""
+    async def find(self, base_model_name: str, name: str, in_use: InUse | None = None) -> AdapterFolder | None:
+        """Return the folder of an adapter or version; log a message and return None if it cannot be served.
+
+        Args:
+            base_model_name: Name of the served model.
+            name: Name of the adapter or version.
+            in_use: Names in vLLM of all requests that run, whose folders have to stay if the cache is full.
+        """
         try:
             folders = self.open()
-            folder = await asyncio.wrap_future(folders.request(name))
+            folder = await asyncio.wrap_future(folders.request(name, in_use))
             self._compare_base_models(folders.base_model, base_model_name)
         except AdapterNameError as error:
             self._log_once(logging.INFO, name, str(error))
