@@ -154,6 +154,15 @@ class TestLoadInto:
         assert model.peft_config["first"].peft_type == "EIGENLORAX"
         torch.testing.assert_close(logits(model, ids), logits(lora_model("first", 1), ids), rtol=1e-4, atol=1e-5)
 
+    def test_a_version_of_a_model_with_several_adapters(self):
+        model = lora_model("first", 1)
+        model.add_adapter("second", LoraConfig(target_modules=TARGETS, r=2))
+        pack = ex.Pack.empty()
+        with pytest.raises(OptionError, match="has 2 adapters, 'first', 'second', and none is named 'adapter'"):
+            pack.append(model)
+        pack.append(model, name="second", lossless=True)
+        assert pack["second@1"].ranks == (2,)
+
     def test_versions(self, ids):
         pack = ex.Pack.empty()
         for seed in (1, 2):

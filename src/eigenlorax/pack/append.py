@@ -15,9 +15,9 @@ from ..core import atomic_files, keys, metrics
 from ..core.adapter import Adapter, LoRAFactors
 from ..core.options import format_value, to_float, to_int
 from ..errors import AdapterNameError, OptionError, ShapeError
-from ..formats import checks, lora_config
+from ..formats import checks, in_memory, lora_config, sources
 from ..formats.checks import StatedBase
-from ..formats.sources import AdapterSource
+from ..formats.sources import AdapterSource, Source
 from . import lossless_versions, source_configs
 from .contents import PackContents
 from .history import History, VersionRecord
@@ -111,6 +111,27 @@ def run_and_step(source: object) -> tuple[str | None, int | None]:
 def default_name(histories: Collection[str]) -> str:
     """Return the name of the only history, or `DEFAULT_NAME` if there is none or several."""
     return next(iter(histories)) if len(histories) == 1 else DEFAULT_NAME
+
+
+def version_source(source: Source, name: str) -> AdapterSource:
+    """Return the adapter of a source. Of a PEFT model with several, that is the one with the name of the history.
+
+    Args:
+        source: Source of the version.
+        name: Name of the history.
+
+    Raises:
+        OptionError: A model has several adapters, and none of this name.
+    """
+    if not in_memory.is_peft_model(source):
+        return sources.single(name, source)
+    adapters = {adapter.name: adapter for adapter in in_memory.from_peft_model(source)}
+    if len(adapters) > 1 and name not in adapters:
+        raise OptionError(
+            f"the model has {len(adapters)} adapters, {', '.join(map(repr, adapters))}, and none is named {name!r}. "
+            "Pass name= with the name of one of them, or one of them as (state_dict, config)."
+        )
+    return AdapterSource(name, adapters.get(name) or next(iter(adapters.values())))
 
 
 def check_step(step: Any) -> int | None:

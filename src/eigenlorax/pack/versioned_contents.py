@@ -75,7 +75,8 @@ class VersionedContents(WritableContents):
         manifest.
 
         Args:
-            source: Folder, file, URL, Hub id, `Adapter`, `PeftModel`, or state dict with its config.
+            source: Folder, file, URL, Hub id, `Adapter`, state dict with its config, or `PeftModel`. Of a model with
+                several adapters, the one with the name of the history is taken.
             version: Label: letters, digits, `.`, `_` and `-`. Default: the step, else the next integer.
             name: Name of the history, which may be new. Default: for a folder `RUN/checkpoint-STEP`, the name of the
                 run's folder; else the only history of the pack, or "adapter".
@@ -113,7 +114,7 @@ class VersionedContents(WritableContents):
             same_base,
             options,
         )
-        return append.append(sources.single(name, source), name, self, version_options)
+        return append.append(append.version_source(source, name), name, self, version_options)
 
     def prune(self, name: str, *, keep_last: int | None = None, keep_every: int | None = None) -> Pruned:
         """Remove versions of a history, and return what was removed and how many bytes that frees.
