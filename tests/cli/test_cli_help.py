@@ -182,7 +182,7 @@ def test_the_examples_of_a_verb_run(cli, demo_folder, monkeypatch, verb):
 @pytest.mark.slow
 def test_commands_that_the_demo_suggests_run(cli, demo_folder):
     shutil.rmtree("pack")
-    assert len(NEXT) == 3
+    assert len(NEXT) == 5
     for line in NEXT:
         succeeded(cli(*shlex.split(line)[1:]))
 

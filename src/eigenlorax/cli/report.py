@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = r"""
 eigenlorax report pack/ --adapters demo/adapters -o report.html
 eigenlorax report pack/ -a demo/adapters -o report.md -o report.json
+eigenlorax report history/ -o history.html
 eigenlorax report pack/ -a demo/adapters -o report.html \
     --evaluate sms-spam-a=demo/spam.csv --labels ham,spam --model demo/model
 """
@@ -160,7 +161,7 @@ def report(
     allow_pickle: arguments.AllowPickle = False,
     revision: arguments.Revision = None,
 ) -> None:
-    """Report whether a pack's adapters share a subspace, how much error the pack adds, and what to do about it."""
+    """Report whether a pack's adapters share a subspace, its errors, the path of its histories, and what to do."""
     from ..pack.pack import Pack
     from ..reports import files, json_document, stored
     from ..reports import report as make_report

@@ -78,9 +78,10 @@ def _run(run: Run) -> Finding:
     return Finding(
         "versions",
         f"{plural(len(run.adapters), 'adapter')} look like versions of one run, from {first} to {last}: consecutive "
-        f"ones are at a distance of {error(run.change)} of their norm (median). Adapters that were trained separately "
-        "are at a distance above 1.",
-        "Keep them as a history, which predicts each version from the previous one: `eigenlorax track RUN -o HISTORY`, "
-        "where RUN is the folder of the checkpoints (`Pack.append` in Python).",
+        f"ones are at a distance of {error(run.change)} of their norm (median). Separately trained adapters are mostly "
+        "at a distance above 1.",
+        "Keep them as a history: `eigenlorax track RUN -o HISTORY` (`Pack.append` in Python) appends each checkpoint "
+        "of the folder RUN with its step and metrics, as its difference to an earlier one. It can be run again while "
+        "the run goes on.",
         adapters=run.adapters,
     )
