@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed; scripts/vllm-suite installs it")
 
 import eigenlorax as ex
-from eigenlorax.errors import OptionError
+from eigenlorax.errors import OptionError, ShapeError
 from eigenlorax.serving.vllm import Adapters
-from families import FAMILIES, made_adapters
+from families import _SHARED, FAMILIES, Family, made_adapters
 from offline import greedy, peft_greedy, with_engine
 from servers import serving
 
@@ -91,6 +91,29 @@ def test_one_version_has_one_request_whatever_its_name(history):
 def test_a_pack_without_bases_cannot_be_served_from_a_shared_basis(history, made):
     with pytest.raises(OptionError, match="needs a pack with bases, and .* has none"):
         with_engine(lambda llm: None, made / "base", history, shared=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"intermediate_size": 80}, "module model.layers.0.mlp.* of the pack has a weight of .*80.* it is .*88"),
+        (
+            {"num_key_value_heads": 1},
+            "module .*_proj of the pack has a weight of 32 × 48, in the served model it is 64 ×",
+        ),
+    ],
+)
+def test_a_version_of_another_model_is_an_error(history, made, tmp_path, fields, message):
+    """vLLM itself loads it, and answers something else."""
+    other = Family(FAMILY.config, fields={**_SHARED, **fields})
+    other.made(tmp_path / "other")
+    made_adapters(other, tmp_path / "other", tmp_path / "adapters", n=1)
+    with ex.Pack.edit(history) as pack:
+        pack.append(tmp_path / "adapters" / "a0", name="other", same_base=True)
+    with pytest.raises(ShapeError, match=message):
+        with_engine(
+            lambda llm: llm.llm_engine.add_lora(Adapters(history)["other@latest"]), made / "base", history, **ENGINE
+        )
 
 
 def test_a_server_answers_as_the_version_that_is_the_latest(history, made, answers, tmp_path):

@@ -1,16 +1,20 @@
 """Checks that the adapters of a pack fit the model that vLLM has loaded, and that vLLM applies all of an adapter.
 
 vLLM compares neither sizes nor full names: it loads adapters of a narrower or a deeper model and gives wrong answers.
+Modules of a pack's subspace are checked when the model is loaded, and those of versions, which may have others, when
+the version is.
 It also silently ignores modules of an adapter that it has no slot for.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
+from vllm.model_executor.layers.linear import LinearBase
 
 from ...errors import ModuleNameError, ServingError
 from ...pack.manifest import SubspaceInfo
-from .install import check_shape, lora_names, names_in, projections_of
+from .install import Projection, check_shape, lora_names, names_in, projections_of
 
 
 def check_fits(model: nn.Module, info: SubspaceInfo) -> None:
@@ -58,6 +62,24 @@ def check_all_have_slots(
             f"{ignored[0]!r}{only}. `eigenlorax serve-check` prints the flags for the current pack. A model "
             "with the bases of a pack can only serve adapters of that pack."
         )
+
+
+def check_sizes(
+    factors: Mapping[str, Any], layers: Mapping[str, nn.Module], fused: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise `ShapeError` if a module of an adapter has another size than the linear layer that it is for.
+
+    Args:
+        factors: vLLM's LoRA factors of the adapter, by module.
+        layers: vLLM's layers with slots, by name.
+        fused: vLLM's table of the projections that are fused in each kind of layer.
+    """
+    for path, layer in layers.items():
+        linear, names = getattr(layer, "base_layer", None), lora_names(path, fused)
+        for index, name in enumerate(names):
+            if name in factors and isinstance(linear, LinearBase):
+                shape = factors[name].output_dim, factors[name].input_dim
+                check_shape(name, shape, Projection(name, linear, index, len(names) > 1))
 
 
 def _is_layer(name: str, kinds: set[str]) -> bool:

@@ -109,7 +109,7 @@ def check_shape(module: str, shape: tuple[int, int], projection: Projection) -> 
     actual = (n_out, projection.layer.input_size)
     if shape != actual:
         raise ShapeError(
-            f"module {module} of the subspace has a weight of {shape[0]} × {shape[1]}, in the served "
+            f"module {module} of the pack has a weight of {shape[0]} × {shape[1]}, in the served "
             f"model it is {actual[0]} × {actual[1]}. Serve the base model of the pack's adapters."
         )
 

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from ...errors import OptionError
 from ...pack.pack import Pack
 from . import settings
-from .agreement import check_all_have_slots, check_fits
+from .agreement import check_all_have_slots, check_fits, check_sizes
 from .cores import core_name
 from .install import install
 
@@ -30,7 +30,7 @@ def register() -> None:
     vLLM searches for layers that can have a LoRA right after it.
     """
     if not hasattr(WorkerLoRAManager._load_adapter, "__wrapped__"):
-        WorkerLoRAManager._load_adapter = _check_slots_after(WorkerLoRAManager._load_adapter)
+        WorkerLoRAManager._load_adapter = _check_after(WorkerLoRAManager._load_adapter)
     loaders = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     for load_format, loader in loaders.items():
         # vLLM's function for registering a loader would warn that it replaces one
@@ -115,14 +115,14 @@ def add_subspace(model: nn.Module, vllm_config: VllmConfig, source: str) -> None
     lora_config.target_modules = [core]
 
 
-def _check_slots_after(load: Any) -> Any:
-    """Wrap vLLM's loader of adapters with a check that no module of the adapter is ignored.
+def _check_after(load: Any) -> Any:
+    """Wrap vLLM's loader of adapters with checks that no module of the adapter is ignored or has another size.
 
     Args:
         load: `WorkerLoRAManager._load_adapter`.
 
     Returns:
-        The wrapped loader, which raises `ServingError` if a module has no slot.
+        The wrapped loader, which raises `ServingError` if a module has no slot, and `ShapeError` if its size differs.
     """
 
     @wraps(load)
@@ -132,6 +132,7 @@ def _check_slots_after(load: Any) -> Any:
         if get_pp_group().world_size == 1:
             targets = self.lora_config.target_modules
             check_all_have_slots(lora.loras, manager.modules, manager.packed_modules_mapping, targets)
+        check_sizes(lora.loras, manager.modules, manager.packed_modules_mapping)
         return lora
 
     return load_adapter
