@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import LoRAFactors
-from ..core.batch import delta_squares, pad_factors
+from ..core.batch import ModuleBatch, delta_squares, pad_factors
 from ..core.fit_options import FitOptions
 from ..core.progress import Progress
 from ..pack.history import History, VersionRecord
@@ -101,8 +101,7 @@ def _path(versions: Versions) -> _Path:
     """Return positions and distances of versions, from inner products of their updates."""
     total = torch.zeros(len(versions), len(versions), dtype=torch.float64)
     for module in versions[0]:
-        factors = [version[module] for version in versions]
-        total += products(pad_factors(factors, factors[0].down.shape[1], factors[0].up.shape[0]))
+        total += products(_stack(versions, module))
     square = float(total[-1, -1])
     relative = total / square if square > 0 else total
     positions, share = groups.on_a_map(relative)
@@ -114,12 +113,10 @@ def _left_out_errors(versions: Versions, progress: Progress) -> dict[int, float]
 
     At most `MAX_LEFT_OUT` versions with a nonzero update are left out, evenly spaced.
     """
-    modules = list(versions[0])
-    batches = {}
-    for index in _evenly_spaced(len(modules), MAX_MODULES):
-        factors = [version[modules[index]] for version in versions]
-        batches[modules[index]] = pad_factors(factors, factors[0].down.shape[1], factors[0].up.shape[0])
-    squares = {module: delta_squares(batch) for module, batch in batches.items()}
+    names = list(versions[0])
+    modules = [names[index] for index in _evenly_spaced(len(names), MAX_MODULES)]
+    # one stack of a module at a time is in memory
+    squares = {module: delta_squares(_stack(versions, module)) for module in modules}
     total = torch.stack(list(squares.values())).sum(0)
     trained = total.nonzero().flatten().tolist()
     if len(trained) < MIN_FITTED:
@@ -127,15 +124,21 @@ def _left_out_errors(versions: Versions, progress: Progress) -> dict[int, float]
     chosen = [trained[index] for index in _evenly_spaced(len(trained), MAX_LEFT_OUT)]
     kept = torch.zeros(len(versions), dtype=torch.float64)
     size = (N_COMPONENTS, N_COMPONENTS)
-    for done, (module, batch) in enumerate(batches.items()):
-        progress("leaving versions out", done, len(batches))
+    for done, module in enumerate(modules):
+        progress("leaving versions out", done, len(modules))
         members = squares[module].nonzero().flatten().tolist()
         removed = [members.index(index) for index in chosen if index in members]
         stack = [versions[index][module] for index in members], total[members].rsqrt().tolist()
-        fits = left_out(stack, batch.select(members), removed, FitOptions(n_components=size[0]), size, [size[0]])
+        batch = _stack(versions, module).select(members)
+        fits = left_out(stack, batch, removed, FitOptions(n_components=size[0]), size, [size[0]])
         kept[[members[member] for member in removed]] += fits.fitted
-    progress("leaving versions out", len(batches), len(batches))
+    progress("leaving versions out", len(modules), len(modules))
     return dict(zip(chosen, spreads.relative(total[chosen] - kept[chosen], total[chosen]), strict=True))
+
+
+def _stack(versions: Versions, module: str) -> ModuleBatch:
+    factors = [version[module] for version in versions]
+    return pad_factors(factors, factors[0].down.shape[1], factors[0].up.shape[0])
 
 
 def _version(record: VersionRecord, path: _Path, index: int | None, left_out_error: float | None) -> VersionFigures:
