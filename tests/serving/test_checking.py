@@ -138,3 +138,26 @@ class TestBasis:
         assert found.within is None
         assert found.basis_errors == {}
         assert any("--basis 32" in reason for reason in found.shared.refused.values())
+
+
+def test_histories_are_named_with_what_a_version_takes():
+    pack, modules = make_pack({Q: (17, 11)}), {Q: random_factors(3, 17, 11, seed=5)}
+    for step in (10, 20):
+        pack.append(from_factors("run", modules, base_model="org/base"), step=step, name="run", lossless=True)
+    refused = from_factors("large", {Q: random_factors(600, 17, 11, seed=5)}, base_model="org/base")
+    pack.append(refused, name="large", lossless=True)
+    n_bytes = 3 * (17 + 11) * modules[Q].down.itemsize
+    assert check(pack, "pack", shapes()).notes == [
+        "versions of the history 'large' cannot be served: its rank is 600, and vLLM's largest rank is 512.",
+        "versions of the history 'run' (2) are served expanded, by names such as 'run@latest'. The last one needs "
+        f"--max-lora-rank 8 and {n_bytes:,} bytes in the cache.",
+    ]
+
+
+def test_a_pack_of_histories_alone_is_checked():
+    pack = ex.Pack.empty("org/base")
+    pack.append(from_factors("run", {Q: random_factors(3, 17, 11, seed=5)}, base_model="org/base"), "1", name="run")
+    checked = check(pack, "pack", shapes())
+    assert (checked.expanded.served, checked.shared.served, checked.expanded.command) == (0, 0, None)
+    (note,) = checked.notes
+    assert note.startswith("versions of the history 'run' (1) are served expanded")

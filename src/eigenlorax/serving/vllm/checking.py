@@ -23,6 +23,7 @@ from . import plan as plans
 from . import servable
 from .commands import ServeCommand
 from .plan import Choices, CoreSize, Layer, Plan, ServedAdapters, Shapes
+from .version_notes import version_notes
 
 DTYPES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes per entry of the dtypes that vLLM runs models in; `auto` is half precision."""
@@ -173,7 +174,7 @@ def check(
         not_held=match.not_held,
         target_modules=list(targets),
         plan=plan,
-        notes=[*_name_notes(pack, shapes, match), *_notes(shapes, match, totals, options)],
+        notes=[*_name_notes(pack, shapes, match), *_notes(shapes, match, totals, options), *version_notes(pack)],
     )
 
 
@@ -381,7 +382,7 @@ def _name_notes(pack: Pack, shapes: Shapes, match: _ModuleMatch) -> list[str]:
 def _notes(shapes: Shapes, match: _ModuleMatch, totals: _Totals, options: ServerOptions) -> list[str]:
     """Return notes about adapters, division among GPUs, experts and large ranks."""
     notes = []
-    if not totals.expanded.ranks and not totals.shared.ranks:
+    if totals.expanded.refused and not totals.expanded.ranks and not totals.shared.ranks:
         notes.append("no adapter of the pack can be served.")
     if shapes.whole and options.tensor_parallel_size > 1:
         notes.append(

@@ -1,0 +1,28 @@
+"""Sentences of `serve-check` on the histories of a pack. Nothing here imports vLLM."""
+
+from ...core import keys
+from ...pack.pack import Pack
+from . import servable
+from .plan import max_lora_rank
+
+
+def version_notes(pack: Pack) -> list[str]:
+    """Return a sentence for each history: whether its versions can be served, judged by the last one, and their cost.
+
+    Raises:
+        PackDamagedError: The last version of a history cannot be read.
+    """
+    notes = []
+    for name, history in pack.histories.items():
+        latest = f"{name}{keys.VERSION_MARK}{keys.LATEST}"
+        version = pack.adapter(latest)
+        reason = servable.version_refusal_reason(version)
+        if reason is not None:
+            notes.append(f"versions of the history {name!r} cannot be served: {reason}.")
+            continue
+        rank, n_bytes = max_lora_rank(servable.version_rank(version)), history.latest.source_lora_bytes
+        notes.append(
+            f"versions of the history {name!r} ({len(history):,}) are served expanded, by names such as {latest!r}. "
+            f"The last one needs --max-lora-rank {rank} and {n_bytes:,} bytes in the cache."
+        )
+    return notes
