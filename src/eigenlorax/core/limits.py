@@ -180,6 +180,20 @@ def check_expansion(needed: int, size: int, subject: str) -> None:
         raise ValueError(f"{subject} would take {needed:,} bytes of memory, from {size:,} bytes of a file")
 
 
+def check_growth(grown: int, size: int, subject: str) -> None:
+    """Raise `ValueError` if rows take more memory than earlier ones by more than the bytes of a file explain.
+
+    There is no allowance as in `check_expansion`, because each file of a chain would have it.
+
+    Args:
+        grown: Bytes in memory, without those of the earlier rows.
+        size: Bytes in the file.
+        subject: The rows, for the message.
+    """
+    if grown > MAX_EXPANSION * size:
+        raise ValueError(f"{subject} would take {grown:,} bytes of memory more, from {size:,} bytes of a file")
+
+
 def check_coded_count(numbers: int, size: int, subject: str) -> None:
     """Raise `ValueError` if coded bytes would decode to more 32-bit numbers than they can usefully represent.
 

@@ -301,6 +301,17 @@ def test_a_decompression_bomb_is_refused() -> None:
         lossless.decode(varint.encode(len(header)) + header, None)
 
 
+def test_memory_does_not_grow_along_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"a": torch.zeros(40_000)}
+    second = {**first, "b": torch.zeros(40_000)}
+    monkeypatch.setattr("eigenlorax.core.limits.MAX_EXPANSION", 10**9)
+    encoded = lossless.encode(second, first)
+    monkeypatch.setattr("eigenlorax.core.limits.MAX_EXPANSION", 64)
+    with pytest.raises(FormatError, match="bytes of memory more"):
+        lossless.decode(encoded, first)
+    assert_equal_bits(lossless.decode(lossless.encode(second, first), first), second)
+
+
 def test_a_frame_with_a_large_window_is_refused() -> None:
     parameters = {byte_planes.zstd.CompressionParameter.window_log: 27}
     compressor = byte_planes.zstd.ZstdCompressor(options=parameters)

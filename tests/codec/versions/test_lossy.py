@@ -293,6 +293,37 @@ def test_versions_that_take_too_few_bytes_to_be_read_are_stored_exactly(monkeypa
     assert torch.equal(encoded.decoded.modules["big"].down, zeros["big"].down)
 
 
+def test_many_numbers_that_hardly_change_can_be_read(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(*shape, generator=random) for shape in ((16, 1500), (1400, 16)))
+    first, second = (
+        Version({"layer": LoRAFactors(down, up + change, 1.0)}, {}, 0.3, {})
+        for change in (0, 0.05 * torch.randn(1400, 16, generator=random))
+    )
+    monkeypatch.setattr(limits, "MEMORY_ALLOWANCE", 0)
+    encoded = encode_all([first, second])
+    # far less than half a bit for each number
+    assert encoded[1].has_reference
+    assert len(encoded[1].data) < 46_400 / 16
+    assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[1].decoded)
+
+
+def test_memory_does_not_grow_along_a_chain(monkeypatch):
+    monkeypatch.setattr(limits, "MAX_EXPANSION", 10**9)
+    encoded = []
+    for count in range(1, 4):
+        zeros = {f"m{number}": LoRAFactors(torch.zeros(2, 4000), torch.zeros(3000, 2), 1.0) for number in range(count)}
+        encoded.append(lossy.encode(Version(zeros, {}, 0.05, {}), encoded[-1].decoded if encoded else None))
+    assert [each.has_reference for each in encoded] == [False, True, True]
+    monkeypatch.setattr(limits, "MAX_EXPANSION", 64)
+    with pytest.raises(FormatError, match="bytes of memory more"):
+        lossy.decode_chain([each.data for each in encoded])
+    # the writer makes what can be read
+    again = lossy.encode(Version(zeros, {}, 0.05, {}), encoded[0].decoded)
+    assert not again.has_reference
+    assert_same(lossy.decode_chain([again.data]), again.decoded)
+
+
 def test_encoding_again_keeps_every_number_with_other_references():
     encoded = encode_all(run(5, size=0.2))
     decoded = [each.decoded for each in encoded]

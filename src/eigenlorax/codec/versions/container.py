@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int16, Int64, UInt8
 
 from ...core.json_dataclasses import from_json
-from ...core.limits import MAX_JSON_BYTES, check_expansion
+from ...core.limits import MAX_JSON_BYTES, check_coded_count, check_expansion, check_growth
 from ...errors import FormatError
 from .. import varint
 from ..class_tables import ALL_CLASSES
@@ -225,8 +225,12 @@ def parse(data: bytes, earlier: Labels | None) -> ParsedVersion:
     for tensor in tensors.values():
         tensor.check()
     shapes = shapes_of(modules, tensors)
+    numbers = sum(count * width for count, width in shapes)
     explained = sum(count * width for count, width in earlier.shapes) if earlier is not None else 0
-    check_expansion(4 * (sum(count * width for count, width in shapes) - explained), len(data), "a version")
+    if explained:
+        check_growth(4 * (numbers - explained), len(data), "a version")
+    else:
+        check_expansion(4 * numbers, len(data), "a version")
     references = find_references(header, earlier, modules, tensors)
     expected, lora_blocks = _expected_labels(shapes, references, earlier), 2 * len(modules)
     lora = _read_labels(reader, shapes[:lora_blocks], expected[:lora_blocks], has_one_level=False)
@@ -236,6 +240,9 @@ def parse(data: bytes, earlier: Labels | None) -> ParsedVersion:
     exact = reader.part()
     reader.check_end()
     labels = Labels(modules, tensors, lora + others)
+    # the increments of a version that hardly differs from the earlier one take next to no bytes
+    coded = increments.count_coded(labels.row_shapes) - explained
+    check_coded_count(coded, sum(map(len, lora_streams + tensor_streams)), "a version")
     return ParsedVersion(header, labels, references, lora_streams, tensor_streams, exact)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int, Int64, UInt8
 
-from ...core.limits import check_coded_count
 from ...errors import FormatError
 from .. import entropy
 from ..class_tables import CLASSES, GROUP
@@ -105,6 +104,11 @@ def count_streams(shapes: Sequence[RowShape]) -> int:
     return sum(1 for _ in _divide(shapes))
 
 
+def count_coded(shapes: Sequence[RowShape]) -> int:
+    """Return the number of integers in the streams of blocks."""
+    return sum(shape.width * int((shape.classes != ZERO_CLASS).sum()) for shape in shapes)
+
+
 @dataclass(frozen=True, slots=True)
 class Increments:
     """Increments of some rows of a block.
@@ -130,14 +134,13 @@ def decode(
         For each of some consecutive versions, and each of its blocks, the increments of its rows.
 
     Raises:
-        FormatError, ValueError: The bytes are damaged, or have too many integers.
+        FormatError, ValueError: The bytes are damaged.
     """
     waiting: list[tuple[Sequence[RowShape], list[list[_Piece]], Sequence[bytes]]] = []
     numbers = 0
     for shapes, streams in versions:
         divided = list(_divide(shapes))
-        size = sum(shape.width * int((shape.classes != ZERO_CLASS).sum()) for shape in shapes)
-        check_coded_count(size, sum(map(len, streams)), "a version")
+        size = count_coded(shapes)
         if waiting and numbers + size > CODED_TOGETHER:
             yield _decode_together(waiting)
             waiting, numbers = [], 0

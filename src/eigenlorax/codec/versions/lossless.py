@@ -7,7 +7,7 @@ Tensors of one dtype are compressed together, in blocks: most of them are small.
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...core import dtypes
 from ...core.json_dataclasses import from_json
-from ...core.limits import MAX_JSON_BYTES, PARSE_FAILURES, check_expansion
+from ...core.limits import MAX_JSON_BYTES, PARSE_FAILURES, check_expansion, check_growth
 from ...errors import FormatError, OptionError, reason
 from .. import varint
 from . import byte_planes
@@ -72,7 +72,7 @@ def encode(tensors: Mapping[str, Tensor], earlier: Mapping[str, Tensor] | None) 
     planes = [byte_planes.encode(*_block_integers(block, tensors, earlier), block[0].layout) for block in blocks]
     data = b"".join((head, *planes))
     try:
-        _check_memory(headers, len(data))
+        _check_memory(headers, earlier, len(data))
     except ValueError:
         # almost only zeros, and hundreds of megabytes of them: `decode` takes them for a decompression bomb
         planes = [
@@ -107,7 +107,7 @@ def _decode(data: bytes, earlier: Mapping[str, Tensor]) -> dict[str, Tensor]:
     headers, at = _read_headers(data)
     for header in headers:
         _check_header(header, earlier)
-    _check_memory(headers, len(data))
+    _check_memory(headers, earlier, len(data))
     decoded: dict[str, Tensor] = {}
     for block in _blocks(headers):
         layout, sizes = block[0].layout, [header.n_numbers for header in block]
@@ -208,10 +208,15 @@ def _check_header(header: _TensorHeader, earlier: Mapping[str, Tensor]) -> None:
             )
 
 
-def _check_memory(headers: Iterable[_TensorHeader], size: int) -> None:
+def _check_memory(headers: Sequence[_TensorHeader], earlier: Mapping[str, Tensor], size: int) -> None:
     """Raise `ValueError` if tensors that are not predicted take more memory than `size` bytes explain.
 
-    The others are as large as the earlier version's tensors, which are in memory already.
+    The others are as large as the earlier version's tensors, which are in memory already. All together may be larger
+    than these only by what the bytes explain.
     """
-    needed = sum(header.layout.width * header.n_numbers for header in headers if not header.predicted)
-    check_expansion(needed, size, "the tensors of a lossless version")
+    subject = "the tensors of a lossless version"
+    sizes = [(header.layout.width * header.n_numbers, header.predicted) for header in headers]
+    check_expansion(sum(nbytes for nbytes, predicted in sizes if not predicted), size, subject)
+    if earlier:
+        grown = sum(nbytes for nbytes, _ in sizes) - sum(tensor.nbytes for tensor in earlier.values())
+        check_growth(grown, size, subject)

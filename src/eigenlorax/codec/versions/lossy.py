@@ -46,6 +46,8 @@ def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion
     tensors = quantise_tensors(version.tensors, version.tensor_bounds, reference)
     decoded = _join(quantised, exact_modules, tensors)
     encoded = _to_bytes(decoded, reference, quantised.orders)
+    if encoded.has_reference and not _can_be_read(encoded, reference):
+        encoded = _to_bytes(decoded, None, {})
     if not _can_be_read(encoded, reference if encoded.has_reference else None):
         quantised = QuantisedModules(0, {}, {}, 0.0)
         tensors = QuantisedTensors({}, version.tensors, 0.0)
@@ -109,6 +111,8 @@ def encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> E
         if earlier is not None and earlier.layout.rank != module.layout.rank:
             orders[name] = gauge.match_rows(module.down.values, earlier.up.values, earlier.down.values)
     predicted = _to_bytes(decoded, reference, orders)
+    if not (predicted.has_reference and _can_be_read(predicted, reference)):
+        return key_version
     return min(predicted, key_version, key=lambda encoded: len(encoded.data))
 
 
