@@ -5,7 +5,7 @@ import random
 
 import pytest
 from altered import alter
-from synthetic import bare
+from synthetic import HOSTILE, bare
 from synthetic import report as synthetic
 
 import eigenlorax as ex
@@ -113,6 +113,16 @@ def changed(document, path, value):
         (["left_out", "seed"], -1, "report.left_out.seed must be an integer .* got -1"),
         (["bytes", "heads"], 2**63, "report.bytes.heads must be an integer .* got 9223372036854775808"),
         (["left_out", "standard_error"], 1e200, r"report.left_out.standard_error must be a number .* got 1e\+200"),
+        (["runs", 0, "adapters"], ["nobody"], "report.runs names 'nobody', which is not among the adapters"),
+        (["histories", 0, "versions"], [], r"report.histories\[0\] has no versions"),
+        (["histories", 0, "name"], HOSTILE, r"report.histories contains .* 2 times"),
+        (["histories", 0, "versions", 2, "x"], None, r"histories\[0\].versions\[2\] has some of x, y and to_final"),
+        (
+            ["histories", 0, "versions", 0],
+            lambda version: {**version, "x": None, "y": None, "to_final": None},
+            r"histories\[0\]: the first and the last version have no position",
+        ),
+        (["histories", 0, "versions", 0, "metrics", "epoch"], 1e200, r"versions\[0\].metrics.epoch must be a number"),
         (["schema_version"], [[]], "schema_version is an array; int was expected"),
         (["notes"], json.loads("[" * 900 + "]" * 900), r"report.notes\[0\] is an array; str was expected"),
     ],
