@@ -251,6 +251,7 @@ def test_unload_restores_the_model(run):
     bank = ex.AdapterBank(model, run.history)
     logits(bank, inputs, "run@latest")
     assert bank.unload() is model
+    assert bank.nbytes == 0
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, run.kind.model()(**inputs).logits)
     assert not any(module._forward_hooks for module in model.modules())

@@ -356,6 +356,7 @@ class AdapterBank:
             for handle in self._handles:
                 handle.remove()
             self._unwrap_calls()
+            self._versions.clear()
             self._update_hooks, self._head_hooks, self._adapters = {}, {}, {}
             self._set_default(None, None)
         return self.model

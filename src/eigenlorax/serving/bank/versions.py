@@ -56,6 +56,11 @@ class BankVersions:
             # the pack was replaced between two reads; the second attempt reads the new one
             return self._get(name)
 
+    def clear(self) -> None:
+        """Drop all versions from memory. Running requests keep theirs."""
+        with self._lock:
+            self._loaded.clear()
+
     def _get(self, name: str) -> BankAdapter:
         history, record = self._current().history_store.find(name)
         digest = history.digest(record)
