@@ -253,6 +253,8 @@ def test_tensors_that_do_not_fit(run, tmp_path, tensors, error, message):
         ({"rank_pattern": {"query": 3}}, FormatError, "rank_pattern .* must be lists of true and false"),
         ({"rank_pattern": None}, ShapeError, r"has \d triplets, but adapter_config\.json says 5 .* correct the config"),
         ({"lora_alpha": 1e300}, FormatError, "are not usable numbers"),
+        ({"lora_alpha": 10**400}, FormatError, "are not usable numbers"),
+        ({"init_r": 10**400}, FormatError, "are not usable numbers"),
     ],
 )
 def test_configs_that_do_not_fit(run, tmp_path, fields, error, message):

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from ..core import keys
 from ..core.adapter import Adapter, ModuleSpec
+from ..core.options import format_value
 from ..errors import FormatError, ShapeError
 from . import lora_config
 from .files import Header, Load, OpenedFolder, Weights
 
 # PEFT's defaults, for configs without the field
 _DEFAULT_INIT_RANK, _DEFAULT_ALPHA = 12, 8
+# Upper limit of both, far above any in use, so that floats can represent them
+_LARGEST = 2**31
 
 
 class _RankConfig:
@@ -38,10 +41,12 @@ class _RankConfig:
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self.init_rank: int = config.get("init_r", _DEFAULT_INIT_RANK)
         self._alpha = config.get("lora_alpha", _DEFAULT_ALPHA)
-        if type(self.init_rank) is not int or self.init_rank < 1 or type(self._alpha) not in (int, float):
+        is_rank = type(self.init_rank) is int and 1 <= self.init_rank < _LARGEST
+        if not is_rank or type(self._alpha) not in (int, float) or not abs(self._alpha) < _LARGEST:
             raise FormatError(
-                f"{where}: init_r={self.init_rank!r} and lora_alpha={self._alpha!r} in {keys.ADAPTER_CONFIG} are not "
-                "usable numbers: init_r is a whole number of at least 1, and lora_alpha a number."
+                f"{where}: init_r={format_value(self.init_rank)} and lora_alpha={format_value(self._alpha)} in "
+                f"{keys.ADAPTER_CONFIG} are not usable numbers: init_r is a whole number of at least 1, and lora_alpha "
+                f"a number, both below {_LARGEST:,}."
             )
         pattern = config.get("rank_pattern") or {}
         if not isinstance(pattern, dict) or not all(_is_mask(mask) for mask in pattern.values()):

@@ -161,16 +161,7 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
     if history.name not in store.histories:
         _check_new_name(name, pack)
     label = _label(history, options)
-    full_name = f"{name}{keys.VERSION_MARK}{label}"
-    adapter = replace(_copied(checks.read_source(source, options.reading)), name=full_name)
-    if options.lossless:
-        _check_restorable(source, adapter)
-    if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
-        # an empty pack may state none yet
-        present = [StatedBase("the pack", pack.base_model, pack.revision)] * bool(
-            pack.base_model or pack.names or store.histories
-        )
-        checks.check_one_base([*present, StatedBase.of(adapter)], options.same_base)
+    adapter = _read(source, f"{name}{keys.VERSION_MARK}{label}", pack, options)
     previous: Mapping[str, LoRAFactors] | None = None
     if history.versions:
         decoded = store.decode(history, history.latest)
@@ -209,6 +200,26 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
     pack.base_model = pack.base_model or adapter.base_model
     pack.revision = pack.revision or adapter.revision
     return record
+
+
+def _read(source: AdapterSource, full_name: str, pack: PackContents, options: VersionOptions) -> Adapter:
+    """Read a version into memory, and check that it has the base model of the pack.
+
+    Args:
+        source: The adapter.
+        full_name: Name of the version, such as "run@1000".
+        pack: The pack.
+        options: Options of `Pack.append`.
+    """
+    adapter = replace(_copied(checks.read_source(source, options.reading)), name=full_name)
+    if options.lossless:
+        _check_restorable(source, adapter)
+    if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
+        # an empty pack may state none yet
+        states_one = bool(pack.base_model or pack.names or pack.histories)
+        present = [StatedBase("the pack", pack.base_model, pack.revision)] * states_one
+        checks.check_one_base([*present, StatedBase.of(adapter)], options.same_base)
+    return adapter
 
 
 def _check_new_name(name: str, pack: PackContents) -> None:

@@ -105,12 +105,11 @@ class VersionedContents(WritableContents):
         run, checkpoint_step = append.run_and_step(source)
         step = append.check_step(step if step is not None else checkpoint_step)
         name = name or run or append.default_name(self.history_store.histories)
-        bounds = append.error_bounds(max_error, head_error, lossless=lossless)
         version_options = VersionOptions(
             keys.check_label(str(version)) if version is not None else None,
             step,
             append.check_metrics(metrics),
-            *bounds,
+            *append.error_bounds(max_error, head_error, lossless=lossless),
             same_base,
             options,
         )
