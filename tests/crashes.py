@@ -43,6 +43,7 @@ VERBS = {
     "augment in place": "augment {pack} --n-extra 2 --seed 7 -o {pack} --overwrite",
     "fit": "fit {sources} -o {place}/fresh -k 3 --warn-above 1 --no-report",
     "fit in place": "fit {sources} -o {pack} -k 3 --warn-above 1 --no-report --overwrite",
+    "fit members": "fit {run}/checkpoint-20 --reference {run}/checkpoint-10 -o {place}/fresh",
     "fit with a basis": "fit {sources} -o {place}/fresh --max-error 0.4 --basis 3 --warn-above 1 --no-report",
     "add beside a basis": "add {place}/based {sources}/delta --warn-above 1",
     "augment a basis in place": "augment {place}/based --n-extra 2 --seed 7 -o {place}/based --overwrite",
@@ -81,10 +82,24 @@ def remove_versions(place: Path, runs: Path) -> None:
         pack.remove("run@10", "other")
 
 
+def append_member(place: Path, runs: Path) -> None:
+    """Append a member to a population."""
+    with ex.Pack.edit(place / "users") as pack:
+        pack.append(runs / "run" / "checkpoint-50", "new", name="members")
+
+
+def remove_member(place: Path, runs: Path) -> None:
+    """Remove a member of a population."""
+    with ex.Pack.edit(place / "users") as pack:
+        pack.remove("members@a")
+
+
 CALLS: dict[str, Callable[[Path, Path], None]] = {
     "Pack.append": append_versions,
     "Pack.prune": prune,
     "Pack.remove": remove_versions,
+    "Pack.append of a member": append_member,
+    "Pack.remove of a member": remove_member,
 }
 """What Python can do without a verb: functions of the folder `place`, and of a folder with the checkpoints of a run."""
 NOT_KILLED = {
@@ -194,6 +209,8 @@ class Crashes:
             for number, checkpoint in enumerate(checkpoints[:4]):
                 histories.append(checkpoint, name=name, lossless=number == 3)
         histories.save(self._before / "runs")
+        members = {"a": checkpoints[1], "b": checkpoints[2]}
+        ex.fit(members, reference=checkpoints[0]).save(self._before / "users")
 
     def _copy(self) -> None:
         shutil.rmtree(self._place.parent, ignore_errors=True)

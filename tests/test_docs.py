@@ -10,6 +10,7 @@ import pytest
 import typer
 
 import eigenlorax
+from adapters import make_adapters
 from eigenlorax import errors
 from eigenlorax.cli import app
 from eigenlorax.cli.goals import GOALS
@@ -243,6 +244,7 @@ def training(folder):
     from transformers import BertConfig, BertForSequenceClassification
 
     write_states(make_run(folder / "run", (10, 20, 30)), max_steps=30)
+    make_adapters(folder / "adapters", "a b c")
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
     model = BertForSequenceClassification(BertConfig(vocab_size=60, **sizes))

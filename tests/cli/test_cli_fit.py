@@ -16,6 +16,7 @@ import eigenlorax as ex
 from adapters import MODULES, change_config, change_tensors, factors, make_adapter, make_adapters
 from eigenlorax.cli.main import IO_ERROR
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
+from users import make_users
 
 QUERY = "encoder.layer.0.query"
 QUERY_A, QUERY_B = (f"base_model.model.{QUERY}.lora_{side}.weight" for side in "AB")
@@ -644,3 +645,43 @@ class TestOddButSound:
         make_adapter(tmp_path / "in" / "gamma", seed=3, tensors=extra, config={"rank_pattern": {"layer.2.key": 4}})
         found = json_of(cli("fit", tmp_path / "in", "-o", tmp_path / "pack", "-k", 4, "--json"))
         assert found["ranks"] == [2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory):
+    return make_users(tmp_path_factory.mktemp("users"), ["ann", "bob"])
+
+
+class TestReference:
+    def test_members_are_stored_as_changes_from_the_common_adapter(self, cli, users, tmp_path):
+        common, members = users
+        arguments = ("fit", *members.values(), "--reference", common, "-o", tmp_path / "pack")
+        out = succeeded(cli(*arguments)).out
+        assert "members (members)" in out
+        history = ex.Pack.open(tmp_path / "pack").histories["members"]
+        own = sum(record.file_bytes for record in history.versions[1:])
+        assert (
+            f"{own / 2:,.0f}, with its share of the common adapter {(own + history['common'].file_bytes) / 2:,.0f}"
+            in out
+        )
+        assert "at most 0.2" in out or "at most 0.19" in out
+        fitted = json_of(cli(*arguments, "--max-bytes-per-adapter", "0.3kB", "--overwrite", "--json"))
+        assert fitted["histories"]["members"]["common_bytes"] == history["common"].file_bytes
+        sizes = [record.file_bytes for record in ex.Pack.open(tmp_path / "pack").histories["members"]][1:]
+        assert all(250 < size <= 300 for size in sizes)
+        inspected = succeeded(cli("inspect", tmp_path / "pack")).out
+        assert "bytes of the common adapter" in inspected
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("-k", 3), "-k has no effect on adapters that are coded as changes from a common one (--reference)"),
+            (("--report",), "--report is about adapters over a subspace"),
+            (("--max-error", 0.1, "--max-bytes-per-adapter", 900), "--max-bytes-per-adapter chooses the errors of"),
+        ],
+    )
+    def test_what_it_contradicts_is_an_error(self, cli_with_reports, users, tmp_path, options, message):
+        common, members = users
+        done = cli_with_reports("fit", *members.values(), "--reference", common, "-o", tmp_path / "pack", *options)
+        assert_refused(done, 3, message)
+        assert not (tmp_path / "pack").exists()

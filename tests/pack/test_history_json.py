@@ -169,6 +169,7 @@ def nested(depth):
         ((*FIRST, "lora_bytes"), 2**63, "a figure is wrong"),
         ((*FIRST, "delta_error"), -0.5, "a figure is wrong"),
         ((*FIRST, "change"), -0.5, "change is wrong"),
+        ((*FIRST, "change_error"), 0.5, "change_error is wrong"),
         ((*FIRST, "reference"), "10", "reference is wrong"),
         ((*FIRST, "reference"), "20", "reference is wrong"),
         ((*FIRST, "reference"), "none", "reference is wrong"),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.options import parse_byte_count
-from ..errors import WARN_ABOVE, reason
-from . import arguments, console, durations, verbs
+from ..errors import WARN_ABOVE, OptionError, reason
+from . import arguments, console, durations, verbs, version_rows
 
 if TYPE_CHECKING:
     from ..core.progress import Progress
@@ -89,6 +89,23 @@ def fit(
         typer.Option(
             metavar="B",
             help="Minimise the largest error of all adapters within B bytes of tensors: 40MB, 1.5GiB.",
+            rich_help_panel=verbs.KEEP,
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADAPTER",
+            help="Common adapter from which all others were trained, as those of many users: write a history in which "
+            "each is coded as its change from this one. --max-error is then relative to the change (default: 0.2).",
+            rich_help_panel=verbs.KEEP,
+        ),
+    ] = None,
+    max_bytes_per_adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="B",
+            help="With --reference: minimise the error of each adapter within B bytes: 8000, 4kB.",
             rich_help_panel=verbs.KEEP,
         ),
     ] = None,
@@ -203,11 +220,16 @@ def fit(
     from ..core import checkpoint, keys
     from ..fitting.fit import fit as fit_adapters
     from ..fitting.options import Target
-    from ..pack import writer
+    from ..pack import version_log, writer
     from ..reports import extra
 
     started = time.perf_counter()
     if report:
+        if reference is not None:
+            raise OptionError(
+                "--report is about adapters over a subspace, which --reference does not fit. Remove it, and make a "
+                f"report of the members with `eigenlorax report {shlex.quote(str(output))} -o report.html`."
+            )
         extra.require()
     checkpoint.discard_finished(output, output / keys.MANIFEST)
     writer.check_free(output, overwrite)
@@ -220,7 +242,14 @@ def fit(
         "ratio": ratio,
     }
     checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)
-    is_coded = Target.of(sizes, weighting, sweeps, (dtype, coefficient_dtype), purpose, None).is_coded
+    is_coded = (
+        reference is not None or Target.of(sizes, weighting, sweeps, (dtype, coefficient_dtype), purpose, None).is_coded
+    )
+    per_adapter = (
+        parse_byte_count("--max-bytes-per-adapter", max_bytes_per_adapter)
+        if max_bytes_per_adapter is not None
+        else None
+    )
     headline = None
     with (
         console.explain_interrupt(lambda: _state_after_interrupt(output, old_manifest, checkpoints)),
@@ -230,6 +259,8 @@ def fit(
             adapters,
             purpose=purpose,
             **sizes,
+            reference=reference,
+            max_bytes_per_adapter=per_adapter,
             basis=basis,
             head_error=arguments.head_error(head_error, exact=exact_heads),
             weighting=weighting,
@@ -252,18 +283,24 @@ def fit(
         )
         pack.save(output, overwrite=overwrite)
         fit_seconds = time.perf_counter() - started
-        if report or (report is None and _is_quick_report(pack, adapters, output)):
+        if reference is None and (report or (report is None and _is_quick_report(pack, adapters, output))):
             headline = _write_report(pack, adapters, output, progress, allow_pickle=allow_pickle, revision=revision)
     report_seconds = time.perf_counter() - started - fit_seconds if headline is not None else None
     for note in pack.notes:
         console.note(note)
     if json:
         _print_json(pack, output, fit_seconds, headline)
+    elif reference is not None:
+        console.print_rows(f"pack {output}", [("seconds", f"{fit_seconds:.1f}")])
+        version_rows.print_histories(version_log.all_figures(pack.histories), pack.summary.files)
     else:
         _print_table(pack, output, fit_seconds, report_seconds, headline)
 
 
 def _print_json(pack: "Pack", output: Path, seconds: float, headline: str | None) -> None:
+    from ..pack import version_log
+
+    histories = {name: asdict(figures) for name, figures in version_log.all_figures(pack.histories).items()}
     console.print_json(
         {
             "pack": str(output),
@@ -273,6 +310,7 @@ def _print_json(pack: "Pack", output: Path, seconds: float, headline: str | None
             "frontier": [asdict(point) for point in pack.frontier],
             "headline": headline,
             **console.summary_json(pack.summary, pack.records),
+            **({"histories": histories} if histories else {}),
         }
     )
 

@@ -142,7 +142,7 @@ def _show_pack(target: str, pack: "Pack", json: bool) -> None:
 
     if (note := uncompressed_note(pack.summary)) is not None:
         console.note(note)
-    histories = {name: version_log.figures(history) for name, history in pack.histories.items()}
+    histories = version_log.all_figures(pack.histories)
     if json:
         references = {"references": pack.references} if pack.references else {}
         listed = {"histories": {name: asdict(each) for name, each in histories.items()}} if histories else {}

@@ -88,8 +88,29 @@ def print_histories(histories: Mapping[str, "HistoryFigures"], files: "FileBytes
         "heads": [console.format_error(each.worst_tensor_error) for each in histories.values()],
     }
     console.print_table("", list(columns), list(zip(*columns.values(), strict=True)), numbers=range(1, len(columns)))
+    for name, population in histories.items():
+        if population.common_bytes is not None:
+            console.print_rows("", _population_rows(name, population))
     if files is not None:
         console.print_rows("", [("bytes of all files of the pack", f"{files.pack:,}")])
+
+
+def _population_rows(name: str, population: "HistoryFigures") -> list[tuple[str, str]]:
+    """Return rows about the members of a population: their bytes without and with the common adapter."""
+    assert population.common_bytes is not None
+    assert population.worst_change_error is not None
+    members = population.versions - 1
+    rows = [(f"members ({name})", f"{members:,}"), ("bytes of the common adapter", f"{population.common_bytes:,}")]
+    if members:
+        own, all_bytes = population.bytes - population.common_bytes, population.bytes
+        rows += [
+            (
+                "bytes of a member",
+                f"{own / members:,.0f}, with its share of the common adapter {all_bytes / members:,.0f}",
+            ),
+            ("error relative to the change", f"at most {console.format_error(population.worst_change_error)}"),
+        ]
+    return rows
 
 
 def _of(stored: int, source: int) -> str:

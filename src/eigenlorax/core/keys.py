@@ -38,6 +38,8 @@ VERSION_FILE = re.compile(r"[0-9a-f]{16}\.bin")
 # Character between the name of a history and the label of a version, and the label that stands for the last version
 VERSION_MARK = "@"
 LATEST = "latest"
+# Label of the adapter that all members of a population refer to
+COMMON = "common"
 # Files of an adapter: PEFT's own names first
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

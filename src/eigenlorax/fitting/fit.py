@@ -7,6 +7,7 @@ The stages are `collection.read_sources`, `collection.scan`, then `component_fit
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from ..core.options import name_list, suggest_keywords
 from ..core.progress import Progress
 from ..core.subspace import Subspace
 from ..errors import WARN_ABOVE, OptionError
-from ..formats.sources import Sources
+from ..formats.sources import Source, Sources
 from ..pack import manifest
 from ..pack.copies import share_codes, warn_of_copies
 from ..pack.encoding import pack_adapter
@@ -23,12 +24,13 @@ from ..pack.loss_warnings import check_warn_above, lossy, warn_of_losses
 from ..pack.manifest import FitInfo
 from ..pack.pack import Pack
 from ..pack.summary import larger_note, uncompressed_note
-from . import remedy
+from . import population, remedy
 from .coded_fit import encode_collection
 from .collection import Collection, ReadCollection, read_sources, scan
 from .component_fit import FittedCollection, fit_components
 from .equal_updates import find_equal_updates
 from .options import Execution, ReadOptions, Target
+from .population import MemberOptions
 from .stored_outside import StoredOutside, store_exactly
 from .training_basis import check_basis, fit_basis
 
@@ -58,6 +60,9 @@ def fit(
     max_error: float | None = None,
     max_bytes: int | float | None = None,
     ratio: float | None = None,
+    reference: Source | None = None,
+    max_bytes_per_adapter: int | None = None,
+    name: str | None = None,
     basis: int | None = None,
     head_error: float | None = None,
     weighting: str = "delta",
@@ -104,6 +109,13 @@ def fit(
             as small as this size allows.
         ratio: Size as a compression ratio, at least 1: bytes of the LoRAs and heads in 16 bits ÷ bytes of the pack,
             bases and heads included.
+        reference: Common adapter from which all adapters were trained, such as one of all users. The pack is then a
+            population (docs/histories.md): a history whose version "common" is this adapter, and whose other versions
+            are the adapters, each coded as its change from it and independent of the others. `max_error` is relative
+            to that change (default: 0.2), and options of subspaces have no effect.
+        max_bytes_per_adapter: With `reference`, maximum size of each adapter in bytes, in place of `max_error`: its
+            error is about as small as that allows.
+        name: With `reference`, name of the history. Default: "members".
         basis: Maximum number of components per side and module of a basis beside the entropy-coded adapters, in 8 bits
             per number: for training new tasks, and for serving from one basis. Its bytes are in `max_bytes` and
             `ratio`. Default: no basis.
@@ -149,9 +161,52 @@ def fit(
         >>> all(record.delta_error <= 0.1 for record in pack.records.values())
         True
         >>> path = pack.save("pack/")
+        >>> users = eigenlorax.fit(["adapters/b", "adapters/c"], reference="adapters/a", max_bytes_per_adapter=8000)
+        >>> users.histories["members"].labels
+        ['common', 'b', 'c']
     """
     if isinstance(adapters, Pack):
         raise OptionError("a pack is not a collection of originals: pass it to eigenlorax.refit, or export it first.")
+    reading = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "allow_pickle": allow_pickle,
+    }
+    options = ReadOptions(name_list(exclude_adapters), name_list(exclude_modules), same_base, skip_bad, reading)
+    if reference is not None:
+        others: dict[str, tuple[Any, Any]] = {
+            "purpose": (purpose, None),
+            "n_components": (n_components, None),
+            "energy": (energy, None),
+            "max_bytes": (max_bytes, None),
+            "ratio": (ratio, None),
+            "basis": (basis, None),
+            "weighting": (weighting, "delta"),
+            "sweeps": (sweeps, None),
+            "exclude_modules": (options.exclude_modules, []),
+            "dtype": (dtype, None),
+            "coefficient_dtype": (coefficient_dtype, None),
+            "skip_bad": (skip_bad, False),
+            "warn_above": (warn_above, WARN_ABOVE),
+            "device": (device, "cpu"),
+            "solver": (solver, "auto"),
+            "engine": (engine, "serial"),
+            "workers": (workers, None),
+            "checkpoint": (checkpoint, None),
+        }
+        population.refuse_options(
+            "on adapters that are coded as changes from a common one (reference, --reference)", others
+        )
+        members = MemberOptions(name or population.DEFAULT_NAME, max_error, head_error, max_bytes_per_adapter)
+        return population.fit_population(
+            adapters, reference, members, options, progress or (lambda stage, done, total: None)
+        )
+    population.refuse_options(
+        "without a common adapter (reference, --reference)",
+        {"max_bytes_per_adapter": (max_bytes_per_adapter, None), "name": (name, None)},
+    )
     sizes = {
         "n_components": n_components,
         "energy": energy,
@@ -163,18 +218,17 @@ def fit(
     execution = Execution.of(device, solver, engine, workers, checkpoint, progress)
     warn_above = check_warn_above(warn_above)
     target.refuse_unused(sweeps=sweeps, solver=solver if solver != "auto" else None, checkpoint=checkpoint)
-    reading = {
-        "revision": revision,
-        "token": token,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "allow_pickle": allow_pickle,
-    }
-    options = ReadOptions(name_list(exclude_adapters), name_list(exclude_modules), same_base, skip_bad, reading)
+    return _fit_subspace(adapters, options, target, basis, execution, warn_above)
+
+
+def _fit_subspace(
+    adapters: Sources, options: ReadOptions, target: Target, basis: int | None, execution: Execution, warn_above: float
+) -> Pack:
+    """Return the pack of a subspace; arguments as those of `fit`, checked and grouped."""
     sources = read_sources(adapters, options)
     target.check_dimensions(sources.shapes)
     basis = check_basis(basis, target, sources.shapes)
-    with engines.open_engine(engine, workers) as workforce:
+    with engines.open_engine(execution.engine, execution.workers) as workforce:
         collection = scan(sources, options, workforce, execution.progress)
         copies = find_equal_updates(collection)
         basis_pack = fit_basis(sources, collection, basis, execution, workforce) if basis is not None else None

@@ -21,12 +21,14 @@ from ..formats.sources import AdapterSource, Source
 from . import lossless_versions, source_configs
 from .contents import PackContents
 from .history import History, VersionRecord
-from .history_store import offered_reference
+from .history_store import KEY_DISTANCE, offered_reference
 from .lossless_versions import LosslessVersion
-from .outside_tensors import MAX_HEAD_ERROR, MIN_HEAD_ERROR, error_bound
+from .version_bounds import VersionBounds, change_bounds, default_head_error, own_bounds, search_error
 
 DEFAULT_MAX_ERROR = 0.05
 """Error bound of a version without `max_error`."""
+DEFAULT_CHANGE_ERROR = 0.2
+"""Error bound of a version with a reference, relative to its change from it."""
 DEFAULT_NAME = "adapter"
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 """Folder in which the Trainer of transformers saves a step."""
@@ -40,8 +42,12 @@ class VersionOptions:
         label: Label of the version; None to derive it from the step or the labels of the history.
         step: Training step; None if unknown.
         metrics: Metrics by name.
-        max_error: Error bound of the update; None if lossless.
-        head_error: Error bound of task heads; None if lossless.
+        reference: Label of the version that it refers to; None for the previous one.
+        max_bytes: Maximum size of the version's file; None for none. Its errors are then as small as that allows.
+        max_error: Error bound of the update; None if lossless or chosen by `max_bytes`. Relative to the change from
+            the reference if there is a label of one.
+        head_error: Error bound of task heads, likewise; None also for the default that goes with `max_error`.
+        lossless: True to store every tensor bit for bit.
         same_base: True to accept an adapter that names another base model.
         reading: Options of `read_adapter`.
     """
@@ -49,39 +55,62 @@ class VersionOptions:
     label: str | None
     step: int | None
     metrics: dict[str, float]
+    reference: str | None
+    max_bytes: int | None
     max_error: float | None
     head_error: float | None
+    lossless: bool
     same_base: bool
     reading: Mapping[str, Any]
 
-    @property
-    def lossless(self) -> bool:
-        return self.max_error is None
+
+def refuse_for_lossless(**options: Any) -> None:
+    """Raise `OptionError` for the first option that is not None, because a lossless version has no errors."""
+    for name, passed in options.items():
+        if passed is not None:
+            raise OptionError(f"{name} has no effect on a lossless version. Remove it, or lossless=True.")
 
 
-def error_bounds(max_error: Any, head_error: Any, *, lossless: bool) -> tuple[float | None, float | None]:
-    """Return the error bounds of the update and of task heads, both None if lossless.
+def check_error_bounds(max_error: Any, head_error: Any, *, lossless: bool) -> tuple[float | None, float | None]:
+    """Return the options `max_error` and `head_error` of `Pack.append`; `OptionError` if they are invalid.
 
     Args:
-        max_error: Option of `Pack.append`; None for `DEFAULT_MAX_ERROR`.
-        head_error: Option of `Pack.append`; None for `max_error`, at least 0.1 and at most 0.3.
-        lossless: Option of `Pack.append`.
+        max_error, head_error: The options; None for a default.
+        lossless: True if the version is lossless, so that there are no errors.
+    """
+    if lossless:
+        refuse_for_lossless(max_error=max_error, head_error=head_error)
+    return _check_error_bound("max_error", max_error), _check_error_bound("head_error", head_error)
+
+
+def _check_error_bound(name: str, bound: Any) -> float | None:
+    """Return an error bound as a float, None if it is None; `OptionError` unless it is above 0 and below 1."""
+    if bound is not None and not 0 < to_float(name, bound) < 1:
+        raise OptionError(f"{name} is a relative error, above 0 and below 1, got {bound!r}.")
+    return float(bound) if bound is not None else None
+
+
+def check_max_bytes(max_bytes: Any, max_error: float | None, reference: str | None) -> int | None:
+    """Return the maximum size of a version's file; None for none.
+
+    Args:
+        max_bytes: Option of `Pack.append`.
+        max_error: Option of `Pack.append`, of which at most one is passed.
+        reference: Label of the version that the version refers to, which a maximum size needs.
 
     Raises:
-        OptionError: A bound is not above 0 and below 1, or is passed for a lossless version.
+        OptionError: The options contradict each other.
     """
-    bounds = {"max_error": max_error, "head_error": head_error}
-    if lossless:
-        passed = [name for name, bound in bounds.items() if bound is not None]
-        if passed:
-            raise OptionError(f"{passed[0]} has no effect on a lossless version. Remove it, or lossless=True.")
-        return None, None
-    for name, bound in bounds.items():
-        if bound is not None and not 0 < to_float(name, bound) < 1:
-            raise OptionError(f"{name} is a relative error, above 0 and below 1, got {bound!r}.")
-    max_error = DEFAULT_MAX_ERROR if max_error is None else float(max_error)
-    default = min(max(max_error, MIN_HEAD_ERROR), MAX_HEAD_ERROR)
-    return max_error, default if head_error is None else float(head_error)
+    if max_bytes is None:
+        return None
+    number: int = to_int("max_bytes", max_bytes)
+    if number < 1:
+        raise OptionError(f"max_bytes={number}: it is a number of bytes, at least 1.")
+    if max_error is not None:
+        raise OptionError("max_bytes chooses the error, and max_error was passed too. Pass one of them.")
+    if reference is None:
+        raise OptionError("max_bytes needs the version that the new one is compared with: pass reference.")
+    return number
 
 
 def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
@@ -162,15 +191,19 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
         _check_new_name(name, pack)
     label = _label(history, options)
     adapter = _read(source, f"{name}{keys.VERSION_MARK}{label}", pack, options)
+    chosen = _chosen_reference(history, options)
+    compares_changes = chosen is not None and not options.lossless
     previous: Mapping[str, LoRAFactors] | None = None
     if history.versions:
-        decoded = store.decode(history, history.latest)
+        compared = chosen if chosen is not None and compares_changes else history.latest
+        decoded = store.decode(history, compared)
         # a decoded version computes its factors at each access
         previous = dict(decoded.modules)
-        _check_same_shapes(adapter, previous, decoded.tensors, history)
+        _check_same_shapes(adapter, previous, decoded.tensors, history.full_name(compared))
     scan = checks.scan(adapter)
-    offered = offered_reference(history, lossless=options.lossless)
-    encoded = _encode(adapter, store.decode(history, offered) if offered is not None else None, options)
+    offered = chosen or offered_reference(history, lossless=options.lossless)
+    reference = store.decode(history, offered) if offered is not None else None
+    encoded, bounds = _encode(adapter, chosen, reference, options)
     config = adapter.source_config if adapter.source_config is not None else lora_config.make(adapter)
     if not history.versions:
         history = History(name, (), source_configs.shared_fields([config, config]))
@@ -182,8 +215,8 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
         sha256=atomic_files.digest(encoded.data),
         reference=offered.version if offered is not None and encoded.has_reference else None,
         lossless=options.lossless,
-        max_error=options.max_error,
-        head_error=options.head_error,
+        max_error=bounds.max_error if bounds is not None else None,
+        head_error=bounds.head_error if bounds is not None else None,
         delta_error=encoded.delta_error,
         tensor_error=encoded.tensor_error,
         lora_bytes=encoded.lora_bytes,
@@ -195,6 +228,7 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
         change=metrics.relative_distance(previous, encoded.decoded.modules) if previous is not None else None,
         source_config=source_configs.to_bytes(config, history.source_fields).decode("utf-8"),
         origin=adapter.origin,
+        change_error=_change_error(adapter, encoded, reference) if compares_changes else None,
     )
     store.append(history, record, encoded.data, encoded.decoded)
     pack.base_model = pack.base_model or adapter.base_model
@@ -282,17 +316,16 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _check_same_shapes(
-    adapter: Adapter, modules: Mapping[str, LoRAFactors], tensors: Mapping[str, Tensor], history: History
+    adapter: Adapter, modules: Mapping[str, LoRAFactors], tensors: Mapping[str, Tensor], compared: str
 ) -> None:
-    """Raise `ShapeError` unless an adapter has the modules and tensors of the latest version. Ranks may differ.
+    """Raise `ShapeError` unless an adapter has the modules and tensors of an earlier version. Ranks may differ.
 
     Args:
         adapter: The adapter.
-        modules: LoRA factors of the latest version.
+        modules: LoRA factors of the earlier version.
         tensors: Its other tensors.
-        history: The history.
+        compared: Full name of the earlier version.
     """
-    latest = history.full_name(history.latest)
     remedy = "It belongs to another run: pass another name."
     own = {**adapter.heads, **adapter.carried}
     for kind, names, known in (("module", adapter.specs, modules), ("tensor", own, tensors)):
@@ -300,7 +333,7 @@ def _check_same_shapes(
         if differing:
             lacks = "lacks" if differing[0] in known else "has"
             raise ShapeError(
-                f"Adapter {adapter.name!r} {lacks} {kind} {differing[0]}, unlike version {latest} "
+                f"Adapter {adapter.name!r} {lacks} {kind} {differing[0]}, unlike version {compared} "
                 f"({len(differing)} {kind}s differ). {remedy}"
             )
     shapes = {module: _module_shape(factors) for module, factors in adapter.modules.items()}
@@ -308,13 +341,13 @@ def _check_same_shapes(
         if shapes[module] != _module_shape(factors):
             raise ShapeError(
                 f"Module {module} has shape (out, in, kernel) = {shapes[module]} in adapter {adapter.name!r} and "
-                f"{_module_shape(factors)} in version {latest}. {remedy}"
+                f"{_module_shape(factors)} in version {compared}. {remedy}"
             )
     for key, tensor in tensors.items():
         if own[key].shape != tensor.shape:
             raise ShapeError(
                 f"Tensor {key} has shape {tuple(own[key].shape)} in adapter {adapter.name!r} and "
-                f"{tuple(tensor.shape)} in version {latest}. {remedy}"
+                f"{tuple(tensor.shape)} in version {compared}. {remedy}"
             )
 
 
@@ -322,14 +355,60 @@ def _module_shape(factors: LoRAFactors) -> tuple[int, int, tuple[int, ...]]:
     return factors.up.shape[0], factors.down.shape[1], factors.kernel
 
 
-def _encode(adapter: Adapter, reference: DecodedVersion | None, options: VersionOptions) -> EncodedVersion:
+def _encode(
+    adapter: Adapter, chosen: VersionRecord | None, reference: DecodedVersion | None, options: VersionOptions
+) -> tuple[EncodedVersion, VersionBounds | None]:
+    """Encode a version, and return it with its error bounds, None if it is lossless.
+
+    Args:
+        adapter: The version.
+        chosen: Version that errors are relative to the change from; None if they are relative to the version itself.
+        reference: Decoded version that it may refer to, `chosen` if there is one; None for a key version.
+        options: Options of `Pack.append`.
+    """
     tensors = {**adapter.heads, **adapter.carried}
-    if options.max_error is None or options.head_error is None:
-        return lossless_versions.encode(LosslessVersion(adapter.modules, tensors), reference)
-    bounds = {
-        key: error_bound(key, tensor, options.head_error, is_head=key in adapter.heads)
-        if tensor.is_floating_point()
-        else 0.0
-        for key, tensor in tensors.items()
-    }
-    return lossy.encode(Version(adapter.modules, tensors, options.max_error, bounds), reference)
+    if options.lossless:
+        return lossless_versions.encode(LosslessVersion(adapter.modules, tensors), reference), None
+    default = DEFAULT_MAX_ERROR if chosen is None else DEFAULT_CHANGE_ERROR
+
+    def encode(max_error: float) -> tuple[EncodedVersion, VersionBounds]:
+        head_error = options.head_error or default_head_error(max_error)
+        if chosen is not None and reference is not None:
+            bounds = change_bounds(adapter, chosen, reference, max_error, head_error)
+        else:
+            bounds = own_bounds(adapter, max_error, head_error)
+        return lossy.encode(Version(adapter.modules, tensors, bounds.max_error, bounds.tensors), reference), bounds
+
+    if options.max_bytes is not None:
+        return encode(search_error(options.max_bytes, lambda error: len(encode(error)[0].data)))
+    return encode(options.max_error or default)
+
+
+def _chosen_reference(history: History, options: VersionOptions) -> VersionRecord | None:
+    """Return the version that a new one refers to by its options; None if that is left to the history.
+
+    Raises:
+        AdapterNameError: There is no such version.
+        OptionError: The version is of another kind, or needs too many others itself.
+    """
+    if options.reference is None:
+        return None
+    record = history[options.reference]
+    if record.lossless != options.lossless:
+        kinds = "within an error bound", "bit for bit"
+        raise OptionError(
+            f"Version {history.full_name(record)!r} is stored {kinds[record.lossless]}, so that a version "
+            f"{kinds[options.lossless]} cannot refer to it. Pass lossless={record.lossless}, or another reference."
+        )
+    if len(history.chain(record)) >= KEY_DISTANCE:
+        raise OptionError(
+            f"Version {history.full_name(record)!r} needs {KEY_DISTANCE - 1} others already, which is the largest "
+            "number. Pass an earlier version or a key version as reference."
+        )
+    return record
+
+
+def _change_error(adapter: Adapter, encoded: EncodedVersion, reference: DecodedVersion | None) -> float:
+    """Return the error of a version relative to its change from a reference; 0 where that is exact or no change."""
+    distance = metrics.relative_distance(adapter.modules, reference.modules) if reference is not None else None
+    return encoded.delta_error / distance if distance else 0.0

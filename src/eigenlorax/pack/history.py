@@ -34,9 +34,11 @@ class VersionRecord:
         source_file_bytes: Bytes of the source's weights file; 0 for an adapter that was made in memory.
         source_sha256: Hash of the source's content.
         change: Relative distance ‖D_t − D_{t−1}‖ / ‖D_{t−1}‖ to the previous version, both as decoded; None for the
-            first version, and where the previous update is zero.
+            first version, and where the previous update is zero. With `change_error`, the distance to `reference`.
         source_config: The source's `adapter_config.json`, as its differences from `History.source_fields`.
         origin: Single file of the source, for formats other than PEFT's, or a file of PEFT's with metadata.
+        change_error: Error ‖D − D̂‖ / ‖D − D_r‖ relative to the change from the decoded version D_r that `reference`
+            names; None unless that version was chosen when this one was appended.
     """
 
     version: str
@@ -58,6 +60,7 @@ class VersionRecord:
     change: float | None
     source_config: str
     origin: Origin | None
+    change_error: float | None = None
 
     @property
     def file(self) -> str:
@@ -104,6 +107,17 @@ class History:
         raise AdapterNameError(
             f"no version {label!r} in the history {self.name!r}.{suggestion(label, self.labels)} "
             f"It has {len(self)}{', the last ones' if len(self) > 12 else ''}: {known}."
+        )
+
+    @property
+    def is_population(self) -> bool:
+        """True if the first version is `common`, and all others are stored as changes from it."""
+        first, *members = self.versions or (None,)
+        return (
+            first is not None
+            and first.version == keys.COMMON
+            and not first.lossless
+            and all(member.reference == keys.COMMON and member.change_error is not None for member in members)
         )
 
     @property

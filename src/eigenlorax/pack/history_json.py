@@ -14,7 +14,14 @@ from .shared_fields import most_common
 MAX_CHAIN = 64
 """Maximum number of versions that are decoded for one, because few bytes of a version may change many numbers."""
 _FIELDS = {"shared_fields", "source_fields", "versions"}
-_DEFAULTS: Mapping[str, Any] = {"step": None, "metrics": {}, "reference": None, "origin": None, "change": None}
+_DEFAULTS: Mapping[str, Any] = {
+    "step": None,
+    "metrics": {},
+    "reference": None,
+    "origin": None,
+    "change": None,
+    "change_error": None,
+}
 """Values of fields that an entry does without."""
 _SHARED_FIELDS = {
     "lossless",
@@ -147,6 +154,8 @@ def _check(record: VersionRecord, earlier: Mapping[str, bool], where: str) -> No
         (record.step is None or 0 <= record.step < _MAX_FIGURE, "step"),
         (all(0 <= getattr(record, name) < _MAX_FIGURE for name in _FIGURES), "a figure"),
         (record.change is None or 0 <= record.change < _MAX_FIGURE, "change"),
+        (record.change_error is None or 0 <= record.change_error < _MAX_FIGURE, "change_error"),
+        (record.change_error is None or (record.reference is not None and not record.lossless), "change_error"),
         (all((bound is None) == record.lossless for bound in bounds), "lossless goes without error bounds, which"),
         (all(bound is None or 0 < bound < 1 for bound in bounds), "an error bound"),
         (record.reference is None or earlier.get(record.reference) == record.lossless, "reference"),

@@ -9,7 +9,7 @@ import torch
 
 from ..codec.versions import lossy
 from ..codec.versions.version import DecodedVersion, EncodedVersion
-from ..core import atomic_files, metrics
+from ..core import atomic_files, keys, metrics
 from ..core.options import to_int
 from ..errors import OptionError, PackError
 from . import lossless_versions
@@ -45,6 +45,11 @@ def pruned_labels(history: History, keep_last: Any, keep_every: Any) -> list[str
     Raises:
         OptionError: Both are None, or one is below 1.
     """
+    if history.is_population and len(history) > 1:
+        raise OptionError(
+            f"the versions of {history.name!r} are no steps of one adapter, but adapters that all refer to "
+            f"{keys.COMMON!r}: there is nothing to prune. Remove them by name (`remove`)."
+        )
     if keep_last is None and keep_every is None:
         raise OptionError("nothing says which versions stay: pass keep_last, keep_every or both.")
     last, every = (
@@ -95,6 +100,12 @@ def remove_versions(store: HistoryStore, history: History, labels: Collection[st
         history: One of them.
         labels: Labels of the versions. Without any other version, the history is removed.
     """
+    others = set(history.labels) - set(labels)
+    if history.is_population and keys.COMMON in labels and others:
+        raise OptionError(
+            f"All other versions of {history.name!r} refer to {keys.COMMON!r}. Remove them first, or the whole history "
+            f"by its name, {history.name!r}."
+        )
     heights = _heights([record for record in history.versions if record.version not in labels])
     remaining = replace(history, versions=())
     again: list[str] = []
@@ -103,16 +114,21 @@ def remove_versions(store: HistoryStore, history: History, labels: Collection[st
     for position, record in enumerate(history.versions):
         if record.version in labels:
             continue
+        # a change from the previous version, of which there may be another one now
+        follows_removed = position > 0 and history.versions[position - 1].version in labels
+        is_compared_again = follows_removed and record.change_error is None
         # the bytes of a version within an error bound also depend on how its reference was encoded
         if record.reference in labels or (record.reference in again and not record.lossless):
             offered = offered_reference(remaining, lossless=record.lossless, height=heights[record.version])
             reference = _reference(store, history, offered, newest.get(record.lossless))
             encoded = _encode_again(store.decode(history, record), reference)
+            # it may refer to another version now, from which it has another change
+            is_compared_again |= record.change_error is not None
             record = _with_file(record, encoded, offered)
             store.add_file(record, encoded.data)
             again.append(record.version)
             newest[record.lossless] = record.version, encoded.decoded
-        if position and history.versions[position - 1].version in labels:
+        if is_compared_again:
             record = replace(record, change=_change(store, history, remaining, record.version))
         remaining = replace(remaining, versions=(*remaining.versions, record))
     _check_numbers(store, history, remaining, again)
@@ -164,6 +180,7 @@ def _with_file(record: VersionRecord, encoded: EncodedVersion, offered: VersionR
         record,
         sha256=atomic_files.digest(encoded.data),
         reference=offered.version if offered is not None and encoded.has_reference else None,
+        change_error=None,
         lora_bytes=encoded.lora_bytes,
         tensor_bytes=encoded.tensor_bytes,
     )

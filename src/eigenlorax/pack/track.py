@@ -92,7 +92,7 @@ def track(
         >>> eigenlorax.Pack.open("history/")["run@latest"].ranks
         (3,)
     """
-    append.error_bounds(max_error, head_error, lossless=lossless)
+    append.check_error_bounds(max_error, head_error, lossless=lossless)
     found = run_folders.read_run(Path(run), adapter, known_steps=known_steps)
     history_name = keys.check_name(name) if name is not None else run_name(Path(run))
     options: dict[str, Any] = {"max_error": max_error, "head_error": head_error, "lossless": lossless}

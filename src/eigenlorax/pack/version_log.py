@@ -1,5 +1,6 @@
 """Figures of histories: the log of one, with distances to the latest version, and the bytes and errors of all."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core import metrics
@@ -35,6 +36,8 @@ class HistoryFigures:
         source_file_bytes: Bytes of the sources' weights files; None if a version was made in memory.
         worst_delta_error: Largest delta error of a version.
         worst_tensor_error: Largest relative error of another tensor.
+        common_bytes: Bytes of the common adapter of a population; None in any other history.
+        worst_change_error: Largest error of a member, relative to its change from the common adapter; None likewise.
     """
 
     versions: int
@@ -47,6 +50,8 @@ class HistoryFigures:
     source_file_bytes: int | None
     worst_delta_error: float
     worst_tensor_error: float
+    common_bytes: int | None = None
+    worst_change_error: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -71,7 +76,14 @@ def figures(history: History) -> HistoryFigures:
         source_file_bytes=sum(source_files) if all(source_files) else None,
         worst_delta_error=max(record.delta_error for record in records),
         worst_tensor_error=max(record.tensor_error for record in records),
+        common_bytes=records[0].file_bytes if history.is_population else None,
+        worst_change_error=max(record.change_error or 0.0 for record in records) if history.is_population else None,
     )
+
+
+def all_figures(histories: Mapping[str, History]) -> dict[str, HistoryFigures]:
+    """Return the figures of several histories, by name."""
+    return {name: figures(history) for name, history in histories.items()}
 
 
 def read_log(store: HistoryStore, history: History) -> list[LogEntry]:

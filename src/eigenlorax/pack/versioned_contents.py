@@ -62,8 +62,10 @@ class VersionedContents(WritableContents):
         name: str | None = None,
         step: int | None = None,
         metrics: Mapping[str, float] | None = None,
+        reference: str | None = None,
         max_error: float | None = None,
         head_error: float | None = None,
+        max_bytes: int | None = None,
         lossless: bool = False,
         same_base: bool = False,
         **options: Any,
@@ -82,9 +84,15 @@ class VersionedContents(WritableContents):
                 run's folder; else the only history of the pack, or "adapter".
             step: Training step. Default: that of a folder `checkpoint-STEP`.
             metrics: Finite numbers by name.
-            max_error: Bound of the relative error of the update, above 0 and below 1. Default: 0.05.
+            reference: Label of the earlier version that this one refers to. Error bounds are then relative to the
+                change from that version. Default: "common" in a population, a history whose first version has that
+                label (docs/histories.md); else the history chooses, and error bounds are relative to the version.
+            max_error: Bound of the relative error of the update, above 0 and below 1. Default: 0.05, or 0.2 of the
+                change from a reference.
             head_error: Bound of the relative error of task heads. Other tensors beside the LoRA have a bound of at most
                 0.002. Default: `max_error`, at least 0.1 and at most 0.3.
+            max_bytes: With a reference, maximum size of the version's file, in place of `max_error`: the error is about
+                as small as that allows.
             lossless: Store every tensor bit for bit, for `restore`.
             same_base: Accept an adapter that names another base model.
             options: Options of `read_adapter`.
@@ -105,13 +113,22 @@ class VersionedContents(WritableContents):
         run, checkpoint_step = append.run_and_step(source)
         step = append.check_step(step if step is not None else checkpoint_step)
         name = name or run or append.default_name(self.history_store.histories)
+        if lossless:
+            append.refuse_for_lossless(max_bytes=max_bytes)
+        bounds = append.check_error_bounds(max_error, head_error, lossless=lossless)
+        if reference is None and name in self.histories and self.histories[name].is_population:
+            reference = keys.COMMON
         version_options = VersionOptions(
-            keys.check_label(str(version)) if version is not None else None,
-            step,
-            append.check_metrics(metrics),
-            *append.error_bounds(max_error, head_error, lossless=lossless),
-            same_base,
-            options,
+            label=keys.check_label(str(version)) if version is not None else None,
+            step=step,
+            metrics=append.check_metrics(metrics),
+            reference=str(reference) if reference is not None else None,
+            max_bytes=append.check_max_bytes(max_bytes, max_error, reference),
+            max_error=bounds[0],
+            head_error=bounds[1],
+            lossless=lossless,
+            same_base=same_base,
+            reading=options,
         )
         return append.append(append.version_source(source, name), name, self, version_options)
 

@@ -67,7 +67,7 @@ class VersionCallback(TrainerCallback):  # type: ignore[misc]
         adapter: str | None = None,
         overwrite: bool = False,
     ) -> None:
-        append.error_bounds(max_error, head_error, lossless=lossless)
+        append.check_error_bounds(max_error, head_error, lossless=lossless)
         if every is not None and to_int("every", every) < 1:
             raise OptionError(f"every={every}: expected a number of steps of at least 1, or None.")
         self.history = Path(history)

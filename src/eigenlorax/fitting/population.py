@@ -1,0 +1,107 @@
+"""`fit(reference=…)`: a population, the adapters of many users that were trained from one common adapter."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..core import keys
+from ..core.progress import Progress
+from ..errors import AdapterNameError, OptionError
+from ..formats import checks, sources
+from ..formats.sources import AdapterSource, Source, Sources
+from ..pack.pack import Pack
+from .collection import NONE_LEFT
+from .options import ReadOptions
+
+DEFAULT_NAME = "members"
+"""Name of the history with the common adapter and its members."""
+COMMON_ERROR = 0.002
+"""Error bound of the common adapter and of its head.
+
+Closer, it is larger and the members are not smaller: of 35,348 bytes in 16 bits, it has 20,200 at 0.002 and 25,164 at
+0.0005, with 4,623 and 4,626 bytes for a member (docs/results.md, writers). Exactly stored, it predicts no member."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberOptions:
+    """Size of the members of a population.
+
+    Attributes:
+        name: Name of the history.
+        max_error: Error bound of each update, relative to its change from the common adapter; None for the default.
+        head_error: Error bound of each head, relative to its change; None for the default.
+        max_bytes: Maximum size of a member in bytes; None for none.
+    """
+
+    name: str
+    max_error: float | None
+    head_error: float | None
+    max_bytes: int | None
+
+
+def refuse_options(needed: str, options: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise `OptionError` for the first option that differs from its default.
+
+    Args:
+        needed: Why the option has no effect, for the message.
+        options: Value and default of each option, by name.
+    """
+    for name, (passed, default) in options.items():
+        if passed != default:
+            raise OptionError(f"{name} has no effect {needed}. Remove it.")
+
+
+def fit_population(
+    adapters: Sources, common: Source, members: MemberOptions, options: ReadOptions, progress: Progress
+) -> Pack:
+    """Return a pack with one history: the common adapter, and each adapter as its change from that.
+
+    Args:
+        adapters: Adapters in any form that `fit` takes. Their order does not matter.
+        common: The adapter from which they were trained.
+        members: Size of the adapters.
+        options: Adapters to leave out, and options of reading.
+        progress: Callback with the arguments (stage, done, total).
+
+    Raises:
+        AdapterNameError: Names are equal, or cannot be labels of versions.
+        OptionError: No adapter is left, or one does not fit into its bytes.
+        BaseModelError, ShapeError: An adapter has other modules or another base model than the common one.
+    """
+    if members.max_bytes is not None and members.max_error is not None:
+        raise OptionError(
+            "max_bytes_per_adapter chooses the errors of adapters, and max_error was passed too. Pass one of them."
+        )
+    chosen = _choose(sources.find_adapters(adapters, **options.reading), options)
+    pack = Pack.empty()
+    reading = {"name": members.name, "same_base": options.same_base, **options.reading}
+    pack.append(common, keys.COMMON, max_error=COMMON_ERROR, head_error=COMMON_ERROR, **reading)
+    sizes: dict[str, Any] = {
+        "max_error": members.max_error,
+        "head_error": members.head_error,
+        "max_bytes": members.max_bytes,
+    }
+    for done, (name, source) in enumerate(sorted(chosen.items())):
+        progress("encoding adapters", done, len(chosen))
+        pack.append(source.source, name, reference=keys.COMMON, **sizes, **reading)
+    progress("encoding adapters", len(chosen), len(chosen))
+    return pack
+
+
+def _choose(found: list[AdapterSource], options: ReadOptions) -> dict[str, AdapterSource]:
+    """Return the adapters of a population by name, which is to be the label of a version."""
+    names = [sources.default_name(source) for source in found]
+    for name in options.exclude_adapters:
+        keys.check_known(name, names, "the sources (exclude_adapters, --exclude-adapter)")
+    chosen = {name: source for name, source in zip(names, found, strict=True) if name not in options.exclude_adapters}
+    checks.check_names(name for name in names if name not in options.exclude_adapters)
+    if not chosen:
+        raise OptionError(NONE_LEFT)
+    for name in chosen:
+        keys.check_label(name)
+        if name.lower() == keys.COMMON:
+            raise AdapterNameError(
+                f"an adapter is named {name!r}, which is the name of the common adapter (reference, --reference). Set "
+                "another name for it: pass NAME=PATH, or in Python a mapping, {'name': source}."
+            )
+    return chosen

@@ -1,0 +1,248 @@
+"""Populations: adapters of users, coded as changes from one common adapter and independent of each other."""
+
+import numpy as np
+import pytest
+import torch
+
+import eigenlorax as ex
+import reference
+from eigenlorax.errors import AdapterNameError, OptionError, ShapeError
+from planted import tree
+from runs import make_run, tensors_of
+from users import make_users
+
+HEAD = "base_model.model.classifier.weight"
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory):
+    return make_users(tmp_path_factory.mktemp("users"), ["ann", "bob", "cem", "dee"])
+
+
+@pytest.fixture(scope="module")
+def pack(users, tmp_path_factory):
+    common, members = users
+    return ex.fit(members, reference=common).save(tmp_path_factory.mktemp("pack") / "pack")
+
+
+def updates(adapter):
+    modules = adapter.modules
+    return np.concatenate([reference.dense(modules[module]).ravel() for module in sorted(modules)])
+
+
+def change_errors(pack, name, source):
+    """Errors of the update and of the head against the source, relative to the change from the common adapter."""
+    exact, stored, common = ex.read_adapter(source), pack[f"members@{name}"], pack["members@common"]
+    update = [updates(adapter) for adapter in (exact, stored, common)]
+    head = [adapter.heads[HEAD].double().numpy() for adapter in (exact, stored, common)]
+    return [np.linalg.norm(b - a) / np.linalg.norm(c - a) for a, b, c in (update, head)]
+
+
+class TestMembers:
+    def test_refer_to_the_common_adapter_only(self, pack):
+        history = ex.Pack.open(pack).histories["members"]
+        assert history.labels == ["common", "ann", "bob", "cem", "dee"]
+        assert [record.reference for record in history] == [None, *["common"] * 4]
+        assert history.is_population
+
+    @pytest.mark.parametrize(("options", "error", "head"), [({}, 0.2, 0.2), ({"max_error": 0.05}, 0.05, 0.1)])
+    def test_are_within_the_bound_of_their_change(self, users, options, error, head):
+        common, members = users
+        pack = ex.fit(members, reference=common, **options)
+        for name, source in members.items():
+            record = pack.histories["members"][name]
+            measured, of_head = change_errors(pack, name, source)
+            assert error / 2 < measured <= error
+            assert record.change_error == pytest.approx(measured, rel=1e-5)
+            assert head / 2 < of_head <= head * (1 + 1e-9)
+            exact = updates(ex.read_adapter(source))
+            distance = np.linalg.norm(exact - updates(pack["members@common"]))
+            assert record.max_error == pytest.approx(error * distance / np.linalg.norm(exact), rel=1e-6)
+            assert record.change == pytest.approx(
+                np.linalg.norm(updates(pack[f"members@{name}"]) - updates(pack["members@common"]))
+                / np.linalg.norm(updates(pack["members@common"])),
+                rel=0.1,
+            )
+
+    def test_take_fewer_bytes_than_each_by_itself(self, users, pack):
+        _, members = users
+        history = ex.Pack.open(pack).histories["members"]
+        for name, source in members.items():
+            alone = ex.Pack.empty().append(
+                source, max_error=history[name].max_error, head_error=history[name].head_error
+            )
+            assert history[name].file_bytes < alone.file_bytes / 2
+
+    def test_of_the_same_update_as_the_common_adapter_take_next_to_nothing(self, users):
+        common, members = users
+        pack = ex.fit({"same": common, "ann": members["ann"]}, reference=common)
+        history = pack.histories["members"]
+        assert history["same"].file_bytes < history["ann"].file_bytes / 2
+        assert torch.equal(pack["members@same"].heads[HEAD], pack["members@common"].heads[HEAD])
+
+    def test_do_not_depend_on_the_order_of_arguments(self, users, pack, tmp_path):
+        common, members = users
+        again = ex.fit(dict(reversed(members.items())), reference=common).save(tmp_path / "again")
+        assert tree(again) == tree(pack)
+
+    def test_do_not_depend_on_each_other(self, users, pack):
+        common, members = users
+        alone = ex.fit({"dee": members["dee"]}, reference=common).histories["members"]["dee"]
+        assert alone == ex.Pack.open(pack).histories["members"]["dee"]
+
+    def test_are_verified_and_exported(self, users, pack, tmp_path):
+        common, members = users
+        opened = ex.Pack.open(pack)
+        verification = ex.verify(opened, {"c": common, **members})
+        assert verification.holds
+        assert not verification.unknown
+        paths = opened.export(tmp_path / "loras", ["members@bob"])
+        exported = ex.read_adapter(paths["members@bob"])
+        for key, tensor in tensors_of(opened["members@bob"]).items():
+            assert torch.equal(tensors_of(exported)[key], tensor)
+
+    def test_are_appended_with_the_same_bytes(self, users, pack, tmp_path):
+        common, members = users
+        appended = ex.fit({name: members[name] for name in ("ann", "bob", "cem")}, reference=common)
+        appended.append(members["dee"], "dee", name="members")
+        assert tree(appended.save(tmp_path / "appended")) == tree(pack)
+        assert appended.append(members["dee"], "dee2", name="members", reference="common").reference == "common"
+
+    def test_of_another_shape_are_refused(self, users, tmp_path):
+        common, _ = users
+        (other,) = make_run(tmp_path / "run", [1], seed=3, modules={"encoder.layer.0.key": (31, 37)})
+        with pytest.raises(ShapeError, match="unlike version members@common"):
+            ex.fit({"eve": other}, reference=common)
+
+    @pytest.mark.parametrize(
+        ("name", "message"), [("Common", "the name of the common adapter"), ("a" * 65, "64 letters")]
+    )
+    def test_have_names_that_are_labels(self, users, name, message):
+        common, members = users
+        with pytest.raises(AdapterNameError, match=message):
+            ex.fit({name: members["ann"]}, reference=common)
+
+
+class TestByteLimit:
+    @pytest.mark.parametrize("limit", [200, 400])
+    def test_is_kept_and_used(self, users, limit):
+        common, members = users
+        pack = ex.fit(members, reference=common, max_bytes_per_adapter=limit)
+        for record in pack.histories["members"].versions[1:]:
+            assert 0.9 * limit < record.file_bytes <= limit
+
+    def test_below_what_is_possible_is_refused(self, users):
+        common, members = users
+        with pytest.raises(
+            OptionError, match=r"takes \d+ bytes even at an error of 0.99 of its change, which exceeds 9 b"
+        ):
+            ex.fit(members, reference=common, max_bytes_per_adapter=9)
+
+    def test_needs_a_reference_and_no_error(self, users):
+        common, members = users
+        with pytest.raises(OptionError, match="max_bytes chooses the error, and max_error was passed"):
+            ex.Pack.empty().append(common, max_bytes=900, max_error=0.1)
+        with pytest.raises(OptionError, match="max_bytes needs the version"):
+            ex.Pack.empty().append(common, max_bytes=900)
+        with pytest.raises(OptionError, match="max_bytes=0: it is a number of bytes, at least 1"):
+            ex.Pack.empty().append(common, max_bytes=0)
+        with pytest.raises(OptionError, match=r"max_bytes_per_adapter has no effect without a common adapter"):
+            ex.fit(members, max_bytes_per_adapter=900)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"n_components": 2},
+        {"purpose": "training"},
+        {"ratio": 3},
+        {"basis": 2},
+        {"weighting": "factors"},
+        {"dtype": "int8"},
+    ],
+)
+def test_options_of_subspaces_are_refused(users, options):
+    common, members = users
+    with pytest.raises(OptionError, match=f"{next(iter(options))} has no effect on adapters that are coded as changes"):
+        ex.fit(members, reference=common, **options)
+
+
+class TestRemoval:
+    def test_leaves_nothing_of_a_member(self, tmp_path):
+        names = [f"user-{number:02}" for number in range(20)]
+        common, members = make_users(tmp_path, names)
+        pack = ex.Pack.empty()
+        pack.append(common, "common", name="members", max_error=0.002, head_error=0.002)
+        for name, source in members.items():
+            pack.append(source, name, name="members", reference="common")
+        pack.save(tmp_path / "pack")
+        record = pack.histories["members"]["user-07"]
+        data = pack.history_store.read(record)
+        others = {name: tensors_of(pack[f"members@{name}"]) for name in names if name != "user-07"}
+        with ex.Pack.edit(tmp_path / "pack") as edited:
+            edited.remove("members@user-07")
+        for path, content in tree(tmp_path / "pack").items():
+            assert "user-07" not in str(path)
+            for trace in (
+                b"user-07",
+                record.sha256.encode(),
+                record.source_sha256.encode(),
+                data[len(data) // 2 :][:32],
+            ):
+                assert trace not in content, path
+        left = ex.Pack.open(tmp_path / "pack")
+        for name, tensors in others.items():
+            for key, tensor in tensors_of(left[f"members@{name}"]).items():
+                assert torch.equal(tensor, tensors[key])
+
+    def test_of_the_common_adapter_needs_that_of_all_members(self, pack, tmp_path):
+        opened = ex.Pack.open(pack)
+        with pytest.raises(OptionError, match="All other versions of 'members' refer to 'common'"):
+            opened.remove("members@common")
+        with pytest.raises(OptionError, match="there is nothing to prune"):
+            opened.prune("members", keep_last=1)
+        opened.remove("members@ann", "members@bob")
+        opened.remove("members")
+        assert not opened.histories
+
+    def test_changes_no_record_of_another_member(self, pack):
+        opened = ex.Pack.open(pack)
+        before = opened.histories["members"]
+        opened.remove("members@bob")
+        assert opened.histories["members"].versions == tuple(each for each in before if each.version != "bob")
+
+
+class TestReferenceInAHistory:
+    def test_may_be_any_earlier_version(self, tmp_path):
+        checkpoints = make_run(tmp_path / "run", (1, 2, 3, 4))
+        pack = ex.Pack.empty()
+        for checkpoint in checkpoints[:3]:
+            pack.append(checkpoint)
+        record = pack.append(checkpoints[3], reference="1", max_error=0.1)
+        assert (record.reference, record.change_error <= 0.1) == ("1", True)
+        assert not pack.histories["run"].is_population
+        pack = ex.Pack.open(pack.save(tmp_path / "pack"))
+        expected = tensors_of(pack["run@4"])
+        pack.remove("run@1")
+        assert pack.histories["run"].latest.change_error is None
+        for key, tensor in tensors_of(pack["run@4"]).items():
+            assert torch.equal(tensor, expected[key])
+
+    def test_is_of_the_same_kind(self, tmp_path):
+        first, second = make_run(tmp_path / "run", (1, 2))
+        pack = ex.Pack.empty()
+        pack.append(first)
+        with pytest.raises(OptionError, match="is stored within an error bound, so that a version bit for bit cannot"):
+            pack.append(second, reference="1", lossless=True)
+        with pytest.raises(AdapterNameError, match="no version '7' in the history 'run'"):
+            pack.append(second, reference="7")
+
+    def test_may_be_lossless(self, tmp_path):
+        checkpoints = make_run(tmp_path / "run", (1, 2, 3))
+        pack = ex.Pack.empty()
+        for checkpoint in checkpoints[:2]:
+            pack.append(checkpoint, lossless=True)
+        record = pack.append(checkpoints[2], reference="1", lossless=True)
+        assert (record.reference, record.change_error) == ("1", None)
+        for key, tensor in tensors_of(pack["run@3"]).items():
+            assert torch.equal(tensor, tensors_of(ex.read_adapter(checkpoints[2]))[key])
