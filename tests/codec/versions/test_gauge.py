@@ -69,6 +69,14 @@ def test_alignment_keeps_small_rows_small() -> None:
     assert np.abs(aligned[0][1:] - reference[0][1:]).max() < 1e-3
 
 
+def test_rows_without_weight_end_the_alignment() -> None:
+    (reference_up, reference_down), (up, down) = factors(7), factors(8)
+    reference_down[3] = 0
+    aligned = gauge.align(1e-30 * up, 0 * down, reference_up, reference_down, 1e44)
+    assert aligned is not None
+    assert not (aligned[0].T @ aligned[1]).any()
+
+
 def test_singular_factors_are_not_aligned() -> None:
     up, down = factors(10)
     up[1], down[1] = up[0], down[0]

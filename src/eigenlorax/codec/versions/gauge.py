@@ -78,6 +78,9 @@ def align(
             np.sqrt(square / (square * np.square(rows - reference).mean(1) + noise))
             for square, rows, reference in zip(_row_squares(best, references), best, references, strict=True)
         ]
+        if not all(weight.all() for weight in weights):
+            # rows without weight, of an update that is tiny beside the noise
+            break
         step = _gauss_newton_step(best, references, weights)
         closer = min(_changed(best, step), key=cost, default=best)
         if not cost(closer) < cost(best) - CLOSE_BITS * (up.shape[1] + down.shape[1]):
