@@ -302,13 +302,17 @@ def _copied(adapter: Adapter) -> Adapter:
     They are read several times, and those that are stored exactly predict the next version, whatever the caller does
     with its own tensors in the meantime.
     """
-    factors = {module: adapter.modules[module] for module in sorted(adapter.specs)}
     return replace(
         adapter,
-        modules={module: replace(each, down=_copy(each.down), up=_copy(each.up)) for module, each in factors.items()},
+        # one module at a time, because a file's factors are read at each access
+        modules={module: _copied_factors(adapter.modules[module]) for module in sorted(adapter.specs)},
         heads={key: _copy(adapter.heads[key]) for key in sorted(adapter.heads)},
         carried={key: _copy(adapter.carried[key]) for key in sorted(adapter.carried)},
     )
+
+
+def _copied_factors(factors: LoRAFactors) -> LoRAFactors:
+    return replace(factors, down=_copy(factors.down), up=_copy(factors.up))
 
 
 def _copy(tensor: Tensor) -> Tensor:
