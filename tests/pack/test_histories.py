@@ -253,6 +253,16 @@ class TestWithinAnErrorBound:
             pack.restore("style@2", tmp_path / "restored")
 
 
+def test_a_chosen_reference_that_cannot_predict_is_none(tmp_path, run, monkeypatch):
+    pack = ex.Pack.empty()
+    pack.append(run[0])
+    monkeypatch.setattr("eigenlorax.codec.versions.lossy._can_be_read", lambda encoded, reference: reference is None)
+    record = pack.append(run[1], reference="10")
+    assert (record.reference, record.change_error) == (None, None)
+    opened = ex.Pack.open(pack.save(tmp_path / "pack"))
+    assert opened["run@20"].ranks == pack["run@20"].ranks
+
+
 class TestTensorsOfTheCaller:
     """They may change after the call, as those of a training do."""
 

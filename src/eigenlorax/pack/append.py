@@ -228,7 +228,7 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
         change=metrics.relative_distance(previous, encoded.decoded.modules) if previous is not None else None,
         source_config=source_configs.to_bytes(config, history.source_fields).decode("utf-8"),
         origin=adapter.origin,
-        change_error=_change_error(adapter, encoded, reference) if compares_changes else None,
+        change_error=_change_error(adapter, encoded, reference) if compares_changes and encoded.has_reference else None,
     )
     store.append(history, record, encoded.data, encoded.decoded)
     pack.base_model = pack.base_model or adapter.base_model
