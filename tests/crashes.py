@@ -150,6 +150,7 @@ class Crashes:
             for name in map(history.full_name, history)
         }
         self._new: dict[str, dict] = {}
+        self._new_versions: dict[tuple[str, str], str] = {}
         self._changes: dict[str, int] = {}
 
     def draw(self, number: int, seed: int, verbs: Sequence[str] = (*VERBS, *CALLS)) -> Iterator[Crash]:
@@ -289,12 +290,13 @@ class Crashes:
                 assert found.get(path) in (self._old.get(path), new.get(path)), (crash, path)
 
     def _check_versions(self, opened: ex.Pack, crash: Crash) -> None:
-        """Whether each version has the same numbers as in the pack that was there."""
+        """Whether each version that was there has the same numbers, and a new one those that this verb makes."""
         for history in opened.histories.values():
             for record in history:
                 name = history.full_name(record)
-                before = self._versions.setdefault(name, digest_of(opened[name]))
-                assert digest_of(opened[name]) == before, (crash, name)
+                digest = digest_of(opened[name])
+                before = self._versions.get(name) or self._new_versions.setdefault((crash.verb, name), digest)
+                assert digest == before, (crash, name)
 
     def _finish(self, crash: Crash, found: dict, new: dict) -> None:
         """Run a killed verb again; or, where its pack is there already, write that again, as the next writer will."""
