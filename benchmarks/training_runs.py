@@ -28,8 +28,8 @@ from transformers import (
 )
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-HELD_OUT = 1000
-"""Last rows of a task's training split that are kept for scores, beside its test split."""
+TRAINING_ROWS = 5000
+"""First rows of a task's training split, which runs are trained on."""
 SEED = 20261201
 
 Rows = list[dict[str, Any]]
@@ -114,11 +114,6 @@ def rows_of(task: str, split: str) -> Rows:
     return [json.loads(line) for line in (DATA / task / f"{split}.jsonl").read_text("utf-8").splitlines()]
 
 
-def held_out(task: str) -> Rows:
-    """Return the rows that no run trains on."""
-    return [*rows_of(task, "test"), *rows_of(task, "train")[-HELD_OUT:]]
-
-
 class _RankAllocation(TrainerCallback):
     """Calls of AdaLoRA's rank allocation, which needs the gradients of the step."""
 
@@ -141,7 +136,7 @@ def _prepare(run: TrainingRun, folder: Path) -> tuple[Any, Any, Rows]:
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows: Rows = []
-    for row in rows_of(run.task, "train")[:-HELD_OUT]:
+    for row in rows_of(run.task, "train")[:TRAINING_ROWS]:
         encoded = dict(tokenizer(row["text"], truncation=True, max_length=64))
         rows.append(encoded if run.model == "smollm2" else {**encoded, "labels": row["label"]})
     return get_peft_model(model, config), tokenizer, rows
