@@ -220,7 +220,7 @@ def scores(series: Series, work: Path) -> Json:
         job = {
             "folders": [str(folder) for folder in series.folders],
             "max_error": SCORE_BOUND,
-            "together": False,
+            "together": True,
             "scratch": scratch,
         }
         command = [sys.executable, str(HERE / "history_child.py"), json.dumps(job)]

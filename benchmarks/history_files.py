@@ -5,6 +5,7 @@ Nothing here is shared with the package: safetensors, JSON and NumPy.
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ def _factors(parts: Mapping[str, np.ndarray], module: str, config: Mapping[str, 
 
 
 def _pattern(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    matches = [value for name, value in (pattern or {}).items() if module == name or module.endswith(f".{name}")]
+    # the rule of PEFT: names are regular expressions for the end of a module's name
+    matches = [value for name, value in (pattern or {}).items() if re.match(rf"(.*\.)?({name})$", module)]
     return matches[0] if matches else default
 
 

@@ -37,6 +37,7 @@ def saved(folder: Path, config) -> tuple[SavedVersion, dict[str, np.ndarray]]:
         LoraConfig(r=3, lora_alpha=5, target_modules=["0", "1"]),
         LoraConfig(r=3, lora_alpha=5, use_rslora=True, target_modules=["0", "1"]),
         LoraConfig(r=3, lora_alpha=5, rank_pattern={"1": 7}, alpha_pattern={"1": 2}, target_modules=["0", "1"]),
+        LoraConfig(r=3, lora_alpha=5, rank_pattern={"^1$": 7}, alpha_pattern={"^1$": 2}, target_modules=["0", "1"]),
         AdaLoraConfig(init_r=6, target_r=3, lora_alpha=5, total_step=9, target_modules=["0", "1"]),
     ],
 )
