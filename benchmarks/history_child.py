@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from child import peak_bytes
 from history_baselines import folder_bytes
 
 import eigenlorax as ex
@@ -57,6 +56,13 @@ def main() -> None:
         "exported": [str(path) for path in export(pack, version_names(pack), scratch / "exported")],
     }
     print(json.dumps(figures))
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory of this program so far."""
+    # not ru_maxrss, in which Linux counts the memory that the parent process had when it started this one
+    status = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 def warm_up(target: Path, options: Json) -> None:

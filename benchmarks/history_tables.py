@@ -9,19 +9,30 @@ from markdown_table import table
 Json = dict[str, Any]
 
 UNMEASURED = "Not measured yet: `python benchmarks/histories.py --work FOLDER`."
-BASELINES = ("rounded", "truncated", "components in 8 bits", "shared basis")
+BASELINES = ("rounded", "truncated", "components in 8 bits")
 BOUNDS = (0.05, 0.1, 0.2)
 
 
 def markdown(result: Json) -> str:
     """Return all tables."""
-    if (
-        not all(f"history one by one | {BOUNDS[0]:g}" in series["cells"] for series in result["series"].values())
-        or not result["series"]
-    ):
+    if not is_measured(result):
         return UNMEASURED
     parts = (environment, runs, bytes_table, baselines_table, lossless_table, seconds_table, scores_table)
     return "\n\n".join(text for part in parts if (text := part(result)))
+
+
+def page(result: Json) -> str:
+    """Return the tables of docs/histories.md."""
+    if not is_measured(result):
+        return UNMEASURED
+    return "\n\n".join(part(result) for part in (bytes_table, baselines_table, lossless_table, scores_table))
+
+
+def is_measured(result: Json) -> bool:
+    """Return whether all series were measured."""
+    needed = (f"history one by one | {BOUNDS[0]:g}", "xz of float16 differences")
+    measured = [all(key in series["cells"] for key in needed) for series in result["series"].values()]
+    return bool(measured) and all(measured)
 
 
 def environment(result: Json) -> str:
@@ -97,22 +108,27 @@ def baselines_table(result: Json) -> str:
     for name, series, bound in points(result):
         own = series["cells"][f"history | {bound:g}"]["lora"]
         sizes = {method: series["cells"][f"{method} | {bound:g}"]["lora"] for method in BASELINES}
-        differences = sum(each["lora"] for each in series["cells"]["xz of float16 differences"]["versions"])
-        row = [kilobytes(size) if size else "–" for size in (*sizes.values(), differences)]
-        best = min(size for size in (*sizes.values(), differences) if size)
-        rows.append([name, f"{bound:g}", kilobytes(own), *row, f"{best / own:.1f}"])
+        sizes["xz"] = sum(each["lora"] for each in series["cells"]["xz of float16 differences"]["versions"])
+        joint = series["cells"][f"shared basis | {bound:g}"]["lora"]
+        best = min(size for size in sizes.values() if size)
+        row = [kilobytes(size) if size else "–" for size in (own, *sizes.values(), joint)]
+        rows.append([name, f"{bound:g}", *row, f"{best / own:.1f}", f"{joint / own:.2f}"])
     header = (
         "series",
         "bound",
         "history",
         "rounded",
         "truncated by SVD",
-        "shared basis in 8 bits",
-        "`fit --max-error`",
+        "`fit -k` in 8 bits",
         "xz of float16 differences",
-        "best ÷ history",
+        "`fit --max-error`",
+        "best of the four ÷ history",
+        "`fit --max-error` ÷ history",
     )
-    return f"**Bytes of the LoRA, kB**, by method, at the same bound.\n\n{table(header, rows)}"
+    return (
+        "**Bytes of the LoRA, kB**, by method, at the same bound. `fit --max-error` needs all versions at once.\n\n"
+        f"{table(header, rows)}"
+    )
 
 
 def lossless_table(result: Json) -> str:
@@ -155,7 +171,7 @@ def seconds_table(result: Json) -> str:
                     seconds(own["append_seconds"]),
                     f"{at_once['seconds']:.1f}",
                     seconds(own["read_seconds"]),
-                    f"{own['peak_bytes'] / 2**20:.0f}",
+                    f"{own['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in own else "–",
                 ]
             )
     header = ("series", "bound", "append, s", "all at once, s", "read, s", "memory, MiB")

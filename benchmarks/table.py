@@ -51,6 +51,7 @@ def main() -> int:
         (ROOT / "benchmarks" / "README.md", "bytes"): bytes_tables.markdown(stored),
         (ROOT / "benchmarks" / "README.md", "histories"): history_tables.markdown(histories),
         (docs / "benchmarks.md", "results"): measured.page(run),
+        (docs / "histories.md", "results"): history_tables.page(histories),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
         (ROOT / "README.md", "sharing"): sharing_table(demo),
