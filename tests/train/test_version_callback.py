@@ -236,6 +236,15 @@ def test_options_and_folders_that_cannot_be_used(tmp_path):
         train(tmp_path / "run", [ex.VersionCallback(tmp_path / "other")])
 
 
+def test_a_folder_that_a_killed_process_left_is_used(tmp_path):
+    history = tmp_path / "history"
+    (history / "versions").mkdir(parents=True)
+    (history / ".lock").touch()
+    callback = ex.VersionCallback(history)
+    run = trainer(tmp_path / "run", [callback])
+    callback.on_train_begin(run.args, run.state, run.control, model=run.model)
+
+
 def test_a_restored_version_resumes_a_training(trained, tmp_path):
     path = ex.Pack.open(trained / "history").restore("run@4", tmp_path / "checkpoint")
     run = trainer(tmp_path / "run", [ex.VersionCallback(tmp_path / "history")])

@@ -11,7 +11,7 @@ from ..core.options import to_int
 from ..errors import MissingExtraError, NonFiniteError, OptionError, PackBusyError, SkippedVersionWarning
 from ..formats import files, in_memory, run_folders
 from ..formats.sources import AdapterSource
-from ..pack import append, track
+from ..pack import append, track, writer
 from ..pack.pack import Pack
 
 try:
@@ -82,12 +82,14 @@ class VersionCallback(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             OptionError: The model has no LoRA or AdaLoRA of PEFT, several active ones, or sharded parameters.
-            PackError: The folder of the history is not a pack that can be read.
+            PackError: The folder of the history is not a pack that can be read, and has other files.
         """
         _check_not_sharded(args)
         self._adapter_name(_unwrapped(model))
-        if self.history.exists() and any(self.history.iterdir()):
+        if (self.history / keys.MANIFEST).is_file():
             Pack.open(self.history)
+        else:
+            writer.check_free(self.history)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Append a version after the Trainer has saved a checkpoint, unless `every` is set."""
