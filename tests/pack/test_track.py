@@ -62,6 +62,19 @@ def test_watching_goes_on_when_another_process_holds_the_pack(run, tmp_path, mon
     assert (len(calls), len(tracked.appended)) == (2, 3)
 
 
+def test_a_pack_that_another_process_creates_meanwhile_is_kept(run, tmp_path):
+    def create(stage, done, total):
+        if done == 0:
+            other = ex.Pack.empty()
+            other.append(run / "checkpoint-10", name="other")
+            other.save(tmp_path / "history")
+
+    with pytest.raises(PackBusyError, match="was created by another process in the meantime. Repeat the call"):
+        ex.track(run, tmp_path / "history", progress=create)
+    ex.track(run, tmp_path / "history")
+    assert list(ex.Pack.open(tmp_path / "history").histories) == ["other", "run"]
+
+
 def test_a_pack_with_adapters_gets_a_history_beside_them(run, tmp_path):
     make_adapter(tmp_path / "in/a", seed=3)
     make_adapter(tmp_path / "in/run", seed=4)

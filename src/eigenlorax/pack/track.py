@@ -11,7 +11,7 @@ from typing import Any
 from ..core import keys
 from ..core.options import to_float
 from ..core.progress import Progress
-from ..errors import AdapterNameError, FormatError, OptionError, PackBusyError
+from ..errors import AdapterNameError, FormatError, OptionError, PackBusyError, PackExistsError
 from ..formats import checks, run_folders
 from ..formats.sources import AdapterSource
 from . import append
@@ -118,7 +118,7 @@ def track(
                 continue
             if record is not None:
                 appended.append(record)
-                pack.save(None if pack.path is not None else history)
+                save_appended(pack, Path(history))
     seen = {checkpoint.step for checkpoint in found.checkpoints}
     return Tracked(
         name=history_name,
@@ -145,6 +145,20 @@ def opened_for_appending(path: Path) -> Iterator[Pack]:
             yield pack
     else:
         yield Pack.empty()
+
+
+def save_appended(pack: Pack, path: Path) -> None:
+    """Save a pack of `opened_for_appending`.
+
+    Raises:
+        PackBusyError: The pack is new, and another process has created one in its folder in the meantime.
+    """
+    try:
+        pack.save(None if pack.path is not None else path)
+    except PackExistsError as error:
+        if not (path / keys.MANIFEST).is_file():
+            raise
+        raise PackBusyError(f"{path} was created by another process in the meantime. Repeat the call.") from error
 
 
 def append_new(

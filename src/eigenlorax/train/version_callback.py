@@ -114,7 +114,7 @@ class VersionCallback(TrainerCallback):  # type: ignore[misc]
         try:
             with track.opened_for_appending(self.history) as pack:
                 track.append_new(pack, AdapterSource(name, source), step, options, overwrite=self._overwrite)
-                pack.save(None if pack.path is not None else self.history)
+                track.save_appended(pack, self.history)
         except (NonFiniteError, PackBusyError, OSError) as error:
             # these concern one version, and a training may have run for days
             warnings.warn(
