@@ -100,7 +100,18 @@ def version_files(pack, history, label):
     chain = [entries[label]]
     while chain[-1].get("reference") is not None:
         chain.append(entries[chain[-1]["reference"]])
-    return [checked(pack / "versions" / f"{entry['sha256'][:16]}.bin", entry["sha256"]) for entry in reversed(chain)]
+    return [version_file(pack / "versions", entry) for entry in reversed(chain)]
+
+
+def version_file(folder, entry):
+    """The bytes of a version: a file, or a part of a bundle of several versions."""
+    bundle = entry.get("bundle")
+    if bundle is None:
+        return checked(folder / f"{entry['sha256'][:16]}.bin", entry["sha256"])
+    start, size = entry["offset"], entry["lora_bytes"] + entry["tensor_bytes"]
+    data = (folder / f"{bundle[:16]}.bin").read_bytes()[start : start + size]
+    assert sha256(data).hexdigest() == entry["sha256"]
+    return data
 
 
 def training_basis(pack):

@@ -1,12 +1,17 @@
 """Populations: adapters of users, coded as changes from one common adapter and independent of each other."""
 
+import shutil
+from dataclasses import replace
+from hashlib import sha256
+
 import numpy as np
 import pytest
 import torch
 
 import eigenlorax as ex
 import reference
-from eigenlorax.errors import AdapterNameError, OptionError, ShapeError
+from eigenlorax.errors import AdapterNameError, OptionError, PackDamagedError, ShapeError
+from eigenlorax.pack.bundles import bundle
 from planted import tree
 from runs import make_run, tensors_of
 from users import make_users
@@ -28,6 +33,11 @@ def pack(users, tmp_path_factory):
 def updates(adapter):
     modules = adapter.modules
     return np.concatenate([reference.dense(modules[module]).ravel() for module in sorted(modules)])
+
+
+def unbundled(record):
+    """The record of a version without its position in a file."""
+    return replace(record, bundle=None, offset=None)
 
 
 def change_errors(pack, name, source):
@@ -88,7 +98,7 @@ class TestMembers:
     def test_do_not_depend_on_each_other(self, users, pack):
         common, members = users
         alone = ex.fit({"dee": members["dee"]}, reference=common).histories["members"]["dee"]
-        assert alone == ex.Pack.open(pack).histories["members"]["dee"]
+        assert unbundled(alone) == unbundled(ex.Pack.open(pack).histories["members"]["dee"])
 
     def test_are_verified_and_exported(self, users, pack, tmp_path):
         common, members = users
@@ -105,7 +115,10 @@ class TestMembers:
         common, members = users
         appended = ex.fit({name: members[name] for name in ("ann", "bob", "cem")}, reference=common)
         appended.append(members["dee"], "dee", name="members")
-        assert tree(appended.save(tmp_path / "appended")) == tree(pack)
+        saved = ex.Pack.open(appended.save(tmp_path / "appended"))
+        expected = ex.Pack.open(pack).histories["members"]
+        assert [unbundled(each) for each in saved.histories["members"]] == [unbundled(each) for each in expected]
+        assert len(list((tmp_path / "appended" / "versions").iterdir())) == 3
         assert appended.append(members["dee"], "dee2", name="members", reference="common").reference == "common"
 
     def test_of_another_shape_are_refused(self, users, tmp_path):
@@ -209,7 +222,62 @@ class TestRemoval:
         opened = ex.Pack.open(pack)
         before = opened.histories["members"]
         opened.remove("members@bob")
-        assert opened.histories["members"].versions == tuple(each for each in before if each.version != "bob")
+        left = [unbundled(each) for each in before if each.version != "bob"]
+        assert [unbundled(each) for each in opened.histories["members"]] == left
+
+
+class TestBundle:
+    def test_has_all_members_in_one_file(self, pack):
+        history = ex.Pack.open(pack).histories["members"]
+        assert len(list((pack / "versions").iterdir())) == 2
+        content = (pack / history["ann"].file).read_bytes()
+        assert sha256(content).hexdigest() == history["ann"].bundle
+        assert len(content) == sum(record.file_bytes for record in history.versions[1:])
+        for record in history.versions[1:]:
+            part = content[record.offset :][: record.file_bytes]
+            assert sha256(part).hexdigest() == record.sha256
+
+    def test_is_written_again_without_a_removed_member(self, pack, tmp_path):
+        shutil.copytree(pack, tmp_path / "pack")
+        before = ex.Pack.open(pack)
+        removed = before.history_store.read(before.histories["members"]["bob"])
+        with ex.Pack.edit(tmp_path / "pack") as edited:
+            edited.remove("members@bob")
+        for path, content in tree(tmp_path / "pack").items():
+            assert b"bob" not in content
+            assert removed[len(removed) // 2 :][:32] not in content, path
+        after = ex.Pack.open(tmp_path / "pack")
+        after.verify()
+        assert len(list((tmp_path / "pack" / "versions").iterdir())) == 2
+        for name in ("common", "ann", "cem", "dee"):
+            for key, tensor in tensors_of(after[f"members@{name}"]).items():
+                assert torch.equal(tensor, tensors_of(before[f"members@{name}"])[key])
+
+    def test_is_copied_with_the_pack(self, pack, tmp_path):
+        assert tree(ex.Pack.open(pack).save(tmp_path / "copy")) == tree(pack)
+
+    @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"x" + data[1:]])
+    def test_that_was_changed_is_noticed(self, pack, tmp_path, damage):
+        shutil.copytree(pack, tmp_path / "pack")
+        path = tmp_path / "pack" / ex.Pack.open(pack).histories["members"]["ann"].file
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(PackDamagedError, match=path.name):
+            ex.Pack.open(tmp_path / "pack").verify()
+
+    def test_of_ten_thousand_members_is_opened(self, users, pack, tmp_path):
+        opened = ex.Pack.open(pack)
+        store, history = opened.history_store, opened.histories["members"]
+        first = history["ann"]
+        many = [replace(unbundled(first), version=f"user-{number}") for number in range(10_000)]
+        common = history["common"]
+        data = store.read(first)
+        store.add_file(first, data)
+        labels = {record.version for record in many}
+        store.replace(bundle(store, replace(history, versions=(common, *many)), labels))
+        saved = ex.Pack.open(opened.save(tmp_path / "many"))
+        assert len(saved.histories["members"]) == 10_001
+        assert len(list((tmp_path / "many" / "versions").iterdir())) == 2
+        assert saved.history_store.read(saved.histories["members"]["user-9999"]) == data
 
 
 class TestReferenceInAHistory:

@@ -185,6 +185,27 @@ def test_a_value_out_of_range_is_refused_though_the_digest_fits(data, path, valu
         manifest_json.parse(changed(data, path, put(value)), PATH)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bundle": "a" * 63, "offset": 0}, r"versions\[0\]: bundle is wrong"),
+        ({"bundle": "a" * 64}, "bundle goes with offset, which is wrong"),
+        ({"offset": 0}, "bundle goes with offset, which is wrong"),
+        ({"bundle": "a" * 64, "offset": 1}, r"versions\[0\]: offset is wrong"),
+        ({"bundle": "a" * 64, "offset": -1}, r"versions\[0\]: offset is wrong"),
+    ],
+)
+def test_a_version_in_a_bundle_begins_where_the_one_before_ends(fields, message):
+    bundled = replace(RECORD, bundle="a" * 64, offset=0)
+    following = replace(bundled, version="2", offset=RECORD.file_bytes)
+    histories = {"run": History("run", (bundled, following))}
+    assert history_json.read(history_json.to_json(histories), {}) == histories
+    wrong = replace(bundled, offset=None, bundle=None)
+    written = history_json.to_json({"run": History("run", (replace(wrong, **fields), replace(RECORD, version="3")))})
+    with pytest.raises(JsonTypeError, match=message):
+        history_json.read(written, {})
+
+
 @pytest.mark.parametrize("bound", [0.0, 1.0, -0.1])
 def test_error_bounds_are_above_0_and_below_1(bound):
     for field in ("max_error", "head_error"):

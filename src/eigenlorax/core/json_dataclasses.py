@@ -49,7 +49,13 @@ def _dataclass_from_json(kind: Any, value: Any, where: str) -> Any:
     hints = _type_hints(kind)
     if fields.keys() != hints.keys():
         raise JsonTypeError(f"{where} has the fields {sorted(fields)}, not {sorted(hints)}.")
-    return kind(**{name: from_json(hint, fields[name], f"{where}.{name}") for name, hint in hints.items()})
+    # most fields have the very type of their annotation, and there may be thousands of versions
+    return kind(
+        **{
+            name: fields[name] if type(fields[name]) is hint else from_json(hint, fields[name], f"{where}.{name}")
+            for name, hint in hints.items()
+        }
+    )
 
 
 def _sequence_from_json(kind: Any, value: Any, where: str) -> Any:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from errno import EISDIR, ELOOP, EMLINK, ENAMETOOLONG, ENOENT, ENOTDIR, ENXIO
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -96,6 +96,22 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
         FormatError: The file is larger, or a pipe, device or socket. None of these is read, and no pipe is waited for.
         FileNotFoundError: `path` is missing, a folder, a broken link, or any link if `follow_links` is false.
     """
+    with _opened(path, follow_links=follow_links) as (file, size):
+        if size > limit:
+            raise FormatError(f"{path} has {size:,} bytes; at most {limit:,} were expected.")
+        return file.read(size)
+
+
+def read_part(path: Path, offset: int, size: int) -> bytes:
+    """Return `size` bytes of a regular file from a position on, or those that there are; errors as `read_file`."""
+    with _opened(path, follow_links=True) as (file, available):
+        file.seek(offset)
+        return file.read(min(size, max(available - offset, 0)))
+
+
+@contextmanager
+def _opened(path: Path, *, follow_links: bool) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file, and yield it with its size; arguments and errors as `read_file`."""
     # without O_NONBLOCK, opening a pipe waits for its writer; flags that a system lacks are left out
     names = ("O_NONBLOCK", "O_BINARY", "O_CLOEXEC", *(() if follow_links else ("O_NOFOLLOW",)))
     try:
@@ -111,10 +127,8 @@ def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
             raise _missing(path)
         if not stat.S_ISREG(status.st_mode):
             raise FormatError(f"{path} is not a regular file, but a pipe, a device or a socket.")
-        if status.st_size > limit:
-            raise FormatError(f"{path} has {status.st_size:,} bytes; at most {limit:,} were expected.")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(status.st_size)
+            yield file, status.st_size
     finally:
         os.close(descriptor)
 

@@ -9,6 +9,7 @@ from ..core.progress import Progress
 from ..errors import AdapterNameError, OptionError
 from ..formats import checks, sources
 from ..formats.sources import AdapterSource, Source, Sources
+from ..pack.bundles import bundle
 from ..pack.pack import Pack
 from .collection import NONE_LEFT
 from .options import ReadOptions
@@ -85,6 +86,8 @@ def fit_population(
         progress("encoding adapters", done, len(chosen))
         pack.append(source.source, name, reference=keys.COMMON, **sizes, **reading)
     progress("encoding adapters", len(chosen), len(chosen))
+    store = pack.history_store
+    store.histories[members.name] = bundle(store, store.histories[members.name], chosen)
     return pack
 
 

@@ -19,6 +19,7 @@ from ..core.limits import (
     MEMORY_ALLOWANCE,
     damaged_on_error,
     read_file,
+    read_part,
 )
 from ..errors import FormatError, PackBusyError, PackDamagedError, PackExistsError, PackMissingError
 from ..formats import safetensors_file
@@ -98,7 +99,10 @@ class PackFolder:
     def read_version(self, record: VersionRecord) -> bytes:
         """Read the file of a version and check every byte of it."""
         with self._busy_if_replaced(lambda current: record.file in current.version_files):
-            return _read_checked(self.path / record.file, record.sha256, record.file_bytes)
+            path, offset = self.path / record.file, record.offset
+            if offset is None:
+                return _read_checked(path, record.sha256, record.file_bytes)
+            return _check_content(path, record.sha256, lambda: read_part(path, offset, record.file_bytes))
 
     def file_sizes(self) -> tuple[int, int] | None:
         """Return the bytes of the pack's files, model card included, and of its reports; None if a file is missing."""
@@ -131,8 +135,13 @@ class PackFolder:
             for name in self.manifest.needed:
                 self.adapter(name).read_files()
             for history in self.manifest.histories.values():
+                bundles: dict[str, int] = {}
                 for record in history.versions:
                     self.read_version(record)
+                    if record.bundle is not None:
+                        bundles[record.bundle] = bundles.get(record.bundle, 0) + record.file_bytes
+                for sha256, size in bundles.items():
+                    _read_checked(self.path / keys.version_file(sha256), sha256, size)
 
     @property
     def _subspace_path(self) -> Path:
@@ -289,8 +298,13 @@ def check_no_link(folder: Path) -> None:
 
 def _read_checked(path: Path, sha256: str, limit: int) -> bytes:
     """Read a file of at most `limit` bytes; `PackDamagedError` if it is missing, larger, or has another hash."""
+    return _check_content(path, sha256, lambda: read_file(path, limit))
+
+
+def _check_content(path: Path, sha256: str, read: Callable[[], bytes]) -> bytes:
+    """Read a file or a part of it; `PackDamagedError` if it is missing, too large, or has another hash."""
     try:
-        data = read_file(path, limit)
+        data = read()
     except FileNotFoundError as error:
         raise PackDamagedError(f"{path} is missing. Restore the pack from a copy, or fit it again.") from error
     except FormatError as error:

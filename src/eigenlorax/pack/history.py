@@ -39,6 +39,8 @@ class VersionRecord:
         origin: Single file of the source, for formats other than PEFT's, or a file of PEFT's with metadata.
         change_error: Error ‖D − D̂‖ / ‖D − D_r‖ relative to the change from the decoded version D_r that `reference`
             names; None unless that version was chosen when this one was appended.
+        bundle: Hash of the file with several versions that this one is in; None if it has a file of its own.
+        offset: Position of the version in that file, in bytes; None likewise.
     """
 
     version: str
@@ -61,15 +63,17 @@ class VersionRecord:
     source_config: str
     origin: Origin | None
     change_error: float | None = None
+    bundle: str | None = None
+    offset: int | None = None
 
     @property
     def file(self) -> str:
-        """Path of the version's file in the pack."""
-        return keys.version_file(self.sha256)
+        """Path in the pack of the version's own file, or of its bundle."""
+        return keys.version_file(self.bundle or self.sha256)
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of the version's file."""
+        """Bytes of the version, in its own file or its bundle."""
         return self.lora_bytes + self.tensor_bytes
 
 

@@ -21,9 +21,12 @@ _DEFAULTS: Mapping[str, Any] = {
     "origin": None,
     "change": None,
     "change_error": None,
+    "bundle": None,
+    "offset": None,
 }
 """Values of fields that an entry does without."""
 _SHARED_FIELDS = {
+    "bundle",
     "lossless",
     "max_error",
     "head_error",
@@ -48,7 +51,8 @@ def to_json(histories: Mapping[str, History]) -> dict[str, Any]:
 
 def _history_fields(history: History) -> dict[str, Any]:
     entries = [_fields(record) for record in history.versions]
-    shared = most_common(entries, _SHARED_FIELDS)
+    common = most_common(entries, _SHARED_FIELDS)
+    shared = {name: value for name, value in common.items() if name not in _DEFAULTS or value is not None}
     implied = {**_DEFAULTS, **shared}
     return {
         "shared_fields": shared,
@@ -113,10 +117,17 @@ def _history(name: str, value: Any) -> History:
     for text in {record.source_config for record in versions}:
         _check_config(text, source_fields, where)
     kinds: dict[str, bool] = {}
+    ends: dict[str, int] = {}
     lengths: dict[str | None, int] = {None: 0}
     for i, record in enumerate(versions):
         _check(record, kinds, f"{where}.versions[{i}]")
         kinds[record.version] = record.lossless
+        if record.bundle is not None:
+            # versions are side by side, so that a bundle has no byte that belongs to none
+            end = ends.get(record.bundle, 0)
+            if record.offset != end:
+                raise JsonTypeError(f"{where}.versions[{i}]: offset is wrong.")
+            ends[record.bundle] = end + record.file_bytes
         lengths[record.version] = lengths[record.reference] + 1
     if max(lengths.values()) > MAX_CHAIN:
         raise JsonTypeError(f"{where}: more than {MAX_CHAIN} versions would have to be decoded for one.")
@@ -149,6 +160,8 @@ def _check(record: VersionRecord, earlier: Mapping[str, bool], where: str) -> No
     """
     bounds = [getattr(record, name) for name in _BOUNDS]
     for is_right, text in (
+        (record.bundle is None or keys.is_digest(record.bundle), "bundle"),
+        ((record.bundle is None) == (record.offset is None), "bundle goes with offset, which"),
         (keys.is_digest(record.sha256) and keys.is_digest(record.source_sha256), "a digest"),
         (all(isfinite(number) for number in record.metrics.values()), "metrics"),
         (record.step is None or 0 <= record.step < _MAX_FIGURE, "step"),

@@ -27,7 +27,7 @@ class HistoryStore:
     Args:
         histories: The histories, by name.
         read_file: Function that reads the file of a version from disk; None if the pack is not on disk.
-        unsaved: Bytes of versions that are not on disk, by path in the pack.
+        unsaved: Bytes of versions that are not on disk, by their hash.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class HistoryStore:
 
     def read(self, record: VersionRecord) -> bytes:
         """Return the bytes of a version's file, from memory if it is not on disk."""
-        if record.file in self._unsaved:
-            return self._unsaved[record.file]
+        if record.sha256 in self._unsaved:
+            return self._unsaved[record.sha256]
         assert self._read_file is not None
         return self._read_file(record)
 
@@ -138,7 +138,7 @@ class HistoryStore:
 
     def add_file(self, record: VersionRecord, data: bytes) -> None:
         """Add the bytes of a version that is not on disk."""
-        self._unsaved[record.file] = data
+        self._unsaved[record.sha256] = data
 
     def replace(self, history: History) -> None:
         """Replace the history of the same name by one with fewer versions, or remove it if none is left."""
@@ -154,9 +154,22 @@ class HistoryStore:
         Args:
             in_place: True to leave out those that are on disk already.
         """
-        records = {record.file: record for history in self.histories.values() for record in history.versions}
-        chosen = {file: record for file, record in records.items() if not in_place or file in self._unsaved}
-        return LazyMapping(dict(sorted(chosen.items())), lambda file: self.read(records[file]))
+        files: dict[str, list[VersionRecord]] = {}
+        for history in self.histories.values():
+            for record in history.versions:
+                files.setdefault(record.file, []).append(record)
+        chosen = {
+            file: records
+            for file, records in sorted(files.items())
+            if not in_place or any(record.sha256 in self._unsaved for record in records)
+        }
+        return LazyMapping(chosen, lambda file: self._content(files[file]))
+
+    def _content(self, records: Sequence[VersionRecord]) -> bytes:
+        """Return the content of a file: one version, which several records may have, or those of a bundle."""
+        if records[0].bundle is None:
+            return self.read(records[0])
+        return b"".join(map(self.read, records))
 
     def saved(self, read_file: Callable[[VersionRecord], bytes]) -> None:
         """Note that all files are on disk, from where `read_file` reads them."""

@@ -13,6 +13,7 @@ from ..core import atomic_files, keys, metrics
 from ..core.options import to_int
 from ..errors import OptionError, PackError
 from . import lossless_versions
+from .bundles import bundle_again
 from .history import History, VersionRecord
 from .history_store import HistoryStore, offered_reference
 from .lossless_versions import LosslessVersion
@@ -132,6 +133,7 @@ def remove_versions(store: HistoryStore, history: History, labels: Collection[st
             record = replace(record, change=_change(store, history, remaining, record.version))
         remaining = replace(remaining, versions=(*remaining.versions, record))
     _check_numbers(store, history, remaining, again)
+    remaining = bundle_again(store, history, remaining)
     store.replace(remaining)
     freed = _file_bytes(history) - _file_bytes(remaining)
     return Pruned(tuple(label for label in history.labels if label in labels), tuple(again), freed)
@@ -181,6 +183,8 @@ def _with_file(record: VersionRecord, encoded: EncodedVersion, offered: VersionR
         sha256=atomic_files.digest(encoded.data),
         reference=offered.version if offered is not None and encoded.has_reference else None,
         change_error=None,
+        bundle=None,
+        offset=None,
         lora_bytes=encoded.lora_bytes,
         tensor_bytes=encoded.tensor_bytes,
     )
@@ -226,4 +230,4 @@ def _change(store: HistoryStore, history: History, remaining: History, label: st
 
 
 def _file_bytes(history: History) -> int:
-    return sum({record.file: record.file_bytes for record in history.versions}.values())
+    return sum({(record.file, record.offset): record.file_bytes for record in history.versions}.values())

@@ -338,7 +338,7 @@ def _file_bytes(
     sizes += [record.source_file_bytes for record in versions]
     heads = references + sum(record.head_bytes for record in records.values())
     # equal versions share a file
-    heads += sum({record.file: record.tensor_bytes for record in versions}.values())
+    heads += sum({(record.file, record.offset): record.tensor_bytes for record in versions}.values())
     source_heads = sum(record.source_head_bytes for record in records.values())
     source_heads += sum(record.source_tensor_bytes for record in versions)
     # a manifest may state more bytes than the files have

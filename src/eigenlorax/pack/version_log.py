@@ -63,7 +63,7 @@ def figures(history: History) -> HistoryFigures:
     """Return the figures of a history, from its records alone."""
     records = history.versions
     # equal versions share a file
-    files = {record.file: record for record in records}.values()
+    files = {(record.file, record.offset): record for record in records}.values()
     source_files = [record.source_file_bytes for record in records]
     return HistoryFigures(
         versions=len(records),
