@@ -360,6 +360,14 @@ def test_differences_beyond_32_bits_need_no_reference(size):
     assert_same(lossy.decode_chain([after.data], before), after.decoded)
 
 
+def test_what_cannot_be_read_without_its_reference_is_stored_exactly(monkeypatch):
+    decoded = encode_all(run(2))[1].decoded
+    monkeypatch.setattr(limits, "MEMORY_ALLOWANCE", 0)
+    monkeypatch.setattr(limits, "MAX_EXPANSION", 2)
+    again = lossy.encode_again(decoded, None)
+    assert_same(lossy.decode_chain([again.data]), decoded)
+
+
 def test_encoding_again_after_a_change_of_rank():
     first = start()
     factors = first.modules["layer.0"]

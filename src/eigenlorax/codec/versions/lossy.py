@@ -51,7 +51,7 @@ def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion
     if not _can_be_read(encoded, reference if encoded.has_reference else None):
         quantised = QuantisedModules(0, {}, {}, 0.0)
         tensors = QuantisedTensors({}, version.tensors, 0.0)
-        encoded = _to_bytes(_join(quantised, modules, tensors), reference, {})
+        encoded = _to_bytes(_exact(modules, version.tensors), reference, {})
     return replace(encoded, delta_error=quantised.error, tensor_error=tensors.error)
 
 
@@ -69,6 +69,11 @@ def _join(
         exact_modules={module: ModuleLayout.of(factors) for module, factors in exact_modules.items()},
         exact=dict(sorted(exact.items())),
     )
+
+
+def _exact(modules: Mapping[str, LoRAFactors], tensors: Mapping[str, Tensor]) -> LossyVersion:
+    """Return a version whose parts are all stored exactly."""
+    return _join(QuantisedModules(0, {}, {}, 0.0), modules, QuantisedTensors({}, tensors, 0.0))
 
 
 def _can_be_read(encoded: EncodedVersion, reference: LossyVersion | None) -> bool:
@@ -103,6 +108,8 @@ def encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> E
     if not isinstance(decoded, LossyVersion):
         raise OptionError("a lossless version cannot be encoded within an error bound again.")
     key_version = _to_bytes(decoded, None, {})
+    if not _can_be_read(key_version, None):
+        key_version = _to_bytes(_exact(decoded.modules, decoded.tensors), None, {})
     if not isinstance(reference, LossyVersion):
         return key_version
     orders = {}
