@@ -84,11 +84,11 @@ def test_the_search_uses_the_error_that_is_allowed(bound: float, has_reference: 
         errors = np.square(quantised.values - numbers).sum(1)
         return quantised.bits, float(errors @ np.square(weights))
 
-    bits, quantisation, error = search([block], bound**2 * square, -40 if has_reference else None, attempt)
+    coarsest = search([block], bound**2 * square, -40 if has_reference else None, attempt)
     # levels are an eighth of an octave apart, and rounding fills that where integers are small
-    assert (0.95 if bound > 0.01 else 0.91) * bound < np.sqrt(error / square) <= bound
-    finer = block.quantise(quantisation.level - 8, 0.0)
-    assert bits < finer.bits
+    assert (0.95 if bound > 0.01 else 0.91) * bound < np.sqrt(coarsest.square / square) <= bound
+    finer = block.quantise(coarsest.quantisation.level - 8, 0.0)
+    assert coarsest.rows < finer.bits
 
 
 def test_an_error_that_cannot_be_reached_is_an_error() -> None:

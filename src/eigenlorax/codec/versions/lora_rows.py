@@ -14,7 +14,7 @@ from . import gauge
 from .blocks import Block
 from .decoded import LossyVersion, ModuleLayout, ModuleRows
 from .lattice import step_sizes
-from .search import Quantisation, SampledRows, search
+from .search import Quantisation, SampledRows, SearchResult, search
 
 _CANCELLATION = 1e-10
 """Share of its terms below which a squared error in float64 has too few digits."""
@@ -88,14 +88,12 @@ def quantise_modules(
             # a reader predicts rows by those of the reference unless it is told otherwise
             orders = {name: np.full(module.layout.rank, -1) for name, module in prepared.items()}
     blocks = [block for module in prepared.values() for block in module.blocks]
-    quantised, quantisation, error_square = search(
-        blocks, limit, earlier_level, lambda quantisation: _attempt(prepared, quantisation)
-    )
+    coarsest = search(blocks, limit, earlier_level, lambda quantisation: _attempt(prepared, quantisation))
     return QuantisedModules(
-        level=quantisation.level,
-        modules=quantised,
+        level=coarsest.quantisation.level,
+        modules=coarsest.rows,
         orders=orders,
-        error=math.sqrt(error_square / square),
+        error=math.sqrt(coarsest.square / square),
     )
 
 
@@ -129,12 +127,11 @@ def _quantise_untrained(modules: Mapping[str, LoRAFactors], max_error: float) ->
         return quantised, square
 
     if limit:
-        quantised, quantisation, _ = search(blocks, limit, None, attempt)
+        coarsest = search(blocks, limit, None, attempt)
     else:
-        quantisation = Quantisation(0, 0.0)
-        quantised, _ = attempt(quantisation)
+        coarsest = SearchResult(attempt(Quantisation(0, 0.0))[0], Quantisation(0, 0.0), 0.0)
     # zeros are exact, so that the update is
-    return QuantisedModules(quantisation.level, quantised, {}, 0.0)
+    return QuantisedModules(coarsest.quantisation.level, coarsest.rows, {}, 0.0)
 
 
 def _estimated_bits(prepared: Mapping[str, _Module], limit: float, earlier_level: int | None) -> float:

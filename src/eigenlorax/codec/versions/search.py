@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ...errors import OptionError
 from .blocks import Block, QuantisedBlock, join
@@ -21,11 +21,14 @@ MAX_RISE = 2 * LEVELS_PER_OCTAVE
 """Largest increase of the level at a time."""
 MAX_LEVEL_TURNS = 12
 """Maximum number of levels that are tried to find the highest one."""
-AIM = 0.996
-"""Share of the squared error that the first attempt aims at, because a sample only estimates it."""
-CLOSE = 0.98
+SAMPLED_SHARE = 0.996
+"""Share of the squared error that is allowed to a sample, because it only estimates the error."""
+SUFFICIENT_SHARE = 0.98
 """Share of the squared error that ends the search."""
 MAX_ATTEMPTS = 12
+"""Maximum number of attempts to meet the error."""
+MAX_REFINEMENTS = 4
+"""Number of attempts after which one that meets the error ends the search, however far below it is."""
 _BISECTIONS = 6
 
 
@@ -116,31 +119,50 @@ class SampledRows:
         return low
 
 
+@dataclass(frozen=True, slots=True)
+class SearchResult(Generic[T]):
+    """The coarsest attempt within an error.
+
+    Attributes:
+        rows: The quantised rows.
+        quantisation: Their quantisation.
+        square: Their exact squared error.
+    """
+
+    rows: T
+    quantisation: Quantisation
+    square: float
+
+
 def search(
     blocks: Sequence[Block],
     limit: float,
     earlier_level: int | None,
     attempt: Callable[[Quantisation], tuple[T, float]],
-) -> tuple[T, Quantisation, float]:
-    """Return the result of the coarsest attempt within an error, its quantisation, and its squared error.
+) -> SearchResult[T]:
+    """Return the coarsest attempt within an error.
 
     Args:
         blocks: The rows.
         limit: Largest squared error.
         earlier_level: Level of the version that predicts the rows; None for none.
-        attempt: Quantises all rows, and returns a result and its exact squared error.
+        attempt: Quantises all rows, and returns the quantised rows and their exact squared error.
 
     Raises:
         OptionError: No quantisation meets the error.
     """
     sample = SampledRows(blocks)
-    quantisation = sample.choose(AIM * limit, earlier_level)
-    best: tuple[T, Quantisation, float] | None = None
-    for turn in range(MAX_ATTEMPTS):
-        outcome, square = attempt(quantisation)
-        if square <= limit and (best is None or square >= best[2]):
-            best = outcome, quantisation, square
-        if best is not None and (best[2] >= CLOSE * limit or best[1].multiplier >= MAX_MULTIPLIER or turn >= 3):
+    quantisation = sample.choose(SAMPLED_SHARE * limit, earlier_level)
+    best: SearchResult[T] | None = None
+    for turn in range(1, MAX_ATTEMPTS + 1):
+        rows, square = attempt(quantisation)
+        if square <= limit and (best is None or square >= best.square):
+            best = SearchResult(rows, quantisation, square)
+        if best is not None and (
+            best.square >= SUFFICIENT_SHARE * limit
+            or best.quantisation.multiplier >= MAX_MULTIPLIER
+            or turn >= MAX_REFINEMENTS
+        ):
             break
         # the sample errs by about the same factor at other multipliers
         ratio = square / max(sample.square(quantisation), 1e-300)
@@ -149,7 +171,7 @@ def search(
             quantisation = Quantisation(quantisation.level - math.ceil(max(fall, 1)), 0.0)
         else:
             quantisation = Quantisation(
-                quantisation.level, sample.multiplier(quantisation.level, AIM * limit / max(ratio, 1e-300))
+                quantisation.level, sample.multiplier(quantisation.level, SAMPLED_SHARE * limit / max(ratio, 1e-300))
             )
     if best is None:
         raise OptionError("the error bound cannot be met by integers of 31 bits")

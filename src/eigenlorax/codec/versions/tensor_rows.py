@@ -74,7 +74,7 @@ def _quantise(tensor: Tensor, bound: float, reference: TensorRows | None) -> tup
         return quantised, float(np.square(decoded - values).sum())
 
     try:
-        quantised, _, square = search([block], limit, earlier.level if earlier is not None else None, attempt)
+        coarsest = search([block], limit, earlier.level if earlier is not None else None, attempt)
     except OptionError:
         return None
-    return TensorRows(layout, quantised.rows), math.sqrt(square) / norm
+    return TensorRows(layout, coarsest.rows.rows), math.sqrt(coarsest.square) / norm
