@@ -362,6 +362,15 @@ def append_files(folder: Path) -> ex.Pack:
     return pack
 
 
+def fit_population(folder: Path) -> ex.Pack:
+    """Members in one file, of which one was removed, and one in a file of its own."""
+    common, *members = make_run(folder / "run", range(5), modules=MODULES)
+    pack = ex.fit({f"user-{number}": path for number, path in enumerate(members[:3])}, reference=common)
+    pack.append(members[3], "late", name="members")
+    pack.remove("members@user-1")
+    return pack
+
+
 KINDS: dict[str, Making] = {
     "float64": partial(fit_floats, dtype="float64"),
     "float32": partial(fit_floats, dtype="float32"),
@@ -417,6 +426,7 @@ KINDS: dict[str, Making] = {
     "bounds": refit_without_originals,
     "histories": append_versions,
     "histories-only": append_files,
+    "population": fit_population,
     "format-1": lambda folder: written_at(FORMATS[1], folder, "pack = ex.fit('heads', n_components=4)"),
     "format-1-augmented": lambda folder: written_at(FORMATS[1], folder, AUGMENTED_THEN),
     "format-2": lambda folder: written_at(

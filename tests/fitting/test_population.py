@@ -121,6 +121,19 @@ class TestMembers:
         assert len(list((tmp_path / "appended" / "versions").iterdir())) == 3
         assert appended.append(members["dee"], "dee2", name="members", reference="common").reference == "common"
 
+    def test_that_the_common_adapter_cannot_predict_refer_to_nothing(self, users, monkeypatch):
+        common, members = users
+        pack = ex.fit({"ann": members["ann"]}, reference=common)
+        readable = "eigenlorax.codec.versions.lossy._can_be_read"
+        with monkeypatch.context() as patched:
+            patched.setattr(readable, lambda encoded, reference: reference is None)
+            alone = pack.append(members["bob"], "bob", name="members")
+        assert (alone.reference, alone.change_error) == (None, None)
+        assert pack.append(members["cem"], "cem", name="members").reference == "common"
+        change = pack.histories["members"]["bob"].change
+        pack.remove("members@ann")
+        assert pack.histories["members"]["bob"].change == change
+
     def test_of_another_shape_are_refused(self, users, tmp_path):
         common, _ = users
         (other,) = make_run(tmp_path / "run", [1], seed=3, modules={"encoder.layer.0.key": (31, 37)})

@@ -76,6 +76,7 @@ def histories() -> Mapping[str, Tree]:
         "lossless": partial(_make_history, lossless=True),
         "lossless-float16": partial(_make_history, lossless=True, dtype=torch.float16),
         "lossless-file": _make_file_history,
+        "population": _make_population,
     }
     return {name: _made(make) for name, make in makers.items()}
 
@@ -84,6 +85,15 @@ def _make_history(folder: Path, *, dtype: torch.dtype = torch.float32, **options
     pack = ex.Pack.empty()
     for step, checkpoint in enumerate(make_run(folder / "run", range(3), dtype=dtype, modules=MODULES)):
         pack.append(checkpoint, metrics={"loss": 0.5 + step}, **options)
+    pack.save(folder / "pack")
+    shutil.rmtree(folder / "run")
+
+
+def _make_population(folder: Path) -> None:
+    """Of two members in one file, and one in a file of its own."""
+    common, *members = make_run(folder / "run", range(4), modules=MODULES)
+    pack = ex.fit({f"m{number}": path for number, path in enumerate(members[:2])}, reference=common)
+    pack.append(members[2], "late", name="members")
     pack.save(folder / "pack")
     shutil.rmtree(folder / "run")
 

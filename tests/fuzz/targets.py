@@ -95,6 +95,17 @@ def _with_version_files(tree: Tree, body: dict[str, Any]) -> Tree:
     """The pack with files of versions that are named by what they contain now; the manifest states their digests."""
     tree, files = dict(tree), {name: data for name, data in tree.items() if name.startswith(f"pack/{keys.VERSIONS}/")}
     for history in body.get("histories", {}).values():
+        bundle = history["shared_fields"].get("bundle")
+        data = files.get(name := f"pack/{keys.version_file(bundle)}") if bundle is not None else None
+        if isinstance(data, bytes):
+            tree.pop(name)
+            history["shared_fields"]["bundle"] = atomic_files.digest(data)
+            tree[f"pack/{keys.version_file(atomic_files.digest(data))}"] = data
+            for entry in history["versions"]:
+                if "offset" in entry:
+                    fields = {**history["shared_fields"], **entry}
+                    end = entry["offset"] + fields["lora_bytes"] + fields["tensor_bytes"]
+                    entry["sha256"] = atomic_files.digest(data[entry["offset"] : end])
         for entry in history["versions"]:
             data = files.get(name := f"pack/{keys.version_file(entry['sha256'])}")
             if isinstance(data, bytes):

@@ -128,7 +128,7 @@ def test_a_reader_of_the_specification_alone_finds_the_same(kind):
     assert_reads_what_the_library_reads(PACKS / kind)
 
 
-@pytest.mark.parametrize("kind", ["histories", "histories-only"])
+@pytest.mark.parametrize("kind", ["histories", "histories-only", "population"])
 def test_a_reader_of_the_specification_alone_finds_the_same_versions(kind, read_version):
     pack, compared = ex.Pack.open(PACKS / kind), 0
     for name, history in pack.histories.items():

@@ -34,7 +34,8 @@ class VersionRecord:
         source_file_bytes: Bytes of the source's weights file; 0 for an adapter that was made in memory.
         source_sha256: Hash of the source's content.
         change: Relative distance ‖D_t − D_{t−1}‖ / ‖D_{t−1}‖ to the previous version, both as decoded; None for the
-            first version, and where the previous update is zero. With `change_error`, the distance to `reference`.
+            first version, and where the previous update is zero. With `change_error`, the distance to `reference`;
+            in a population, to the common adapter.
         source_config: The source's `adapter_config.json`, as its differences from `History.source_fields`.
         origin: Single file of the source, for formats other than PEFT's, or a file of PEFT's with metadata.
         change_error: Error ‖D − D̂‖ / ‖D − D_r‖ relative to the change from the decoded version D_r that `reference`
@@ -115,13 +116,16 @@ class History:
 
     @property
     def is_population(self) -> bool:
-        """True if the first version is `common`, and all others are stored as changes from it."""
+        """True if the first version is `common`, and all others refer to it or to nothing."""
         first, *members = self.versions or (None,)
         return (
             first is not None
             and first.version == keys.COMMON
             and not first.lossless
-            and all(member.reference == keys.COMMON and member.change_error is not None for member in members)
+            and all(
+                member.reference is None or (member.reference == keys.COMMON and member.change_error is not None)
+                for member in members
+            )
         )
 
     @property

@@ -117,7 +117,7 @@ def remove_versions(store: HistoryStore, history: History, labels: Collection[st
             continue
         # a change from the previous version, of which there may be another one now
         follows_removed = position > 0 and history.versions[position - 1].version in labels
-        is_compared_again = follows_removed and record.change_error is None
+        is_compared_again = follows_removed and record.change_error is None and not history.is_population
         # the bytes of a version within an error bound also depend on how its reference was encoded
         if record.reference in labels or (record.reference in again and not record.lossless):
             offered = offered_reference(remaining, lossless=record.lossless, height=heights[record.version])
