@@ -137,6 +137,14 @@ class TestSentences:
         assert finding.good is True
         assert f"a mean error of {figures.left_out:.3f} in 32 components" in finding.text
 
+    def test_name_no_run_where_there_is_a_common_adapter(self, versions):
+        members = {f"user-{number}": adapter for number, adapter in enumerate(versions[1:3])}
+        report = ex.report(ex.fit(members, reference=versions[0]))
+        assert report.verdict.headline.startswith("These are 2 adapters that were trained from a common one")
+        text = the(report, "history").text
+        assert text.startswith("members: 2 adapters that were trained from a common one, each at a distance of ")
+        assert "from that (median" in text
+
     @pytest.mark.parametrize(("error", "words"), [(0.1, "nearly everything"), (0.4, "most of their"), (0.9, "little")])
     def test_say_how_much_is_shared(self, error, words):
         full = history("run", 3)

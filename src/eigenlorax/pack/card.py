@@ -124,7 +124,7 @@ def _title_of_histories(figures: Summary) -> list[str]:
         f"# Versions of LoRA adapters of {_base(figures)}",
         "",
         "This is an [EigenLoRAx](https://arxiv.org/abs/2502.04700) pack of histories: versions of one adapter, such as "
-        "checkpoints of a training run.",
+        "checkpoints of a training run, or adapters that were trained from a common one.",
         "",
     ]
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..core import keys
+
 
 @dataclass(frozen=True, slots=True)
 class VersionFigures:
@@ -56,6 +58,11 @@ class HistoryFigures:
     path_share: float | None
     k: int
     fitted: int
+
+    @property
+    def is_population(self) -> bool:
+        """True if the versions are a common adapter and others that are stored as changes from it."""
+        return any(version.version == keys.COMMON for version in self.versions[:1])
 
     @property
     def stored_bytes(self) -> int:

@@ -17,6 +17,9 @@ def headline(report: ReportData) -> str:
         (history,) = histories
         shared = _shared(history)
         about = f": they share {shared}" if shared else ""
+        if history.is_population:
+            members = plural(len(history.versions) - 1, "adapter")
+            return f"These are {members} that were trained from a common one{about}. {_stored(report)}."
         return f"These are {plural(len(history.versions), 'version')} of one run{about}. {_stored(report)}."
     versions = sum(len(history.versions) for history in histories)
     return f"These are {plural(versions, 'version')} of {len(histories)} runs. {_stored(report)}."
@@ -37,10 +40,13 @@ def in_runs(report: ReportData) -> set[str]:
 
 def _history(history: HistoryFigures) -> Finding:
     count, stored = len(history.versions), history.stored_bytes
-    text = f"{history.name}: {plural(count, 'version')} of one run"
+    text, previous = f"{history.name}: {plural(count, 'version')} of one run", "the previous one"
+    if history.is_population:
+        text = f"{history.name}: {plural(count - 1, 'adapter')} that were trained from a common one"
+        previous = "that"
     changes = [version.change for version in history.versions if version.change is not None]
     if changes:
-        text += f", each at a distance of {error(median(changes))} from the previous one (median, relative to its norm)"
+        text += f", each at a distance of {error(median(changes))} from {previous} (median, relative to its norm)"
     shared = _shared(history)
     if shared:
         text += (
