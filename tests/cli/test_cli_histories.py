@@ -156,10 +156,11 @@ class TestTrack:
             (["--max-error", 0], 3, "--max-error is a relative error, above 0 and below 1, got 0"),
             (["--max-error", 0.1, "--lossless"], 3, "--max-error has no effect on a lossless version"),
             (["--head-error", 2], 3, "--head-error is a relative error, above 0 and below 1, got 2"),
-            (["--name", "a/b"], 3, "adapter name 'a/b' is not allowed"),
-            (["--name", "run@1"], 3, "adapter name 'run@1' is not allowed"),
+            (["--name", "a/b"], 3, "history name 'a/b' is not allowed"),
+            (["--name", "run@1"], 3, "history name 'run@1' is not allowed"),
             (["--adapter", "policy", "--lossless"], 3, "has no adapter 'policy' in a subfolder"),
             (["--watch", "--json"], 3, "--watch prints each version"),
+            (["--interval", 5], 3, "--interval has no effect without --watch. Remove it, or add --watch."),
             (["--watch", "--interval", 0], 3, "a number of seconds above 0 was expected"),
         ],
     )
@@ -232,13 +233,16 @@ class TestLog:
         assert entries[1]["change"] == pytest.approx(pack.diff("run@10", "run@20").total.change, rel=1e-9)
 
     def test_metrics_that_are_chosen(self, cli, folder):
-        out = succeeded(cli("log", folder / "history", "--metric", "epoch", "--metric", "other")).out
+        out = succeeded(cli("log", folder / "history", "--metric", "epoch")).out
         assert "epoch" in out
         assert "eval_loss" not in out
 
     def test_wrong_names(self, cli, folder):
         assert_refused(cli("log", folder / "history", "rum"), 3, "no history named 'rum'", "Did you mean 'run'?")
-        assert_refused(cli("log", folder / "run"), 4, "is not a pack")
+        assert_refused(cli("log", folder / "history", "run@10"), 3, "is the name of a version", "its history, 'run'")
+        refused = cli("log", folder / "history", "--metric", "los")
+        assert_refused(refused, 3, "--metric los: no version has this metric. Did you mean 'loss'?")
+        assert_refused(cli("log", folder / "run"), 4, "is not a pack", "It is a run: `eigenlorax track")
         ex.Pack.empty("org/base").save(folder / "empty")
         assert_refused(cli("log", folder / "empty"), 3, "has no histories. Append versions with `eigenlorax track")
 
@@ -344,7 +348,7 @@ class TestRestore:
         before = contents(folder)
         done = cli("restore", folder / "history", "run@20", "-o", folder / "restored")
         assert_refused(done, 4, "exists", "--overwrite")
-        assert_refused(cli("restore", folder / "history", "run", "-o", folder / "new"), 3, "run@1000")
+        assert_refused(cli("restore", folder / "history", "run", "-o", folder / "new"), 3, "'run@latest'")
         assert_refused(cli("restore", folder / "history", "run@21", "-o", folder / "new"), 3, "no version '21'")
         assert_refused(cli("restore", folder / "run", "run@20", "-o", folder / "new"), 4, "is not a pack")
         assert_usage_error(cli("restore", folder / "history", "run@20"), "--output")

@@ -329,7 +329,7 @@ class TestLabelsAndNames:
     @pytest.mark.parametrize("name", ["a@b", "a/b", "..", ""])
     def test_names_that_are_refused(self, run, name):
         if name:
-            with pytest.raises(AdapterNameError, match="adapter name .* is not allowed"):
+            with pytest.raises(AdapterNameError, match="history name .* is not allowed"):
                 ex.Pack.empty().append(run[0], name=name, lossless=True)
 
     def test_unknown_versions_are_named(self, saved):

@@ -246,7 +246,7 @@ class TestRestore:
     def test_within_an_error_bound_is_none(self, run, tmp_path):
         pack = ex.Pack.empty()
         pack.append(run[0])
-        with pytest.raises(OptionError, match=r"'run@100' is stored within an error bound of 0.05.*pack.export"):
+        with pytest.raises(OptionError, match=r"'run@100' is stored within an error bound of 0.05.*`export` writes"):
             pack.restore("run@latest", tmp_path / "restored")
 
     def test_an_existing_folder(self, run, tmp_path):

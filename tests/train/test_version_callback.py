@@ -228,12 +228,18 @@ def test_options_and_folders_that_cannot_be_used(tmp_path):
         ex.VersionCallback(tmp_path, every=0)
     with pytest.raises(OptionError, match="max_error has no effect on a lossless version"):
         ex.VersionCallback(tmp_path, max_error=0.1, lossless=True)
-    with pytest.raises(AdapterNameError, match="adapter name 'a@1' is not allowed"):
+    with pytest.raises(AdapterNameError, match="history name 'a@1' is not allowed"):
         ex.VersionCallback(tmp_path, "a@1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("mine")
     with pytest.raises(PackError, match="is not a pack"):
         train(tmp_path / "run", [ex.VersionCallback(tmp_path / "other")])
+    with pytest.raises(PackError, match="exists and is not a folder"):
+        train(tmp_path / "run", [ex.VersionCallback(tmp_path / "other/file")])
+    run = trainer(tmp_path / "run", [callback := ex.VersionCallback(tmp_path / "history")])
+    run.args.save_strategy = "no"
+    with pytest.warns(SkippedVersionWarning, match="saves no checkpoints, so that no version is appended. Pass every"):
+        callback.on_train_begin(run.args, run.state, run.control, model=run.model)
 
 
 def test_a_folder_that_a_killed_process_left_is_used(tmp_path):

@@ -33,15 +33,26 @@ def log(
     json: arguments.Json = False,
 ) -> None:
     """Show the versions of histories: metrics, distances to the previous and the latest version, bytes and errors."""
+    from ..core import keys
+    from ..core.options import suggestion
     from ..errors import OptionError
     from ..pack.pack import Pack
 
+    if name is not None and (parts := keys.split_version(name)) is not None:
+        raise OptionError(f"{name!r} is the name of a version. Pass that of its history, {parts[0]!r}.")
     opened = Pack.from_pretrained(pack, adapters=None if name is None else [name], revision=revision)
     names = [name] if name is not None else list(opened.histories)
     if not names:
         raise OptionError(f"{pack} has no histories. Append versions with `eigenlorax track RUN -o {pack}`.")
     with console.working("The log"):
         logs = {history: opened.log(history) for history in names}
+    recorded = {key for entries in logs.values() for entry in entries for key in entry.record.metrics}
+    for key in metric or ():
+        if key not in recorded:
+            listing = ", ".join(map(repr, sorted(recorded))) or "none"
+            raise OptionError(
+                f"--metric {key}: no version has this metric.{suggestion(key, recorded)} It has: {listing}."
+            )
     if json:
         histories = {
             history: [{**version_rows.record_json(entry.record), "to_latest": entry.to_latest} for entry in entries]

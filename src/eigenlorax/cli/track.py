@@ -79,19 +79,24 @@ def track(
         ),
     ] = False,
     interval: Annotated[
-        float,
+        float | None,
         typer.Option(
-            metavar="SECONDS", help="Time between two looks at the run with --watch.", rich_help_panel=verbs.EXECUTION
+            metavar="SECONDS",
+            help="Time between two looks at the run with --watch (default: 30).",
+            rich_help_panel=verbs.EXECUTION,
         ),
-    ] = 30.0,
+    ] = None,
     json: arguments.Json = False,
 ) -> None:
     """Append the new checkpoints of a training run to a history, also while the run goes on."""
     from ..errors import OptionError
+    from ..formats import run_folders
     from ..pack import track as tracking
 
     if watch and json:
         raise OptionError("--watch prints each version when it is there, and --json prints one document: pass one.")
+    if interval is not None and not watch:
+        raise OptionError("--interval has no effect without --watch. Remove it, or add --watch.")
     options: dict[str, Any] = {
         "name": name,
         "adapter": adapter,
@@ -112,8 +117,10 @@ def track(
         _print_earlier(tracked)
         _print_unfinished(tracked)
         return
+    if not run_folders.has_checkpoints(run):
+        console.note(f"{run} has no folder checkpoint-STEP yet, and is waited for. Stop with Ctrl-C.")
     with console.explain_interrupt(lambda: f"All versions above are in {output}."):
-        for tracked in tracking.watch(run, output, interval=interval, **options):
+        for tracked in tracking.watch(run, output, interval=30.0 if interval is None else interval, **options):
             for record in tracked.appended:
                 console.say(version_rows.sentence(tracked.name, record))
             _print_earlier(tracked)

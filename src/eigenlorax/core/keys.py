@@ -281,16 +281,18 @@ def extra_check_key(module: str, side: str) -> str:
     return f"{module}.{side}.extra_check"
 
 
-def check_name(name: str) -> str:
-    """Return `name` if it may name an adapter, otherwise raise `AdapterNameError`.
+def check_name(name: str, *, kind: str = "adapter") -> str:
+    """Return `name` if it may name an adapter or a history, the `kind`; otherwise raise `AdapterNameError`.
 
     It becomes the name of a folder, so separators, leading dots and the like are not allowed.
     """
     if not _NAME.fullmatch(name) or name.endswith("."):
+        remedy = "Pass another name as name= (--name)."
+        if kind == "adapter":
+            remedy = "Set another name: NAME=PATH for an adapter to read, name= (--name) for one to train."
         raise AdapterNameError(
-            f"adapter name {name!r} is not allowed: 1 to 96 letters, digits, '.', '_' or '-', starting with a letter "
-            "or digit and not ending with '.'. Set another name: NAME=PATH for an adapter to read, name= (--name) for "
-            "one to train."
+            f"{kind} name {name!r} is not allowed: 1 to 96 letters, digits, '.', '_' or '-', starting with a letter "
+            f"or digit and not ending with '.'. {remedy}"
         )
     return name
 

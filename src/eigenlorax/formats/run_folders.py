@@ -260,7 +260,7 @@ def _complete_adapter(folder: Path, adapter: str | None, *, is_saved: bool) -> P
         elif not (chosen / keys.ADAPTER_PICKLE).exists():
             raise _UnfinishedError(f"it has no {keys.ADAPTER_WEIGHTS}")
     except FormatError as error:
-        raise _UnfinishedError(f"its adapter is not complete: {error}") from error
+        raise _UnfinishedError(f"its adapter is not complete: {str(error).rstrip('.')}") from error
     except FileNotFoundError as error:
         raise _UnfinishedError(REMOVED) from error
     return chosen

@@ -258,13 +258,13 @@ def _read(source: AdapterSource, full_name: str, pack: PackContents, options: Ve
 
 def _check_new_name(name: str, pack: PackContents) -> None:
     """Raise `AdapterNameError` unless a new history may have this name."""
-    keys.check_name(name)
+    keys.check_name(name, kind="history")
     for known in (*pack.names, *pack.history_store.histories):
         if known.lower() == name.lower():
             kind = "an adapter" if known in pack.names else "a history"
             raise AdapterNameError(
-                f"The pack already has {kind} named {known!r}, so that no history can be named {name!r}. Pass another "
-                "name."
+                f"The pack already has {kind} named {known!r}, so that no history can be named {name!r}: names have to "
+                "differ in more than the case of letters. Pass another name (--name)."
             )
 
 

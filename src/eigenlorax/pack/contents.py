@@ -358,4 +358,6 @@ class PackContents(Mapping[str, Adapter]):
                 f"{name!r} is a history. Choose one of its versions, such as "
                 f"{name + keys.VERSION_MARK + keys.LATEST!r}."
             )
-        keys.check_known(name, self._adapters)
+        histories = self.history_store.histories
+        kind = "adapter or history" if histories else "adapter"
+        keys.check_known(name, [*self._adapters, *histories], kind=kind)

@@ -266,9 +266,14 @@ def open_pack(folder: Path) -> PackFolder:
     """Read the manifest of the pack in `folder`; `PackMissingError` if there is no pack."""
     opened = find_pack(folder)
     if opened is None:
-        remedy = f"`eigenlorax fit ADAPTER... -o {folder}` makes one, `eigenlorax pull ORG/NAME -o {folder}` gets one"
+        remedy = (
+            f"`eigenlorax fit ADAPTER... -o {folder}` makes one of adapters, `eigenlorax track RUN -o {folder}` one of "
+            f"the checkpoints of a run, `eigenlorax pull ORG/NAME -o {folder}` gets one"
+        )
         if (folder / keys.ADAPTER_CONFIG).is_file():
             remedy = f"It is an adapter: `eigenlorax fit {folder} MORE... -o pack/` makes a pack, `pull` gets one"
+        elif any(folder.glob("checkpoint-*")):
+            remedy = f"It is a run: `eigenlorax track {folder} -o history/` makes a pack, `pull` gets one"
         raise PackMissingError(f"{folder} is not a pack: it has no {keys.MANIFEST}. {remedy} from the Hub.")
     return opened
 
@@ -303,15 +308,16 @@ def _read_checked(path: Path, sha256: str, limit: int) -> bytes:
 
 def _check_content(path: Path, sha256: str, read: Callable[[], bytes]) -> bytes:
     """Read a file or a part of it; `PackDamagedError` if it is missing, too large, or has another hash."""
+    is_version = path.parent.name == keys.VERSIONS
+    remedy = f"Restore the pack from a copy, or {'track the run' if is_version else 'fit it'} again."
     try:
         data = read()
     except FileNotFoundError as error:
-        raise PackDamagedError(f"{path} is missing. Restore the pack from a copy, or fit it again.") from error
+        raise PackDamagedError(f"{path} is missing. {remedy}") from error
     except FormatError as error:
-        raise PackDamagedError(f"{error} Restore the pack from a copy, or fit it again.") from error
+        raise PackDamagedError(f"{error} {remedy}") from error
     if atomic_files.digest(data) != sha256:
         raise PackDamagedError(
-            f"{path} was changed after it was written: its sha256 is not the one in {keys.MANIFEST}. Restore the pack "
-            "from a copy, or fit it again."
+            f"{path} was changed after it was written: its sha256 is not the one in {keys.MANIFEST}. {remedy}"
         )
     return data

@@ -110,7 +110,7 @@ class History:
                 return record
         known = ", ".join(self.labels[-12:])
         raise AdapterNameError(
-            f"no version {label!r} in the history {self.name!r}.{suggestion(label, self.labels)} "
+            f"no version {label!r} in the history {self.name!r}.{suggestion(label, [*self.labels, keys.LATEST])} "
             f"It has {len(self)}{', the last ones' if len(self) > 12 else ''}: {known}."
         )
 

@@ -64,7 +64,11 @@ class HistoryStore:
         """
         parts = keys.split_version(name)
         if parts is None:
-            raise AdapterNameError(f"{name!r} is not the name of a version. Expected a name such as 'run@1000'.")
+            example = name if name in self.histories else "run"
+            raise AdapterNameError(
+                f"{name!r} is not the name of a version. Expected a name such as "
+                f"{example + keys.VERSION_MARK + keys.LATEST!r}."
+            )
         history = self.history(parts[0])
         return history, history[parts[1]]
 

@@ -94,7 +94,7 @@ def track(
     """
     append.check_error_bounds(max_error, head_error, lossless=lossless)
     found = run_folders.read_run(Path(run), adapter, known_steps=known_steps)
-    history_name = keys.check_name(name) if name is not None else run_name(Path(run))
+    history_name = keys.check_name(name, kind="history") if name is not None else run_name(Path(run))
     options: dict[str, Any] = {"max_error": max_error, "head_error": head_error, "lossless": lossless}
     options |= {"same_base": same_base, "allow_pickle": allow_pickle}
     appended, earlier, unfinished = [], [], dict(found.unfinished)

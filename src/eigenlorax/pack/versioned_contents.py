@@ -182,7 +182,7 @@ class VersionedContents(WritableContents):
             ['adapter_config.json', 'adapter_model.safetensors']
         """
         history, record = self.history_store.find(name)
-        remedy = f"Write an ordinary LoRA with pack.export(directory, {name!r}) (`eigenlorax export`)."
+        remedy = "`export` writes it as an ordinary LoRA."
         if not record.lossless:
             raise OptionError(
                 f"Version {history.full_name(record)!r} is stored within an error bound of {record.max_error:g}, and "

@@ -71,7 +71,7 @@ class VersionCallback(TrainerCallback):  # type: ignore[misc]
         if every is not None and to_int("every", every) < 1:
             raise OptionError(f"every={every}: expected a number of steps of at least 1, or None.")
         self.history = Path(history)
-        self.name = keys.check_name(name) if name is not None else None
+        self.name = keys.check_name(name, kind="history") if name is not None else None
         self.every = every
         self._adapter = adapter
         self._overwrite = overwrite
@@ -90,6 +90,13 @@ class VersionCallback(TrainerCallback):  # type: ignore[misc]
             Pack.open(self.history)
         else:
             writer.check_free(self.history)
+        if self.every is None and args.save_strategy == "no":
+            warnings.warn(
+                "save_strategy='no' saves no checkpoints, so that no version is appended. Pass every= to "
+                "VersionCallback, or another save_strategy to the trainer.",
+                SkippedVersionWarning,
+                stacklevel=2,
+            )
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Append a version after the Trainer has saved a checkpoint, unless `every` is set."""

@@ -260,6 +260,8 @@ def test_unload_restores_the_model(run):
 
 
 def test_versions_that_cannot_be_served_are_named(run, history, tmp_path):
+    with pytest.raises(AdapterNameError, match="adapters has 'run@latest', and is for adapters of the pack only"):
+        ex.AdapterBank(run.kind.model(), history, adapters=["run@latest"])
     bank = ex.AdapterBank(run.kind.model(), history)
     with pytest.raises(AdapterNameError, match="no version '5' in the history 'run'"):
         bank.using(["run@5"])

@@ -92,6 +92,11 @@ class AdapterBank:
         self.pack = _open(pack, names)
         self._discards_bases = in_int8 and not isinstance(pack, Pack)
         for name in names or ():
+            if name in self.pack.histories or keys.is_version(name):
+                raise AdapterNameError(
+                    f"adapters has {name!r}, and is for adapters of the pack only: versions are loaded when a request "
+                    "names them. Remove it."
+                )
             keys.check_known(name, self.pack.names)
         if names is None:
             check_none_carried(self.pack)
