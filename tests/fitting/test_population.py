@@ -266,6 +266,18 @@ class TestBundle:
             for key, tensor in tensors_of(after[f"members@{name}"]).items():
                 assert torch.equal(tensor, tensors_of(before[f"members@{name}"])[key])
 
+    def test_is_written_again_without_one_of_two_equal_members(self, users, tmp_path):
+        common, members = users
+        pack = ex.fit({"ann": members["ann"], "bob": members["bob"], "twin": members["ann"]}, reference=common)
+        pack.save(tmp_path / "pack")
+        pack.remove("members@ann")
+        pack.save()
+        left = ex.Pack.open(tmp_path / "pack")
+        left.verify()
+        assert left.histories["members"].labels == ["common", "bob", "twin"]
+        assert left.histories["members"]["twin"].offset == left.histories["members"]["bob"].file_bytes
+        assert ex.verify(left, {"ann": members["ann"], "bob": members["bob"]}).holds
+
     def test_is_copied_with_the_pack(self, pack, tmp_path):
         assert tree(ex.Pack.open(pack).save(tmp_path / "copy")) == tree(pack)
 

@@ -37,7 +37,7 @@ def bundle_again(store: HistoryStore, history: History, remaining: History) -> H
         history: The history before the change.
         remaining: The history after it.
     """
-    before, after = ({(record.bundle, record.sha256) for record in each.versions} for each in (history, remaining))
+    before, after = ({(record.bundle, record.offset) for record in each.versions} for each in (history, remaining))
     for digest in sorted({digest for digest, _ in before - after if digest is not None}):
         remaining = bundle(store, remaining, {record.version for record in remaining if record.bundle == digest})
     return remaining

@@ -199,6 +199,8 @@ def _check_numbers(store: HistoryStore, history: History, remaining: History, ag
         remaining: The history after it.
         again: Labels of the versions that were encoded again.
     """
+    if not again:
+        return
     # numbers of a chain add up, so that its end shows an error anywhere
     references = {record.reference for record in remaining.versions}
     for record in remaining.versions:
