@@ -6,7 +6,7 @@ import pytest
 
 import eigenlorax as ex
 from adapters import change_tensors, make_adapter
-from eigenlorax.errors import AdapterNameError, FormatError, NonFiniteError, PackBusyError
+from eigenlorax.errors import AdapterNameError, FormatError, PackBusyError
 from eigenlorax.pack import track as tracking
 from outcomes import contents
 from runs import WEIGHTS, make_run, write_states
@@ -41,11 +41,22 @@ def test_a_checkpoint_that_is_damaged_meanwhile_is_an_error(run, tmp_path):
     assert ex.Pack.open(tmp_path / "history").histories["run"].labels == ["10"]
 
 
-def test_versions_before_one_that_is_not_finite_are_kept(run, tmp_path):
+def test_a_checkpoint_that_is_not_finite_is_left_out(run, tmp_path):
     change_tensors(run / "checkpoint-20", lambda tensors: [tensor.fill_(float("nan")) for tensor in tensors.values()])
-    with pytest.raises(NonFiniteError, match="NaN or Inf"):
-        ex.track(run, tmp_path / "history")
-    assert ex.Pack.open(tmp_path / "history").histories["run"].labels == ["10"]
+    tracked = ex.track(run, tmp_path / "history")
+    assert list(tracked.not_finite) == [run / "checkpoint-20"]
+    assert "NaN or Inf" in tracked.not_finite[run / "checkpoint-20"]
+    assert ex.Pack.open(tmp_path / "history").histories["run"].labels == ["10", "30"]
+
+
+def test_lossless_versions_do_not_pass_for_others(run, tmp_path):
+    ex.track(run, tmp_path / "history")
+    with pytest.raises(AdapterNameError, match="has step 10 within an error bound, and it was to be stored lossless"):
+        ex.track(run, tmp_path / "history", lossless=True)
+    ex.track(run, tmp_path / "history", lossless=True, overwrite=True)
+    assert [record.lossless for record in ex.Pack.open(tmp_path / "history").histories["run"]] == [True] * 3
+    # a lossless version is within any bound
+    assert ex.track(run, tmp_path / "history").appended == ()
 
 
 def test_watching_goes_on_when_another_process_holds_the_pack(run, tmp_path, monkeypatch):

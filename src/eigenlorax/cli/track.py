@@ -124,6 +124,8 @@ def track(
             for record in tracked.appended:
                 console.say(version_rows.sentence(tracked.name, record))
             _print_earlier(tracked)
+            for folder, error in tracked.not_finite.items():
+                console.note(f"{folder.name} was left out: {error}")
 
 
 def _document(output: Path, tracked: "Tracked") -> dict[str, Any]:
@@ -134,6 +136,7 @@ def _document(output: Path, tracked: "Tracked") -> dict[str, Any]:
         "known_steps": sorted(tracked.known_steps),
         "earlier_steps": list(tracked.earlier_steps),
         "unfinished": {str(folder): reason for folder, reason in tracked.unfinished.items()},
+        "not_finite": {str(folder): error for folder, error in tracked.not_finite.items()},
         "is_finished": tracked.is_finished,
     }
 
@@ -164,3 +167,5 @@ def _print_earlier(tracked: "Tracked") -> None:
 def _print_unfinished(tracked: "Tracked") -> None:
     for folder, reason in tracked.unfinished.items():
         console.note(f"{folder.name} was left out: {reason}. Run the command again once it is complete.")
+    for folder, error in tracked.not_finite.items():
+        console.note(f"{folder.name} was left out: {error}")

@@ -11,7 +11,7 @@ from typing import Any
 from ..core import keys
 from ..core.options import to_float
 from ..core.progress import Progress
-from ..errors import AdapterNameError, FormatError, OptionError, PackBusyError, PackExistsError
+from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, PackBusyError, PackExistsError
 from ..formats import checks, run_folders
 from ..formats.sources import AdapterSource
 from . import append
@@ -30,6 +30,7 @@ class Tracked:
         earlier_steps: Steps before the latest version that are not in the history, because their versions were pruned
             or removed. They are not appended again.
         unfinished: Reason why a checkpoint was left out, by its folder. It is taken by a later call.
+        not_finite: Error of a checkpoint with NaN or Inf, which was left out, by its folder.
         is_finished: True if the last step of the run has been saved and is in the history.
     """
 
@@ -38,6 +39,7 @@ class Tracked:
     known_steps: frozenset[int]
     earlier_steps: tuple[int, ...]
     unfinished: Mapping[Path, str]
+    not_finite: Mapping[Path, str]
     is_finished: bool
 
 
@@ -59,8 +61,9 @@ def track(
     """Append the checkpoints of a run to a history, in the order of their steps, with their metrics.
 
     A checkpoint whose files are still being written is left out, and taken by the next call. One that is in the history
-    already is compared with it, and skipped. So is one before the latest version that is not in the history, because
-    it was pruned or removed. The pack is saved after each version, so that an interrupted call loses none.
+    already is compared with it, and skipped. So is one with NaN or Inf, and one before the latest version that is not
+    in the history, because it was pruned or removed. The pack is saved after each version, so that an interrupted call
+    loses none.
 
     Args:
         run: `output_dir` of the Trainer of transformers or TRL, with folders `checkpoint-STEP`.
@@ -81,7 +84,6 @@ def track(
         AdapterNameError: The history has another version of a checkpoint's step, and `overwrite` is not set; or the
             name is invalid.
         BaseModelError, ShapeError: A checkpoint does not belong to the history.
-        NonFiniteError: A tensor has NaN or Inf. Earlier checkpoints are in the history.
         OptionError: An option is invalid.
         PackBusyError: Another process is writing to the pack.
 
@@ -98,6 +100,7 @@ def track(
     options: dict[str, Any] = {"max_error": max_error, "head_error": head_error, "lossless": lossless}
     options |= {"same_base": same_base, "allow_pickle": allow_pickle}
     appended, earlier, unfinished = [], [], dict(found.unfinished)
+    not_finite: dict[Path, str] = {}
     with opened_for_appending(Path(history)) as pack:
         for done, checkpoint in enumerate(found.checkpoints):
             if progress is not None:
@@ -110,6 +113,10 @@ def track(
             source = AdapterSource(history_name, checkpoint.folder)
             try:
                 record = append_new(pack, source, checkpoint.step, options, overwrite=overwrite)
+            except NonFiniteError as error:
+                # a training may recover, or be repeated from an earlier checkpoint
+                not_finite[checkpoint.folder] = str(error)
+                continue
             except (FormatError, OSError):
                 # the Trainer removes old checkpoints (save_total_limit)
                 if checkpoint.folder.exists():
@@ -126,6 +133,7 @@ def track(
         known_steps=frozenset({*known_steps, *seen}),
         earlier_steps=tuple(earlier),
         unfinished=unfinished,
+        not_finite=not_finite,
         is_finished=found.is_finished,
     )
 
@@ -177,14 +185,23 @@ def append_new(
         The record; None if the history had the version.
 
     Raises:
-        AdapterNameError: The history has another version of this step, or later ones, and `overwrite` is not set.
+        AdapterNameError: The history has another version of this step, or later ones, or has it within an error bound
+            and was to have it lossless; and `overwrite` is not set.
     """
     assert source.name is not None
     history, label = pack.histories.get(source.name), str(step)
     if history is not None and label in history.labels:
         adapter = checks.read_source(source, {"allow_pickle": options.get("allow_pickle", False)})
+        is_lossless = bool(options.get("lossless"))
         if history[label].source_sha256 == checks.scan(adapter).content_hash:
-            return None
+            if history[label].lossless or not is_lossless:
+                return None
+            if not overwrite:
+                raise AdapterNameError(
+                    f"The history {source.name!r} has step {step} within an error bound, and it was to be stored "
+                    "lossless. Pass another name (--name), or overwrite=True (--overwrite) to replace this version and "
+                    "later ones."
+                )
     repeated = [
         f"{source.name}{keys.VERSION_MARK}{record.version}"
         for record in history or ()

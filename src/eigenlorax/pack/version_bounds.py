@@ -124,7 +124,8 @@ def search_error(max_bytes: int, count_bytes: Callable[[float], int]) -> float:
         elif error >= MAX_BOUND:
             raise OptionError(
                 f"the version takes {size:,} bytes even at an error of {error:g} of its change, which exceeds "
-                f"{max_bytes:,} bytes (max_bytes, --max-bytes-per-adapter). Pass more bytes."
+                f"{max_bytes:,} bytes (max_bytes=; of fit, max_bytes_per_adapter=, --max-bytes-per-adapter). "
+                "Pass more bytes."
             )
         else:
             too_small = error
