@@ -100,6 +100,14 @@ def _made(tmp_path_factory):
     make_adapters(place / "in", names, base=f"an-organisation/{'a-model-' * 6}", head=(2, 31), rank=8)
     make_adapter(place / "new", seed=9, base=f"an-organisation/{'a-model-' * 6}", rank=2)
     ex.fit(place / "in", n_components=10).save(place / "pack")
+    for step in (10, 20, 30):
+        make_adapter(
+            place / "run" / f"checkpoint-{step}", seed=step, base=f"an-organisation/{'a-model-' * 6}", head=(2, 31)
+        )
+    pack = ex.Pack.empty()
+    for step in (10, 20, 30):
+        pack.append(place / "run" / f"checkpoint-{step}", name="run", step=step, lossless=True)
+    pack.save(place / "history")
     return place
 
 
@@ -157,9 +165,17 @@ LINES = [
     "export PLACE/pack -o PLACE/out --overwrite",
     "augment PLACE/pack --n-extra 1 --seed 1 -o PLACE/wider --overwrite",
     "refit PLACE/pack -o PLACE/again -k 4 --overwrite",
+    "log PLACE/history",
+    "diff PLACE/history run@10 run@latest",
+    "restore PLACE/history run@10 -o PLACE/out --overwrite",
     "env",
 ]
-CHANGES = ["add PLACE/pack PLACE/new --extend 1", "remove PLACE/pack c"]
+CHANGES = [
+    "add PLACE/pack PLACE/new --extend 1",
+    "remove PLACE/pack c",
+    "track PLACE/run -o PLACE/pack",
+    "prune PLACE/history run --keep-last 1",
+]
 REFUSED = ["push PLACE/pack PLACE/nowhere", "pull PLACE/nowhere -o PLACE/out", "inspect PLACE/nowhere"]
 TRAINED = [
     "train PLACE/pack --task text-classification --train PLACE/few.jsonl --eval PLACE/eval.jsonl --epochs 2 "
@@ -179,11 +195,13 @@ def test_figures_are_whole(place, line):
 @pytest.mark.parametrize("line", CHANGES)
 def test_figures_of_what_changes_a_pack_are_whole(place, line):
     def shown(width):
-        shutil.rmtree(place / "pack")
-        shutil.copytree(place / "kept", place / "pack")
+        for name in ("pack", "history"):
+            shutil.rmtree(place / name)
+            shutil.copytree(place / "before" / name, place / name)
         return succeeded(terminals.run(*arguments(line, place), columns=width)).out
 
-    shutil.copytree(place / "pack", place / "kept")
+    for name in ("pack", "history"):
+        shutil.copytree(place / name, place / "before" / name)
     assert_whole(shown)
 
 

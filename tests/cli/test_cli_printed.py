@@ -75,6 +75,12 @@ def _made(tmp_path_factory):
     )
     with pytest.warns(ex.errors.SkippedAdapterWarning):
         ex.fit(place / "in", n_components=3, skip_bad=True, same_base=True).save(place / "pack")
+    pack = ex.Pack.empty()
+    for step in (10, 20):
+        checkpoint = place / "run" / f"checkpoint-{step}"
+        make_adapter(checkpoint, seed=step, modules=MODULES, base=HOSTILE, head=(2, 31), rank=4)
+        pack.append(checkpoint, name="run", step=step, metrics={TEXT: 0.5}, lossless=True)
+    pack.save(place / "history")
     return place
 
 
@@ -133,6 +139,17 @@ LINES = [
     "refit PACK -o PACK",
     "push PACK NOWHERE",
     "pull NOWHERE -o NEW",
+    "track RUN -o NEW",
+    "track RUN -o PACK",
+    "track NOWHERE -o NEW",
+    "log HISTORY",
+    "log NOWHERE",
+    "diff HISTORY run@10 run@latest",
+    "diff HISTORY run@10 NOWHERE",
+    "prune HISTORY run --keep-last 1",
+    "prune HISTORY NOWHERE --keep-last 1",
+    "restore HISTORY run@10 -o NEW",
+    "restore HISTORY NOWHERE -o NEW",
     "serve-check PACK --model NOWHERE",
     "demo --keep PLACE",
     "env",
@@ -162,6 +179,8 @@ def arguments(line, place):
         "IN": place / "in",
         "OF-ANOTHER": place / "of-another",
         "NEWCOMER": place / "new",
+        "RUN": place / "run",
+        "HISTORY": place / "history",
         "STYLE": place / "style.safetensors",
         "ROWS": place / f"{PATH}.jsonl",
         "LABELS": f"a{PATH},b{PATH}",

@@ -195,7 +195,7 @@ def _read_source(
         name = sources.default_name(source)
         if not options.skip_bad:
             raise type(error)(f"{error}{'' if is_only else _how_to_skip(name)}") from error
-        _skip(name, error, source.source, skipped, stacklevel=6)
+        _skip(name, error, source.source, skipped, stacklevel=7)
         return None
 
 
@@ -224,7 +224,7 @@ def scan(collection: ReadCollection, options: ReadOptions, engine: Engine, progr
             if not options.skip_bad:
                 advice = "" if len(adapters) == 1 else _how_to_skip(adapter.name)
                 raise NonFiniteError(f"{outcome}{advice}") from outcome
-            _skip(adapter.name, outcome, None, skipped, stacklevel=5)
+            _skip(adapter.name, outcome, None, skipped, stacklevel=6)
         else:
             names = collection.subspace_names
             own_names = {module: names[module] for module in adapter.specs if module in names}
@@ -282,7 +282,7 @@ def _weights(scanned: Sequence[ScannedAdapter]) -> dict[str, float]:
         warnings.warn(
             f"untrained (every update is zero), so kept in the pack but left out of the fit: {', '.join(untrained)}.",
             UntrainedAdapterWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     if not weights:
         raise OptionError("No adapter has a trained update in the modules to fit, so there is no subspace to find.")

@@ -312,4 +312,4 @@ def _warn_of_losses(pack: Pack, collection: Collection, fitted: FittedCollection
         advice = "More components (-k, n_components) lower the errors."
     else:
         advice = remedy.suggest(collection.loaders, fitted.fitter, warn_above)
-    warn_of_losses(pack.records, warn_above, advice, stacklevel=5)
+    warn_of_losses(pack.records, warn_above, advice, stacklevel=6)

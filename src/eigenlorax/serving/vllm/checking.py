@@ -174,7 +174,11 @@ def check(
         not_held=match.not_held,
         target_modules=list(targets),
         plan=plan,
-        notes=[*_name_notes(pack, shapes, match), *_notes(shapes, match, totals, options), *version_notes(pack)],
+        notes=[
+            *_name_notes(pack, shapes, match),
+            *_notes(shapes, match, totals, options, has_histories=bool(pack.histories)),
+            *version_notes(pack),
+        ],
     )
 
 
@@ -379,10 +383,12 @@ def _name_notes(pack: Pack, shapes: Shapes, match: _ModuleMatch) -> list[str]:
     ]
 
 
-def _notes(shapes: Shapes, match: _ModuleMatch, totals: _Totals, options: ServerOptions) -> list[str]:
+def _notes(
+    shapes: Shapes, match: _ModuleMatch, totals: _Totals, options: ServerOptions, *, has_histories: bool
+) -> list[str]:
     """Return notes about adapters, division among GPUs, experts and large ranks."""
     notes = []
-    if totals.expanded.refused and not totals.expanded.ranks and not totals.shared.ranks:
+    if not totals.expanded.ranks and not totals.shared.ranks and (totals.expanded.refused or not has_histories):
         notes.append("no adapter of the pack can be served.")
     if shapes.whole and options.tensor_parallel_size > 1:
         notes.append(
