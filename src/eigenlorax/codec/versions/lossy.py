@@ -46,12 +46,10 @@ def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion
     tensors = quantise_tensors(version.tensors, version.tensor_bounds, reference)
     decoded = _join(quantised, exact_modules, tensors)
     encoded = _to_bytes(decoded, reference, quantised.orders)
-    if encoded.has_reference and not _can_be_read(encoded, reference):
+    if not _can_be_read(encoded, reference):
         encoded = _to_bytes(decoded, None, {})
-    if not _can_be_read(encoded, reference if encoded.has_reference else None):
-        quantised = QuantisedModules(0, {}, {}, 0.0)
-        tensors = QuantisedTensors({}, version.tensors, 0.0)
-        encoded = _to_bytes(_exact(modules, version.tensors), reference, {})
+        if not _can_be_read(encoded, None):
+            return _to_bytes(_exact(modules, version.tensors), reference, {})
     return replace(encoded, delta_error=quantised.error, tensor_error=tensors.error)
 
 
@@ -78,8 +76,9 @@ def _exact(modules: Mapping[str, LoRAFactors], tensors: Mapping[str, Tensor]) ->
 
 def _can_be_read(encoded: EncodedVersion, reference: LossyVersion | None) -> bool:
     """Return whether the limits of memory let a version be read: hundreds of megabytes of zeros take few bytes."""
+    earlier = labels_of(reference) if reference is not None and encoded.has_reference else None
     try:
-        container.parse(encoded.data, labels_of(reference) if reference is not None else None)
+        container.parse(encoded.data, earlier)
     except ValueError:
         return False
     return True
