@@ -130,9 +130,15 @@ def read_run(path: str | Path, adapter: str | None = None, *, known_steps: Colle
     return RunFolder(path, tuple(checkpoints), unfinished, is_finished)
 
 
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the training step of a folder `checkpoint-STEP`, from its name; None if it has another name."""
+    match = _CHECKPOINT.fullmatch(folder.name)
+    return int(match[1]) if match is not None else None
+
+
 def has_checkpoints(path: Path) -> bool:
     """Return whether a run has saved a checkpoint yet; raise `FormatError` if it has no folder."""
-    return any(_CHECKPOINT.fullmatch(child.name) for child in _run_folder(path).iterdir())
+    return any(checkpoint_step(child) is not None for child in _run_folder(path).iterdir())
 
 
 def metrics_at(step: int, log: LogHistory) -> dict[str, float]:
@@ -207,11 +213,11 @@ def trainer_state(step: int, versions: Sequence[tuple[int, Mapping[str, float]]]
 def _checkpoint_folders(path: Path) -> dict[int, Path]:
     """Return the folders of a run's checkpoints by step, in order."""
     children = [child for child in _run_folder(path).iterdir() if child.is_dir()]
-    matches = [(_CHECKPOINT.fullmatch(child.name), child) for child in children]
-    folders = {int(match[1]): child for match, child in matches if match is not None}
+    steps = [(checkpoint_step(child), child) for child in children]
+    folders = {step: child for step, child in steps if step is not None}
     if not folders:
         whole = path.resolve()
-        is_checkpoint = _CHECKPOINT.fullmatch(whole.name) is not None
+        is_checkpoint = checkpoint_step(whole) is not None
         remedy = f"It is one checkpoint: pass its parent, {whole.parent}." if is_checkpoint else _EXPECTED
         raise FormatError(f"{path} has no folder checkpoint-STEP. {remedy}")
     return dict(sorted(folders.items()))

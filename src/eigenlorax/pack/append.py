@@ -15,7 +15,7 @@ from ..core import atomic_files, keys, metrics
 from ..core.adapter import Adapter, LoRAFactors
 from ..core.options import format_value, to_float, to_int
 from ..errors import AdapterNameError, OptionError, ShapeError
-from ..formats import checks, in_memory, lora_config, sources
+from ..formats import checks, in_memory, lora_config, run_folders, sources
 from ..formats.checks import StatedBase
 from ..formats.sources import AdapterSource, Source
 from . import lossless_versions, source_configs
@@ -30,8 +30,6 @@ DEFAULT_MAX_ERROR = 0.05
 DEFAULT_CHANGE_ERROR = 0.2
 """Error bound of a version with a reference, relative to its change from it."""
 DEFAULT_NAME = "adapter"
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
-"""Folder in which the Trainer of transformers saves a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +128,11 @@ def run_and_step(source: object) -> tuple[str | None, int | None]:
     if not isinstance(source, str | Path):
         return None, None
     path = Path(source)
-    match = _CHECKPOINT.fullmatch(path.name)
-    if match is None:
+    step = run_folders.checkpoint_step(path)
+    if step is None:
         return None, None
     run = path.absolute().parent.name
-    return run if keys.is_valid_name(run) else None, int(match[1])
+    return run if keys.is_valid_name(run) else None, step
 
 
 def default_name(histories: Collection[str]) -> str:

@@ -93,7 +93,7 @@ def metrics(history: HistoryFigures, number: int) -> str:
 
     def paint(figure: Any) -> None:
         axes = list(figure.subplots(rows, 2, squeeze=False, sharex=True).flat)
-        for axis, name in zip(axes, names, strict=False):
+        for axis, name in zip(axes[: len(names)], names, strict=True):
             pairs = zip(steps, history.versions, strict=True)
             points = [(step, version.metrics[name]) for step, version in pairs if name in version.metrics]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, color=series(0))
