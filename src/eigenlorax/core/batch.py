@@ -5,7 +5,7 @@ in any order.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .adapter import LoRAFactors
 from .coefficients import Coefficients
-from .linalg import difference_square, psd_root, svd_factors
+from .linalg import difference_square, psd_root, svd_factors, triangular_factor
 
 BATCH_SIZE = 64
 """Largest number of adapters that a fit holds in one batch."""
@@ -170,6 +170,34 @@ def scaled_batch(
     """Return a batch of updates whose scaling is part of `up`: delta_weight[i] = up[i].mT @ down[i]."""
     unit = torch.ones(len(down), dtype=torch.float64)
     return ModuleBatch(down, up, scaling=unit, weights=unit, ranks=ranks, applied_scaling=applied_scaling)
+
+
+def unpadded(batch: ModuleBatch) -> list[LoRAFactors]:
+    """Return the factors of each adapter of a batch, at its own rank.
+
+    Args:
+        batch: Batch in which every adapter has the module, with the scaling multiplied into `up`.
+    """
+    return [
+        LoRAFactors(batch.down[index, :rank], (batch.up[index, :rank] / scaling).mT, scaling)
+        for index, (rank, scaling) in enumerate(zip(batch.ranks, batch.applied_scaling.tolist(), strict=True))
+    ]
+
+
+def in_row_spaces(batch: ModuleBatch) -> ModuleBatch:
+    """Return the batch in orthonormal coordinates of the span of all its rows, where that is narrower than the side.
+
+    Inner products of rows are unchanged, and with them norms, spectra and the energies in fitted bases.
+    """
+    return replace(batch, down=_in_span(batch.down), up=_in_span(batch.up))
+
+
+def _in_span(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "n r s"]:
+    flat = rows.flatten(0, 1)
+    if flat.shape[0] >= flat.shape[1]:
+        return rows
+    # a QR decomposition, because a Gram matrix would square the condition number
+    return triangular_factor(flat.mT).mT.reshape(*rows.shape[:2], -1)
 
 
 def svd_balanced(batch: ModuleBatch) -> ModuleBatch:

@@ -164,8 +164,12 @@ def _projected_roots(opposite: LeadingVectors, blocks: Sequence[slice], scales: 
     They are s·w·(Cᵀ C)^½ with C the opposite factor projected on its basis. ‖U D Vᵀ‖ depends on the opposite
     factor through C alone.
     """
-    projected = [opposite.projection[block] for block in blocks]
-    return [scale * psd_root(rows @ rows.mT) for scale, rows in zip(scales, projected, strict=True)]
+    if len({block.stop - block.start for block in blocks}) == 1:
+        # blocks of equal size in one call: hundreds of calls for small matrices would take most of the time
+        projected = opposite.projection.reshape(len(blocks), -1, opposite.projection.shape[1])
+        return list(torch.tensor(scales, dtype=torch.float64)[:, None, None] * psd_root(projected @ projected.mT))
+    by_block = [opposite.projection[block] for block in blocks]
+    return [scale * psd_root(rows @ rows.mT) for scale, rows in zip(scales, by_block, strict=True)]
 
 
 def _as_basis(first: LeadingVectors, last: LeadingVectors, roots: Sequence[Tensor], blocks: RowBlocks) -> Basis:

@@ -136,6 +136,10 @@ def leading_right_vectors(rows: Tensor, max_vectors: int) -> Tensor:
 
 def _block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[Tensor]) -> Tensor:
     """Return diag(weights) @ matrix, block by block."""
+    if len({weight.shape for weight in weights}) == 1:
+        # one batched product: many small ones would mostly be overhead
+        product = torch.stack(list(weights)) @ matrix.reshape(len(weights), -1, matrix.shape[1])
+        return product.flatten(0, 1)
     return torch.cat([weight @ matrix[block] for block, weight in zip(blocks, weights, strict=True)])
 
 

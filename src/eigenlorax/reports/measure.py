@@ -343,11 +343,7 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
     measured.weighted[module.name] = float((squared_errors.sum() / total.sum()).sqrt())
     row_of_member = {member: row for row, member in enumerate(members)}
     chosen = [member for member in measured.chosen if member in row_of_member]
-    trained = Members(
-        [factors for index in indices if (factors := module.factors[index]) is not None],
-        module.batch.select(indices),
-        weights,
-    )
+    trained = Members(module.batch.select(indices), weights)
     k = (module.bases.down.n_fitted, module.bases.up.n_fitted)
     # if one basis has no component, the reconstruction is zero
     k = k if all(k) else (0, 0)

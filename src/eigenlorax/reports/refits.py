@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..core.adapter import LoRAFactors
 from ..core.basis import component_rule
-from ..core.batch import ModuleBatch, captured_squares
+from ..core.batch import ModuleBatch, captured_squares, in_row_spaces, unpadded
 from ..core.exact_fit import ExactFit
 from ..core.fit_options import FitOptions
 from .analysis import crowded, losses, null, spectra
 from .analysis.left_out import Kept, left_out
 from .analysis.null import NullModel
-from .analysis.spectra import Halves
+from .analysis.spectra import Halves, Weighted
 from .data import SPECTRUM
 
 
@@ -41,14 +40,17 @@ class Members:
     """The n adapters that have trained a module.
 
     Attributes:
-        factors: Factors of each adapter; empty for draws of the null model in a crowded module.
-        batch: The same factors, padded.
+        batch: Factors of all adapters.
         weights: Weight of each adapter in the fit, (n,).
     """
 
-    factors: list[LoRAFactors]
     batch: ModuleBatch
     weights: Tensor
+
+    @property
+    def weighted(self) -> Weighted:
+        """Factors of each adapter, and its weight."""
+        return unpadded(self.batch), self.weights.tolist()
 
     @property
     def crowded(self) -> bool:
@@ -138,16 +140,16 @@ def refit_module(members: Members, options: RefitOptions, generator: torch.Gener
     order = torch.randperm(len(members.batch), generator=generator).tolist()
     middle = len(order) // 2
     halves = sorted(order[:middle]), sorted(order[middle:])
-    real = (_crowded_refit if members.crowded else _refit)(members, options, halves)
+    # all figures depend on inner products of rows alone, and coordinates in the span of the rows keep these
+    narrow = Members(in_row_spaces(members.batch), members.weights)
+    real = (_crowded_refit if members.crowded else _refit)(narrow, options, halves)
     model = NullModel.of(members.batch)
     fits, random_kept = [], []
     for _ in range(options.draws):
         drawn = model.draw(generator)
         # the null model of a crowded module is fitted by the same method as the module
-        factors = [] if members.crowded else null.factors(drawn)
-        fits.append(
-            (_crowded_null_fit if members.crowded else _null_fit)(Members(factors, drawn, members.weights), options)
-        )
+        null_fit = _crowded_null_fit if members.crowded else _null_fit
+        fits.append(null_fit(Members(in_row_spaces(drawn), members.weights), options))
         random_kept.append(_kept_by_random(drawn.select(options.chosen), real.left_out, options.grid))
     down, up = (_side(side, real, fits, model.dimensions[side], generator) for side in (0, 1))
     return Refit(
@@ -183,7 +185,7 @@ class _RealFit:
 
 def _refit(members: Members, options: RefitOptions, halves: tuple[list[int], list[int]]) -> _RealFit:
     """Refit with the options of the pack's fit."""
-    weighted = members.factors, members.weights.tolist()
+    weighted = members.weighted
     down, up = ExactFit.stack(*weighted, options.fit).leading(component_rule(options.grid[-1], None))
     size = options.k if options.fixed else None
     return _RealFit(
@@ -196,7 +198,7 @@ def _refit(members: Members, options: RefitOptions, halves: tuple[list[int], lis
 
 def _null_fit(members: Members, options: RefitOptions) -> NullFit:
     """Fit the null model with the options of the pack's fit, and with other sizes."""
-    fit = ExactFit.stack(members.factors, members.weights.tolist(), options.fit)
+    fit = ExactFit.stack(*members.weighted, options.fit)
     first = fit.leading(component_rule(max(options.grid[-1], *options.k), None))
     bases = fit.fit(first, options.k)
     down, up = (spectra.explained_ratios(leading.singular_values, SPECTRUM) for leading in first)

@@ -9,7 +9,7 @@ import torch
 from scipy import integrate, optimize
 
 from eigenlorax.core.adapter import LoRAFactors, delta_square
-from eigenlorax.core.batch import delta_squares, pad_factors
+from eigenlorax.core.batch import delta_squares, pad_factors, unpadded
 from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.reports import refits
 from eigenlorax.reports.analysis import crowded, losses, null, spectra
@@ -69,7 +69,7 @@ class TestNullModel:
     def test_factors_are_those_of_the_stack(self):
         found = members(5)
         _, drawn = drawn_like(found)
-        for original, factors, update in zip(found, null.factors(drawn), drawn.up.mT @ drawn.down, strict=True):
+        for original, factors, update in zip(found, unpadded(drawn), drawn.up.mT @ drawn.down, strict=True):
             assert (factors.down.shape, factors.up.shape, factors.scaling) == (
                 original.down.shape,
                 original.up.shape,
@@ -151,7 +151,7 @@ def fitted(one, k, weights=None, sweeps=2):
     weights = delta_squares(one).rsqrt() if weights is None else weights
     options = FitOptions(n_components=k, sweeps=sweeps)
     asked = refits.RefitOptions(options, (k, k), fixed=True, grid=[k], chosen=[], draws=2)
-    return refits._null_fit(refits.Members(null.factors(one), one, weights), asked)
+    return refits._null_fit(refits.Members(one, weights), asked)
 
 
 class TestTheory:
@@ -206,7 +206,7 @@ class TestRefits:
         one = pad_factors(factors, N_IN, N_OUT)
         options = FitOptions(n_components=6, weighting=weighting, sweeps=sweeps)
         asked = refits.RefitOptions(options, self.K, fixed=True, grid=self.GRID, chosen=[0, 2], draws=self.DRAWS)
-        found = refits.refit_module(refits.Members(factors, one, weights), asked, generator(8))
+        found = refits.refit_module(refits.Members(one, weights), asked, generator(8))
         # the division into halves is drawn first
         again = generator(8)
         torch.randperm(n, generator=again)
@@ -276,8 +276,8 @@ class TestRefits:
         factors = [of_spectrum([1.0, 0.5, 0.05], N_OUT, N_IN, seed=50 * i) for i in range(9)]
         one, weights = pad_factors(factors, N_IN, N_OUT), torch.ones(9).double()
         asked = refits.RefitOptions(FitOptions(n_components=6), (6, 6), fixed=True, grid=[2, 6], chosen=[], draws=60)
-        found = refits.refit_module(refits.Members(factors, one, weights), asked, generator(3))
-        real = refits._null_fit(refits.Members(factors, one, weights), asked)
+        found = refits.refit_module(refits.Members(one, weights), asked, generator(3))
+        real = refits._null_fit(refits.Members(one, weights), asked)
         drawn = found.null.fitted.mean(1)
         assert abs(float(real.kept.mean() - drawn.mean())) < 4 * float(drawn.std())
         energies = found.null.energies
@@ -359,7 +359,7 @@ class TestOverlap:
         for _ in range(400):
             drawn = [{} for _ in made]
             for m, model in models.items():
-                factors = iter(null.factors(model.draw(source)))
+                factors = iter(unpadded(model.draw(source)))
                 for one, its in zip(made, drawn, strict=True):
                     if m in one:
                         its[m] = next(factors)

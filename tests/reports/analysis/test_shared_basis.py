@@ -38,8 +38,8 @@ def test_errors_are_those_of_dense_matrices():
     modules = stacks(of_one_subspace(7, noise=0.1, shapes=MODULES))
     basis = SharedBasis(modules, ((16, 16),), 1)
     lost = torch.zeros(7, dtype=torch.float64)
-    for module in modules.values():
-        down, up = (rounded_rows(rows[None], 16)[0] for rows in basis._bases(module, 9))
+    for name, module in modules.items():
+        down, up = (rounded_rows(rows[None], 16)[0] for rows in basis._bases(name, module, 9))
         updates = module.up.mT @ module.down
         cores = torch.linalg.pinv(up.mT) @ updates @ torch.linalg.pinv(down)
         lost += (updates - up.mT @ cores @ down).square().sum((1, 2))

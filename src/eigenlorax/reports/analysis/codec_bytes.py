@@ -8,10 +8,13 @@ from ...codec import encoder
 from ...codec.encoder import CollectionEncoder, RatePoint
 from ...codec.module_updates import ModuleUpdates, UpdateSource
 from ...codec.step_sizes import wide_step_size_grid
+from ...core.batch import delta_squares, pad_factors
 from ...core.progress import Progress
 from ...pack.packed_adapter import PackedAdapter
 from ..originals import Originals
 
+COMPARED_MODULES = 4
+"""Number of modules on which one set of bases and several are compared."""
 CLUSTERED_AT = 0.1
 """Error bound at which one set of bases and several are compared, the common choice for storage."""
 
@@ -65,7 +68,26 @@ def rate_points(
 
     norms = torch.tensor(list(squares.values()), dtype=torch.float64).sqrt()
     whole = CollectionEncoder(modules, norms, wide_step_size_grid(), surveyed)
-    return encoder.split_into_clusters(whole, modules, CLUSTERED_AT, surveyed).frontier(errors)
+    groups = _groups(modules, len(squares), surveyed)
+    clustered = whole
+    if len(set(groups)) > 1:
+        clustered = CollectionEncoder(modules, norms, wide_step_size_grid(), surveyed, groups, whole)
+    return clustered.frontier(errors)
+
+
+def _groups(modules: Sequence[ModuleUpdates], n: int, surveyed: Progress) -> list[int]:
+    """Return the cluster of each of n adapters, chosen by the bytes of a few modules that all of them have trained."""
+    common = [module for module in modules if len(module.sources) == n]
+    count = min(len(common), COMPARED_MODULES)
+    chosen = [common[index * len(common) // count] for index in range(count)]
+    if not chosen:
+        return [0] * n
+    squares = torch.zeros(n, dtype=torch.float64)
+    for module in chosen:
+        factors = [source.read() for source in module.sources]
+        squares[module.indices] += delta_squares(pad_factors(factors, *reversed(module.shape)))
+    few = CollectionEncoder(chosen, squares.sqrt(), wide_step_size_grid(), surveyed)
+    return encoder.split_into_clusters(few, chosen, CLUSTERED_AT, surveyed).groups
 
 
 def _source(index: int, originals: Originals, name: str, own: str) -> UpdateSource:

@@ -128,10 +128,19 @@ def swept(
     down, up = bases
     for _ in range(sweeps):
         roots = by_adapter * psd_root(gram_matrices(batch.up @ up.mT))
-        down = Spectrum.of(roots @ batch.down).vectors[: len(down)]
+        down = leading_vectors(roots @ batch.down, len(down))
         roots = by_adapter * psd_root(gram_matrices(batch.down @ down.mT))
-        up = Spectrum.of(roots @ batch.up).vectors[: len(up)]
+        up = leading_vectors(roots @ batch.up, len(up))
     return down, up
+
+
+def leading_vectors(rows: Float[Tensor, "n r d"], k: int) -> Float[Tensor, "k d"]:
+    """Return at most k leading vectors of `Spectrum.of`, without computing the others."""
+    flat = rows.flatten(0, 1)
+    if flat.shape[0] > flat.shape[1]:
+        return _descending(gram(rows))[1][:, :k].mT.contiguous()
+    values, vectors = _descending(flat @ flat.mT)
+    return orthonormal_rows((vectors[:, :k] / values[:k].sqrt()).mT @ flat)
 
 
 def gram(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "d d"]:

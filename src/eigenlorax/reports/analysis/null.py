@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...core.adapter import LoRAFactors
 from ...core.batch import ModuleBatch, scaled_batch
 from ...core.linalg import triangular_factor
 
@@ -98,14 +97,6 @@ class NullModel:
         """Draw one random adapter for each adapter of the module."""
         down, up = (rotate(own, d, generator) for own, d in zip((self.down, self.up), self.dimensions, strict=True))
         return scaled_batch(down, up, self.scaling, self.ranks)
-
-
-def factors(batch: ModuleBatch) -> list[LoRAFactors]:
-    """Return the factors of a batch in which every adapter has the module."""
-    return [
-        LoRAFactors(batch.down[index, :rank], (batch.up[index, :rank] / scaling).mT, scaling)
-        for index, (rank, scaling) in enumerate(zip(batch.ranks, batch.applied_scaling.tolist(), strict=True))
-    ]
 
 
 def expected(square: Float[Tensor, " n"], sizes: Sequence[tuple[int, int]], dimensions: tuple[int, int]) -> Tensor:

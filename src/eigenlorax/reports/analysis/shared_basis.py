@@ -34,6 +34,7 @@ class SharedBasis:
         self.modules = modules
         self.bits = bits
         self.sweeps = sweeps
+        self._spectra: dict[str, tuple[Tensor, Tensor]] = {}
         self.shapes: dict[str, tuple[int, int]] = {}
         self.ranks: dict[str, tuple[int, ...]] = {}
         self.total, self.weights = norms(modules)
@@ -75,17 +76,19 @@ class SharedBasis:
             module = self.modules[name]
             if not (self.weights * delta_squares(module)).any():
                 continue
-            for bits, squared_error in coefficient_losses(module, self._bases(module, k), self.bits):
+            for bits, squared_error in coefficient_losses(module, self._bases(name, module, k), self.bits):
                 errors[bits] += squared_error
         return {
             bits: Point.of(self.stored_bytes(k, bits), errors[bits], self.total, {"k": k, "bits": list(bits)})
             for bits in self.bits
         }
 
-    def _bases(self, module: ModuleBatch, k: int) -> tuple[Tensor, Tensor]:
-        rows = weighted(module, self.weights, "delta")
-        down, up = (Spectrum.of(side).vectors[:k] for side in rows)
-        return swept(module, self.weights, (down, up), self.sweeps)
+    def _bases(self, name: str, module: ModuleBatch, k: int) -> tuple[Tensor, Tensor]:
+        if name not in self._spectra:
+            down, up = (Spectrum.of(side).vectors for side in weighted(module, self.weights, "delta"))
+            self._spectra[name] = down, up
+        down, up = self._spectra[name]
+        return swept(module, self.weights, (down[:k], up[:k]), self.sweeps)
 
 
 def norms(modules: Mapping[str, ModuleBatch]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
