@@ -34,7 +34,8 @@ from eigenlorax.core.coefficients import Coefficients
 from eigenlorax.core.subspace import ModuleBases, Subspace
 from eigenlorax.pack import manifest
 from eigenlorax.pack.manifest import FitInfo
-from eigenlorax.pack.packed_adapter import PackedAdapter, Record
+from eigenlorax.pack.packed_adapter import PackedAdapter
+from eigenlorax.pack.record import Record
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "bank.json"

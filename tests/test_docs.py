@@ -12,12 +12,12 @@ import typer
 import eigenlorax
 from adapters import make_adapters
 from eigenlorax import errors
-from eigenlorax.cli import app
+from eigenlorax.cli import command_line
 from eigenlorax.cli.goals import GOALS
 from eigenlorax.cli.main import IO_ERROR
 from eigenlorax.core import subspace, update_changes
 from eigenlorax.fitting import refit
-from eigenlorax.pack import history, manifest, packed_adapter, prune, summary, track, version_log
+from eigenlorax.pack import history, history_figures, manifest, prune, record, summary, track
 from eigenlorax.serving.vllm import checking, plan
 from eigenlorax.train import comparison_summary, demo, evaluate, method_comparison, search_space, training_record
 from runs import make_run, write_states
@@ -29,7 +29,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 LINKING = [*PAGES, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "benchmarks/README.md"))]
 
 CLI = (DOCS / "cli.md").read_text("utf-8")
-COMMAND = typer.main.get_command(app)
+COMMAND = typer.main.get_command(command_line())
 VERBS = COMMAND.commands
 
 
@@ -139,8 +139,8 @@ class TestCommandLine:
             (summary.Bytes, "A pack's figures"),
             (summary.FileBytes, "A pack's figures"),
             (manifest.FitInfo, "A pack's figures"),
-            (packed_adapter.Record, "A pack's figures"),
-            (version_log.HistoryFigures, "`eigenlorax inspect`"),
+            (record.Record, "A pack's figures"),
+            (history_figures.HistoryFigures, "`eigenlorax inspect`"),
             (refit.Change, "`eigenlorax refit`"),
             (track.Tracked, "`eigenlorax track`"),
             (history.VersionRecord, "`eigenlorax log`"),
@@ -170,7 +170,7 @@ class TestCommandLine:
 
 
 @pytest.mark.parametrize(
-    "of", [manifest.SubspaceInfo, manifest.SideInfo, manifest.FitInfo, packed_adapter.Record, subspace.Augmentation]
+    "of", [manifest.SubspaceInfo, manifest.SideInfo, manifest.FitInfo, record.Record, subspace.Augmentation]
 )
 def test_every_field_of_the_manifest_is_specified(of):
     text = (DOCS / "pack-format.md").read_text("utf-8")

@@ -4,10 +4,9 @@ Importing this package imports neither torch nor PEFT. Public names are imported
 """
 
 import warnings
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .core import import_hook
+from .core import import_hook, lazy_names
 from .errors import MissingExtraError, RegistrationWarning
 from .version import __version__
 
@@ -78,13 +77,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _DEFINED_IN:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    attribute = getattr(import_module(f".{_DEFINED_IN[name]}", __name__), name)
-    # found without this function from now on
-    globals()[name] = attribute
-    return attribute
+__getattr__ = lazy_names.importer(__name__, _DEFINED_IN)
 
 
 def _register_with_peft() -> None:

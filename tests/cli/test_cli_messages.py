@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import typer
 
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
-from eigenlorax.cli import main, spelling
+from eigenlorax.cli import command_line, spelling
 from outcomes import assert_refused, succeeded
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
@@ -80,7 +81,7 @@ class TestOptionsByName:
         assert spelling.on_command_line(of_python) == of_the_command
 
     def test_every_one_is_an_option_of_a_verb(self):
-        verbs = main.__globals__["_command"]().commands.values()
+        verbs = typer.main.get_command(command_line()).commands.values()
         options = {option for verb in verbs for parameter in verb.params for option in parameter.opts}
         # vLLM's own option
         assert set(spelling.OPTIONS.values()) - options == set()

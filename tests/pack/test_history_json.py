@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from test_manifest import PATH, changed, places, put, signed
 
 import eigenlorax as ex
-from eigenlorax.core.adapter import Origin
 from eigenlorax.core.json_dataclasses import JsonTypeError
+from eigenlorax.core.origin import Origin
 from eigenlorax.errors import PackDamagedError
 from eigenlorax.pack import history_json, manifest_json
 from eigenlorax.pack.history import History, VersionRecord

@@ -52,6 +52,7 @@ def add(
     json: arguments.Json = False,
 ) -> None:
     """Project adapters on a pack's subspace, add them to the pack, and show each adapter's delta error."""
+    arguments.check_adapters(adapters)
     from ..pack.pack import Pack
 
     with console.working() as progress, Pack.edit(pack) as opened:

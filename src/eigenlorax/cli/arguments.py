@@ -1,13 +1,17 @@
 """Arguments and options that several verbs share: their types, names and help texts."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from ..errors import OptionError
+from ..formats import hub_client, urls
 from ..train.options import MAX_LENGTH
 from . import verbs
+
+T = TypeVar("T", str, Path)
 
 
 def path(text: str) -> Path:
@@ -16,9 +20,6 @@ def path(text: str) -> Path:
     An empty text is a usage error, because `Path("")` is the current folder, and an unset shell variable is not meant
     as that. So is a URL.
     """
-    # importing `formats` loads torch, which `--help` should not wait for
-    from ..formats import urls
-
     if not text.strip():
         raise typer.BadParameter("it is empty. Is a variable of the shell not set?")
     if urls.is_url(text):
@@ -30,6 +31,30 @@ def text(argument: str) -> str:
     """Parse a local path or a repository id, which must not be empty or a URL."""
     path(argument)
     return argument
+
+
+def check_pack(source: T) -> T:
+    """Read the manifest of a pack on this machine, so that an error is printed before the verb loads torch.
+
+    A callback and not a part of the parser, whose errors typer would print as errors of the command line.
+    """
+    from ..pack import hub
+
+    hub.check_pack(source)
+    return source
+
+
+def check_adapters(sources: Iterable[str]) -> None:
+    """Raise `FormatError` for the first adapter that does not exist, before the verb loads torch.
+
+    Texts of other kinds (NAME=PATH, nothing but blanks) are left to the verb.
+
+    Args:
+        sources: Adapters as they are passed to `fit`: paths, URLs, Hub ids, or NAME=PATH.
+    """
+    for source in sources:
+        if source.strip() and "=" not in source:
+            hub_client.check_exists(source)
 
 
 def number_or_auto(argument: str) -> int | str:
@@ -51,9 +76,12 @@ Basis = Annotated[
         rich_help_panel=verbs.KEEP,
     ),
 ]
-PackFolder = Annotated[Path, typer.Argument(metavar="PACK", help="Folder of the pack.", parser=path)]
+PackFolder = Annotated[
+    Path, typer.Argument(metavar="PACK", help="Folder of the pack.", parser=path, callback=check_pack)
+]
 PackSource = Annotated[
-    str, typer.Argument(metavar="PACK", help="Folder of the pack, or its id on the Hub.", parser=text)
+    str,
+    typer.Argument(metavar="PACK", help="Folder of the pack, or its id on the Hub.", parser=text, callback=check_pack),
 ]
 PackRevision = Annotated[
     str | None,

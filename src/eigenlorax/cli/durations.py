@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..pack.packed_adapter import Record
+    from ..pack.record import Record
 
 WORTH_SAYING = 60.0
 """Seconds from which on a verb says how long it takes."""

@@ -217,10 +217,12 @@ def fit(
     warn_above: arguments.WarnAbove = WARN_ABOVE,
 ) -> None:
     """Fit a subspace to LoRA adapters, and write a pack: the shared components, and each adapter as coefficients."""
+    if not skip_bad:
+        arguments.check_adapters(adapters)
     from ..core import checkpoint, keys
     from ..fitting.fit import fit as fit_adapters
     from ..fitting.options import Target
-    from ..pack import version_log, writer
+    from ..pack import history_figures, writer
     from ..reports import extra
 
     started = time.perf_counter()
@@ -292,15 +294,15 @@ def fit(
         _print_json(pack, output, fit_seconds, headline)
     elif reference is not None:
         console.print_rows(f"pack {output}", [("seconds", f"{fit_seconds:.1f}")])
-        version_rows.print_histories(version_log.all_figures(pack.histories), pack.summary.files)
+        version_rows.print_histories(history_figures.all_figures(pack.histories), pack.summary.files)
     else:
         _print_table(pack, output, fit_seconds, report_seconds, headline)
 
 
 def _print_json(pack: "Pack", output: Path, seconds: float, headline: str | None) -> None:
-    from ..pack import version_log
+    from ..pack import history_figures
 
-    histories = {name: asdict(figures) for name, figures in version_log.all_figures(pack.histories).items()}
+    histories = {name: asdict(figures) for name, figures in history_figures.all_figures(pack.histories).items()}
     console.print_json(
         {
             "pack": str(output),

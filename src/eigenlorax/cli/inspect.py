@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..core import keys
+from ..errors import FormatError, LossError, OptionError
+from ..formats import hub_client
 from . import arguments, console, verbs, version_rows
 
 if TYPE_CHECKING:
     from ..core.adapter import Adapter
-    from ..pack.pack import Pack
+    from ..pack.folder import PackFolder
+    from ..pack.manifest import Manifest
+    from ..pack.summary import Summary
 
 EXAMPLES = """
 eigenlorax inspect pack/
@@ -44,26 +49,25 @@ def inspect(
     json: arguments.Json = False,
 ) -> None:
     """Show what a pack or an adapter contains, its size, and the errors of its adapters."""
-    from ..core import keys
-    from ..errors import FormatError, OptionError
-    from ..formats import hub_client, read_adapter
     from ..pack import hub as remote
-    from ..pack.pack import Pack
 
+    hub_client.check_exists(target)
     files = (keys.MANIFEST, keys.ADAPTER_CONFIG, keys.LORA_FILE, keys.ADAPTER_WEIGHTS, keys.ADAPTER_PICKLE)
     if Path(target).is_dir() and not any((Path(target) / name).is_file() for name in files):
         raise FormatError(_describe_folder(target))
     if remote.is_pack(target, revision=revision):
         with console.working():
-            pack = Pack.from_pretrained(target, revision=revision)
-            pack.verify()
+            folder = remote.open_folder(target, revision=revision)
+            folder.verify()
         if verify:
-            _show_verified(target, pack, verify, json, allow_pickle=allow_pickle)
+            _show_verified(target, folder, verify, json, allow_pickle=allow_pickle)
         else:
-            _show_pack(target, pack, json)
+            _show_pack(target, folder, json)
     elif verify:
         raise OptionError(f"{target} is an adapter, and --verify measures adapters of a pack. Remove --verify.")
     else:
+        from ..formats import read_adapter
+
         with console.working():
             # a folder whose name is not valid in a pack can still be shown
             name = hub_client.adapter_name(target)
@@ -78,8 +82,6 @@ def inspect(
 
 def _describe_folder(target: str) -> str:
     """Return the text of the error about a folder that is neither a pack nor an adapter."""
-    from ..core import keys
-    from ..errors import FormatError
     from ..formats import sources
 
     neither = f"{target} is neither a pack nor an adapter: it has no {keys.MANIFEST} and no {keys.ADAPTER_CONFIG}."
@@ -93,13 +95,13 @@ def _describe_folder(target: str) -> str:
     )
 
 
-def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, **options: Any) -> None:
+def _show_verified(target: str, folder: "PackFolder", originals: list[str], json: bool, **options: Any) -> None:
     """Measure and print every adapter's error. Raises `LossError` if one exceeds its record or its bound."""
-    from ..errors import LossError
     from ..fitting.verify import verify
+    from ..pack.pack import Pack
 
     with console.working() as progress:
-        verification = verify(pack, originals, progress=progress, **options)
+        verification = verify(Pack.from_folder(folder), originals, progress=progress, **options)
     if json:
         adapters = {name: {**asdict(check), "holds": check.holds} for name, check in verification.adapters.items()}
         console.print_json(
@@ -136,31 +138,33 @@ def _show_verified(target: str, pack: "Pack", originals: list[str], json: bool, 
         )
 
 
-def _show_pack(target: str, pack: "Pack", json: bool) -> None:
-    from ..pack import version_log
-    from ..pack.summary import uncompressed_note
+def _show_pack(target: str, folder: "PackFolder", json: bool) -> None:
+    from ..pack import history_figures
+    from ..pack.summary import summarize_manifest, uncompressed_note
 
-    if (note := uncompressed_note(pack.summary)) is not None:
+    listed = folder.manifest
+    summary = summarize_manifest(listed, folder.file_sizes())
+    if (note := uncompressed_note(summary)) is not None:
         console.note(note)
-    histories = version_log.all_figures(pack.histories)
+    histories = history_figures.all_figures(dict(sorted(listed.histories.items())))
     if json:
-        references = {"references": pack.references} if pack.references else {}
-        listed = {"histories": {name: asdict(each) for name, each in histories.items()}} if histories else {}
-        console.print_json({"pack": target, **console.summary_json(pack.summary, pack.records), **references, **listed})
+        references = {"references": listed.references} if listed.references else {}
+        versions = {"histories": {name: asdict(each) for name, each in histories.items()}} if histories else {}
+        console.print_json({"pack": target, **console.summary_json(summary, listed.records), **references, **versions})
         return
-    if pack.names or pack.info.modules or not histories:
-        _print_adapters(target, pack)
+    if listed.adapters or listed.subspace.modules or not histories:
+        _print_adapters(target, listed, summary)
     else:
-        console.print_rows(f"pack {target}", console.summary_rows(pack.summary)[:1])
+        console.print_rows(f"pack {target}", console.summary_rows(summary)[:1])
     if histories:
-        version_rows.print_histories(histories, pack.summary.files)
+        version_rows.print_histories(histories, summary.files)
 
 
-def _print_adapters(target: str, pack: "Pack") -> None:
+def _print_adapters(target: str, listed: "Manifest", summary: "Summary") -> None:
     """Print the figures of a pack's bases and adapters."""
-    console.print_rows(f"pack {target}", console.summary_rows(pack.summary))
-    console.print_sizes(pack.summary)
-    records = pack.records
+    console.print_rows(f"pack {target}", console.summary_rows(summary))
+    console.print_sizes(summary)
+    records, references = listed.records, listed.references
     # columns that are equal for all adapters are left out, so that the table fits 80 columns
     varied = len({record.modules for record in records.values()}) > 1
     carries = any(record.carried_bytes for record in records.values())
@@ -174,7 +178,7 @@ def _print_adapters(target: str, pack: "Pack") -> None:
         ],
         "rounding": [console.format_error(record.rounding_error) for record in records.values()],
         "bytes": [
-            f"as {pack.references[name]}" if name in pack.references else f"{record.coefficient_bytes:,}"
+            f"as {references[name]}" if name in references else f"{record.coefficient_bytes:,}"
             for name, record in records.items()
         ],
         **({"carried": [f"{record.carried_bytes:,}" for record in records.values()]} if carries else {}),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -15,33 +16,33 @@ from typer.core import TyperGroup
 from ..core import printable
 from ..errors import EigenloraxError
 from ..version import __version__
-from . import (
-    add,
-    augment,
-    compare,
-    console,
-    demo,
-    diff,
-    env,
-    evaluate,
-    export,
-    fit,
-    inspect,
-    log,
-    prune,
-    pull,
-    push,
-    refit,
-    remove,
-    report,
-    restore,
-    serve_check,
-    track,
-    train,
-    verbs,
-)
+from . import console, verbs
 from .goals import GOALS
 
+VERBS = (
+    "fit",
+    "report",
+    "inspect",
+    "export",
+    "add",
+    "remove",
+    "augment",
+    "refit",
+    "train",
+    "evaluate",
+    "compare",
+    "track",
+    "log",
+    "diff",
+    "prune",
+    "restore",
+    "push",
+    "pull",
+    "serve-check",
+    "demo",
+    "env",
+)
+"""Verbs in the order of the help. Each is a module of this package."""
 IO_ERROR, INTERRUPTED = 6, 130
 _PYDANTIC = re.compile("Input should be a valid (integer|number)")
 _OUTPUT = ": the results could not be printed. The verb itself may have succeeded."
@@ -100,42 +101,6 @@ def _usage_message(error: Any) -> str:
     return f"{passed!r} is not a valid {match[1]}."
 
 
-app = typer.Typer(
-    name="eigenlorax",
-    cls=_Verbs,
-    help="Store, train and serve LoRA adapters as coefficients in one shared principal subspace.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
-for verb in (
-    fit,
-    report,
-    inspect,
-    export,
-    add,
-    remove,
-    augment,
-    refit,
-    train,
-    evaluate,
-    compare,
-    track,
-    log,
-    diff,
-    prune,
-    restore,
-    push,
-    pull,
-    serve_check,
-    demo,
-    env,
-):
-    verb.register(app)
-
-
 def _print_version(is_requested: bool) -> bool:
     if is_requested:
         typer.echo(f"eigenlorax {__version__}")
@@ -143,13 +108,30 @@ def _print_version(is_requested: bool) -> bool:
     return is_requested
 
 
-@app.callback()
 def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass
+
+
+def command_line(names: Sequence[str] = VERBS) -> typer.Typer:
+    """Return the command line with some of its verbs. Only their modules are imported."""
+    app = typer.Typer(
+        name="eigenlorax",
+        cls=_Verbs,
+        help="Store, train and serve LoRA adapters as coefficients in one shared principal subspace.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["--help", "-h"]},
+    )
+    app.callback()(_options)
+    for name in names:
+        import_module(f".{name.replace('-', '_')}", __package__).register(app)
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -188,14 +170,17 @@ def _exit_with_code(arguments: Sequence[str] | None) -> None:
 
 
 @cache
-def _command() -> Callable[..., object]:
-    """Return `app` as a click command. Cached, because building it takes long and tests call `main` often."""
-    return typer.main.get_command(app)
+def _command(names: tuple[str, ...]) -> Callable[..., object]:
+    """Return `command_line` as a click command. Cached, because building it takes long and tests call `main` often."""
+    return typer.main.get_command(command_line(names))
 
 
 def _run(arguments: Sequence[str] | None) -> None:
+    passed = list(sys.argv[1:] if arguments is None else arguments)
+    # a verb is built alone; the help lists all of them, and so does the error about an unknown one
+    names = tuple(passed[:1]) if passed and passed[0] in VERBS else VERBS
     try:
-        _command()(args=arguments, prog_name="eigenlorax")
+        _command(names)(args=passed, prog_name="eigenlorax")
     except SystemExit:
         # a failure to write must change the exit code, so flush before exiting
         if sys.stdout is not None:

@@ -8,8 +8,8 @@ from . import console
 
 if TYPE_CHECKING:
     from ..pack.history import VersionRecord
+    from ..pack.history_figures import HistoryFigures
     from ..pack.summary import FileBytes
-    from ..pack.version_log import HistoryFigures
 
 MAX_METRICS = 2
 """Maximum number of metrics that are shown if none is chosen."""

@@ -16,8 +16,6 @@ from .quantised_basis import QuantisedBasis, row_classes
 
 PART = "coded"
 """Name of the bytes of a basis in its payload, and suffix of their tensor in packs up to format 5."""
-MAX_CLUSTERS = 255
-"""Largest number of clusters of a basis: it is one byte."""
 EMPTY = bytes([3, 1, 0, 0])
 """Bytes of a basis without a row."""
 _NUMBERS_AT_ONCE = 1 << 22

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import FormatError, ShapeError
 from . import dtypes
 from .options import to_float
+from .origin import Origin
 
 T = TypeVar("T")
 
@@ -164,21 +165,6 @@ class ModuleSpec:
     def numbers(self) -> int:
         """Number of entries in the two factors. A shared `down` counts in equal parts for its modules."""
         return self.rank * self.in_features // self.shared + self.rank * self.out_features
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The single file that an adapter was read from.
-
-    Attributes:
-        format: One of `formats.FORMATS`.
-        spelling: The format's conventions for tensor names that the file follows.
-        metadata: Metadata of the file.
-    """
-
-    format: str
-    spelling: tuple[str, ...] = ()
-    metadata: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import OptionError, ShapeError
 from . import linalg
+from .fit_options import check_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,19 +154,6 @@ def component_rule(n_components: int | None, energy: float | None) -> Callable[[
         return min(int((cumulated < fraction * cumulated[-1]).sum()) + 1, rank)
 
     return rule
-
-
-def check_size(n_components: int | None, energy: float | None) -> None:
-    """Raise `OptionError` unless exactly one of the two is given, and in its range."""
-    if (n_components is None) == (energy is None):
-        raise OptionError(
-            f"pass either n_components or energy, not both or neither: got {n_components=}, {energy=}. "
-            "For example n_components=32, or energy=0.9."
-        )
-    if n_components is not None and n_components < 1:
-        raise OptionError(f"n_components must be at least 1, got {n_components}.")
-    if energy is not None and not 0 < energy <= 1:
-        raise OptionError(f"energy is a fraction of squared norm, above 0 and at most 1, got {energy}.")
 
 
 def fit(

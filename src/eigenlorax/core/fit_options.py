@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 from ..errors import OptionError
-from .basis import check_size
 from .options import check_choice, to_byte_count, to_float, to_int
 
 WEIGHTINGS = ("delta", "factors")
@@ -82,3 +81,16 @@ class FitOptions:
             if option is not None:
                 # frozen: `object` sets the field, before the instance is used
                 object.__setattr__(self, name, convert(name, option))
+
+
+def check_size(n_components: int | None, energy: float | None) -> None:
+    """Raise `OptionError` unless exactly one of the two is given, and in its range."""
+    if (n_components is None) == (energy is None):
+        raise OptionError(
+            f"pass either n_components or energy, not both or neither: got {n_components=}, {energy=}. "
+            "For example n_components=32, or energy=0.9."
+        )
+    if n_components is not None and n_components < 1:
+        raise OptionError(f"n_components must be at least 1, got {n_components}.")
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError(f"energy is a fraction of squared norm, above 0 and at most 1, got {energy}.")

@@ -1,12 +1,11 @@
 """Call a function right after another package has been imported, without importing that package."""
 
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 
 def call_after_import(package: str, function: Callable[[], None]) -> None:
@@ -17,7 +16,7 @@ def call_after_import(package: str, function: Callable[[], None]) -> None:
         sys.meta_path.insert(0, _Finder(package, function))
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Finder that finds the package once, by means of the other finders, and wraps its loader."""
 
     def __init__(self, package: str, function: Callable[[], None]) -> None:
@@ -33,11 +32,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(self.package)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._function)
+            # not a subclass of `importlib.abc.Loader`, whose import takes longer than that of all of `eigenlorax`
+            spec.loader = cast(Any, _Loader(spec.loader, self._function))
         return spec
 
 
-class _Loader(importlib.abc.Loader):
+class _Loader:
     """Loader that runs the package's own loader, then calls the function."""
 
     def __init__(self, loader: Any, function: Callable[[], None]) -> None:

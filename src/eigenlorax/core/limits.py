@@ -27,6 +27,8 @@ MAX_DIMENSION = 1 << 22
 MAX_RANK = 1 << 10
 # Largest number of components per side of a coded core. The encoder writes half of it at most.
 MAX_CORE = 1 << 10
+# Largest number of clusters of a coded basis: it is one byte
+MAX_CLUSTERS = 255
 # Largest size of a JSON file of an adapter
 MAX_JSON_BYTES = 1 << 26
 # Largest depth of nested lists and objects in JSON. Python parses ten times that depth, but cannot write it again.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
-from . import basis
+from . import basis, dtypes
+from .augmentation import Augmentation
 from .basis import Basis
 from .options import to_int
 
@@ -38,14 +39,6 @@ class ModuleBases:
     def shape(self) -> tuple[int, int]:
         """Shape of the weight, (out_features, in_features)."""
         return self.up.dimension, self.down.dimension
-
-
-@dataclass(frozen=True, slots=True)
-class Augmentation:
-    """A growth step that appended `n_extra` random components to every basis, and the seed that rebuilds them."""
-
-    n_extra: int
-    seed: int
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -92,11 +85,16 @@ class Subspace:
     @property
     def dtype(self) -> torch.dtype:
         """The widest dtype among the stored components."""
-        dtypes = {side.components.dtype for side in self._sides()}
-        widest = dtypes.pop()
-        for dtype in dtypes:
+        stored = {side.components.dtype for side in self._sides()}
+        widest = stored.pop()
+        for dtype in stored:
             widest = torch.promote_types(widest, dtype)
         return widest
+
+    @property
+    def dtype_name(self) -> str:
+        """Name of `dtype`, such as "float16"."""
+        return dtypes.name(self.dtype)
 
     @property
     def stored_bytes(self) -> int:

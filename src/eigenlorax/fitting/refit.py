@@ -21,7 +21,8 @@ from ..errors import WARN_ABOVE, OptionError
 from ..formats.sources import Sources
 from ..pack.loss_warnings import check_warn_above, warn_of_losses
 from ..pack.pack import Pack
-from ..pack.packed_adapter import PackedAdapter, Record
+from ..pack.packed_adapter import PackedAdapter
+from ..pack.record import Record
 from .fit import fit
 from .match_sources import match_adapters
 from .options import is_entropy_coded

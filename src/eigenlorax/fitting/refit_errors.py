@@ -8,7 +8,8 @@ import torch
 from ..core import linalg
 from ..core.adapter import Adapter, LoRAFactors, delta_square
 from ..pack.outside_tensors import PRETRAINED_ERROR
-from ..pack.packed_adapter import PackedAdapter, Record
+from ..pack.packed_adapter import PackedAdapter
+from ..pack.record import Record
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,8 +125,7 @@ def locate(
         if subfolder:
             raise FormatError(f"{source} is not a folder, so it has no subfolder {subfolder!r}.")
         return _locate_file(Path(source))
-    if is_file_name(source) and not Path(source).exists():
-        raise FormatError(f"{source} does not exist.")
+    hub_client.check_exists(source)
     path, name = hub_client.adapter_folder(
         source,
         revision=revision,
@@ -149,7 +148,7 @@ def locate(
 def _locate_remote(
     source: str, revision: str | None, subfolder: str | None, token: str | bool | None
 ) -> AdapterLocation:
-    if is_file_name(source) and not subfolder:
+    if hub_client.is_file_name(source) and not subfolder:
         parent, _, file = source.rpartition("/")
         if file == keys.ADAPTER_WEIGHTS:
             raise _not_a_folder(source)
@@ -177,7 +176,7 @@ def _locate_file(path: Path) -> AdapterLocation:
     """
     if path.name == keys.ADAPTER_WEIGHTS:
         raise _not_a_folder(path)
-    if is_file_name(path):
+    if hub_client.is_file_name(path):
         return AdapterLocation(LocalFolder(path.parent), hub_client.adapter_name(path), path.name)
     try:
         ranges.open_tensors(ranges.local_file(path))
@@ -217,7 +216,7 @@ def _locate_lora_file(
     candidates = [
         path
         for path in hub_client.files(repo_id, revision, **hub_options)
-        if path.startswith(prefix) and "/" not in path[len(prefix) :] and is_file_name(path)
+        if path.startswith(prefix) and "/" not in path[len(prefix) :] and hub_client.is_file_name(path)
     ]
     remote = urls.folder(f"hf://{repo_id}", revision=revision, token=hub_options["token"])
 
@@ -275,11 +274,6 @@ def missing_config(folder: Folder, weights: str) -> str:
         f"{folder} has no {keys.ADAPTER_CONFIG} beside {weights}. The config states the scaling and the base model. "
         "PEFT's save_pretrained writes both files: copy the config, too."
     )
-
-
-def is_file_name(source: str | Path) -> bool:
-    """Return whether a path or URL has the suffix of a safetensors file."""
-    return str(source).lower().endswith(keys.LORA_SUFFIX)
 
 
 def is_lora(folder: Folder, file: str) -> bool:

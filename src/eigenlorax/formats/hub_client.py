@@ -89,10 +89,9 @@ def adapter_folder(
         if not folder.is_dir():
             raise FormatError(f"{folder} is not a folder: an adapter is the folder with {keys.ADAPTER_CONFIG}.")
         return folder, adapter_name(source, subfolder)
+    check_exists(source)
     repository = parsed(source, revision)
-    if repository is None:
-        hint = " Pass a URL as a string, not as a Path." if _URL_AS_PATH.match(str(source)) else ""
-        raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).{hint}")
+    assert repository is not None
     weights = [keys.ADAPTER_WEIGHTS, keys.LORA_FILE, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     # with a pack's manifest, an error can say that the repository is a pack
@@ -104,6 +103,22 @@ def adapter_folder(
         local_files_only=local_files_only,
     )
     return folder / prefix, adapter_name(source, subfolder)
+
+
+def check_exists(source: str | Path) -> None:
+    """Raise `FormatError` if an adapter is not on this machine, and is neither a URL nor has the form of a Hub id."""
+    if Path(source).exists() or (isinstance(source, str) and urls.is_url(source)):
+        return
+    if is_file_name(source):
+        raise FormatError(f"{source} does not exist.")
+    if parsed(source) is None:
+        hint = " Pass a URL as a string, not as a Path." if _URL_AS_PATH.match(str(source)) else ""
+        raise FormatError(f"{source} does not exist, and is not the id of a repository on the Hub (org/name).{hint}")
+
+
+def is_file_name(source: str | Path) -> bool:
+    """Return whether a path or URL has the suffix of a safetensors file."""
+    return str(source).lower().endswith(keys.LORA_SUFFIX)
 
 
 def parsed(source: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:

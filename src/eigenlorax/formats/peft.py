@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..core import atomic_files, dtypes, keys, narrowing
-from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec, Origin
+from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec
 from ..core.keys import Kind
+from ..core.origin import Origin
 from ..errors import FormatError, NonFiniteError, ShapeError
 from . import adalora, coefficients, files, lora_config, official, safetensors_file
 from .files import Header, Load, OpenedFolder, Weights

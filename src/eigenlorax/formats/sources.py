@@ -125,7 +125,7 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         return [AdapterSource(name, source)]
     children = folder.folders()
     adapters = [child for child in children if folders.is_adapter(child) or folders.holds_lora_file(child)]
-    files = [file for file in folder.files() if folders.is_file_name(file) and not file.startswith(".")]
+    files = [file for file in folder.files() if hub_client.is_file_name(file) and not file.startswith(".")]
     loras = [file for file in files if folders.is_lora(folder, file)]
     if not adapters and not loras:
         raise _no_adapter(folder, children, files)
@@ -181,7 +181,7 @@ def _no_adapter(folder: Folder, children: Sequence[Folder], files: Sequence[str]
 
 def _folder(source: str | Path, revision: str | None, token: str | bool | None) -> Folder | None:
     """Return the existing folder that a source names; None for files, Hub ids and missing paths."""
-    if folders.is_file_name(source) and not Path(source).is_dir():
+    if hub_client.is_file_name(source) and not Path(source).is_dir():
         return None
     if isinstance(source, str) and urls.is_url(source):
         remote = urls.folder(source, revision=revision, token=token)

@@ -9,20 +9,23 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..codec import bitstream
-from ..codec.storage.base import ModuleSizes, ModuleSlot, Storage
+from ..codec.storage.base import ModuleSlot, Storage
 from ..codec.storage.coded import codes_digest, coefficient_metadata, with_parent_codes
+from ..codec.storage.sizes import ModuleSizes
 from ..codec.tensor_codes import References
 from ..core import dtypes, keys, limits
-from ..core.adapter import Origin, is_valid_kernel
+from ..core.adapter import is_valid_kernel
 from ..core.json_dataclasses import from_json
 from ..core.keys import Kind
+from ..core.origin import Origin
 from ..core.subspace import Subspace
 from ..formats import files as lora_files
 from ..formats import lora_config, peft, safetensors_file
 from . import source_configs
 from .manifest import Entry
 from .outside_tensors import file_tensors, from_file
-from .packed_adapter import PackedAdapter, Record
+from .packed_adapter import PackedAdapter
+from .record import Record
 
 KEPT_FIELDS = (
     "auto_mapping",

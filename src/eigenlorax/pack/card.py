@@ -5,7 +5,7 @@ import json
 from ..core import keys
 from ..core.printable import markdown_code
 from ..formats import hub_client
-from . import purposes, summary, version_log
+from . import history_figures, purposes, summary
 from .manifest import Manifest
 from .summary import Errors, Summary
 
@@ -17,15 +17,7 @@ def render(listed: Manifest, repo_id: str | None = None) -> str:
         listed: Manifest of the pack.
         repo_id: Repository from which the code loads the pack; None for the folder of the card.
     """
-    figures = summary.summarize(
-        {name: entry.record for name, entry in listed.adapters.items()},
-        listed.subspace,
-        listed.fit,
-        listed.coefficient_dtype,
-        base_model=listed.base_model,
-        revision=listed.revision,
-        basis=listed.basis.subspace if listed.basis is not None else None,
-    )
+    figures = summary.summarize_manifest(listed)
     how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id)
     form = f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}."
     contents = [*_figures(figures), *_adapters(listed)]
@@ -140,7 +132,7 @@ def _histories(listed: Manifest) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for name, history in listed.histories.items():
-        figures = version_log.figures(history)
+        figures = history_figures.figures(history)
         sources = "unknown" if figures.source_file_bytes is None else f"{figures.source_file_bytes:,}"
         error = "lossless" if figures.lossless == figures.versions else f"{figures.worst_delta_error:.4f}"
         lines.append(

@@ -17,13 +17,14 @@ from ..core import atomic_files, keys
 from ..core.adapter import Adapter
 from ..core.subspace import Subspace
 from ..errors import AdapterNameError, OptionError
-from . import version_adapters
+from . import folder_tensors, version_adapters
 from .adapter_files import ReadingContext
 from .folder import AdapterFolder, PackFolder
 from .history import History
 from .history_store import HistoryStore
 from .manifest import Entry, FitInfo, SubspaceInfo
-from .packed_adapter import PackedAdapter, Record, unpack
+from .packed_adapter import PackedAdapter, unpack
+from .record import Record
 from .subspace_file import StoredSubspace
 from .summary import Summary, summarize
 
@@ -245,7 +246,7 @@ class PackContents(Mapping[str, Adapter]):
                 modules=self.info.modules,
                 source_fields=self._source_fields,
             )
-            adapter = self._folder.read_adapter(name, context)
+            adapter = folder_tensors.read_adapter(self._folder, name, context)
         return adapter
 
     def codes(self, name: str) -> Tensor:
@@ -254,7 +255,7 @@ class PackContents(Mapping[str, Adapter]):
         adapter = self._adapters[name]
         if isinstance(adapter, Entry):
             assert self._folder is not None
-            return self._folder.read_codes(adapter.parent or name)
+            return folder_tensors.read_codes(self._folder, adapter.parent or name)
         if adapter.payload is None or keys.CODED not in adapter.payload:
             raise OptionError(f"Adapter {name!r} has no codes: its pack is not entropy-coded.")
         return adapter.payload[keys.CODED]

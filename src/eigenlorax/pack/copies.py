@@ -7,7 +7,8 @@ from ..codec.storage.coded import codes_digest
 from ..core import keys
 from ..errors import DuplicateAdapterWarning
 from .contents import PackContents
-from .packed_adapter import PackedAdapter, Record
+from .packed_adapter import PackedAdapter
+from .record import Record
 
 NAMED = 5
 """Maximum number of copies of one adapter that a warning names."""

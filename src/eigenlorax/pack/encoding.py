@@ -23,7 +23,8 @@ from ..core.subspace import ModuleBases
 from ..errors import NonFiniteError
 from ..formats import lora_config
 from .outside_tensors import OutsideTensors
-from .packed_adapter import PackedAdapter, Record, coefficient_bytes
+from .packed_adapter import PackedAdapter, coefficient_bytes
+from .record import Record
 from .scanned_adapter import ScannedAdapter
 
 FLOAT32_RANGE = 1e-36, 1e37

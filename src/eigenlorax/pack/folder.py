@@ -8,27 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
-from ..codec.storage.table import storage_by_name
 from ..core import atomic_files, keys
 from ..core.limits import (
     MAX_HEADER_BYTES,
     MAX_JSON_BYTES,
     MAX_MANIFEST_BYTES,
     MEMORY_ALLOWANCE,
-    damaged_on_error,
     read_file,
     read_part,
 )
 from ..errors import FormatError, PackBusyError, PackDamagedError, PackExistsError, PackMissingError
-from ..formats import safetensors_file
-from . import adapter_files, manifest_json, subspace_file
-from .adapter_files import ReadingContext
+from . import manifest_json
 from .history import VersionRecord
 from .manifest import Entry, Manifest
-from .packed_adapter import PackedAdapter
-from .subspace_file import StoredSubspace
 
 LOCK_SECONDS = 20.0
 
@@ -67,34 +59,17 @@ class PackFolder:
         """Return the folder of an adapter that the manifest lists, or of a parent."""
         return AdapterFolder(self.path, name, self.manifest.needed[name])
 
-    def read_subspace(self) -> StoredSubspace:
-        """Read the file of the bases, rebuild random components from their seeds, and compare with the manifest."""
-        file, sha256, path = self.manifest.subspace_file, self.manifest.subspace_sha256, self._subspace_path
+    def read_bases(self) -> bytes:
+        """Read the file of the bases and check every byte of it."""
+        file, sha256 = self.manifest.subspace_file, self.manifest.subspace_sha256
+        limit = self.manifest.subspace.stored_bytes + MAX_HEADER_BYTES
         with self._busy_if_replaced(lambda current: current.subspace_files.get(file) == sha256):
-            data = self._read_subspace_bytes()
-        with damaged_on_error(path):
-            return subspace_file.from_bytes(data, self.manifest, path)
+            return _read_checked(self.path / file, sha256, limit)
 
-    def read_adapter(self, name: str, context: ReadingContext) -> PackedAdapter:
-        """Read one adapter and check every byte of it."""
-        folder = self.adapter(name)
-        entry = folder.entry
+    def read_files(self, name: str, files: Collection[str] | None = None) -> dict[str, bytes]:
+        """Read files of an adapter, all by default, and check every byte of them."""
         with self._busy_if_replaced(lambda current: current.files(name) == self.manifest.files(name)):
-            files = folder.read_files()
-            codes = self.read_codes(entry.parent) if entry.parent is not None else None
-        storage = storage_by_name(self.manifest.coefficient_dtype)
-        with damaged_on_error(folder.own):
-            packed = adapter_files.from_files(name, files, entry, storage, context, codes)
-        # a parent that was not selected is not in this pack
-        return packed if entry.parent in (None, *self.manifest.adapters) else replace(packed, parent=None)
-
-    def read_codes(self, name: str) -> Tensor:
-        """Read the codes of an adapter that has no parent, in an entropy-coded pack."""
-        folder = self.adapter(name)
-        with self._busy_if_replaced(lambda current: current.files(name) == self.manifest.files(name)):
-            weights = folder.read_files([keys.ADAPTER_WEIGHTS])[keys.ADAPTER_WEIGHTS]
-        with damaged_on_error(folder.own):
-            return safetensors_file.from_bytes(weights, keys.ADAPTER_WEIGHTS)[keys.CODED]
+            return self.adapter(name).read_files(files)
 
     def read_version(self, record: VersionRecord) -> bytes:
         """Read the file of a version and check every byte of it."""
@@ -131,7 +106,7 @@ class PackFolder:
         with self._busy_if_replaced(is_same):
             for opened in (self, self.basis):
                 if opened is not None:
-                    opened._read_subspace_bytes()
+                    opened.read_bases()
             for name in self.manifest.needed:
                 self.adapter(name).read_files()
             for history in self.manifest.histories.values():
@@ -142,14 +117,6 @@ class PackFolder:
                         bundles[record.bundle] = bundles.get(record.bundle, 0) + record.file_bytes
                 for sha256, size in bundles.items():
                     _read_checked(self.path / keys.version_file(sha256), sha256, size)
-
-    @property
-    def _subspace_path(self) -> Path:
-        return self.path / self.manifest.subspace_file
-
-    def _read_subspace_bytes(self) -> bytes:
-        limit = self.manifest.subspace.stored_bytes + MAX_HEADER_BYTES
-        return _read_checked(self._subspace_path, self.manifest.subspace_sha256, limit)
 
     @contextmanager
     def _busy_if_replaced(self, is_same: Callable[[Manifest], bool]) -> Iterator[None]:

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..core import atomic_files, keys
-from ..core.adapter import Origin
 from ..core.options import suggestion
+from ..core.origin import Origin
 from ..errors import AdapterNameError
 from . import source_configs
 

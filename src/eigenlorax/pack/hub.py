@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core import keys
 from ..errors import PackDamagedError, PackMissingError
@@ -67,6 +67,18 @@ def fetch(
             f"{repo_id} has no {missing[0]} on the Hub, although its {keys.MANIFEST} lists it. Push the pack again."
         )
     return path
+
+
+def open_folder(source: str | Path, adapters: Sequence[str] | None = None, **options: Any) -> PackFolder:
+    """Return the folder of a pack with its manifest, reduced to some adapters; arguments and errors as `fetch`."""
+    opened = folder.open_pack(fetch(source, adapters, **options))
+    return opened if adapters is None else opened.select(adapters)
+
+
+def check_pack(source: str | Path) -> None:
+    """Raise the errors of a local folder without a pack, or with a manifest that cannot be read; skip the Hub."""
+    if Path(source).exists() or hub_client.parsed(source) is None:
+        folder.open_pack(Path(source))
 
 
 def is_pack(source: str | Path, *, revision: str | None = None) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from ..core.options import to_float
 from ..errors import LossWarning, OptionError
-from .packed_adapter import Record
+from .record import Record
 
 
 def check_warn_above(value: float) -> float:

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..codec.storage.base import ModuleSizes, Storage
-from ..codec.tensor_codes import References
-from ..core import atomic_files, dtypes, keys
+from ..codec.storage.sizes import ModuleSizes
+from ..core import atomic_files, keys
 from ..core.atomic_files import Files
-from ..core.basis import Basis
 from ..core.json_dataclasses import JsonTypeError
-from ..core.subspace import Subspace
 from .history import History
-from .packed_adapter import PackedAdapter, Record
+from .record import Record
+
+if TYPE_CHECKING:
+    from ..codec.storage.base import Storage
+    from ..codec.tensor_codes import References
+    from ..core.basis import Basis
+    from ..core.subspace import Subspace
+    from .packed_adapter import PackedAdapter
 
 SOLVERS = ("exact", "iterative")
 """Methods that compute bases: full decompositions, and subspace iteration (docs/method.md)."""
@@ -159,7 +163,9 @@ class SubspaceInfo:
         return ModuleSizes((down, up), (sides[0].dimension, sides[1].dimension))
 
 
-def describe(subspace: Subspace, storage: Storage | None = None, references: References | None = None) -> SubspaceInfo:
+def describe(
+    subspace: "Subspace", storage: "Storage | None" = None, references: "References | None" = None
+) -> SubspaceInfo:
     """Return the description of a subspace in memory.
 
     Args:
@@ -173,13 +179,13 @@ def describe(subspace: Subspace, storage: Storage | None = None, references: Ref
     }
     *earlier, fingerprint = subspace.lineage
     growth = tuple(Step(previous, seed) for previous, seed in zip(earlier, subspace.seeds, strict=True))
-    dtype = storage.name if storage is not None else dtypes.name(subspace.dtype)
+    dtype = storage.name if storage is not None else subspace.dtype_name
     reference_bytes = len(references.data) if references is not None else 0
     stored_bytes = subspace.stored_bytes + reference_bytes
     return SubspaceInfo(dtype, fingerprint, growth, stored_bytes, reference_bytes, modules)
 
 
-def _side_info(basis: Basis) -> SideInfo:
+def _side_info(basis: "Basis") -> SideInfo:
     grown = tuple(step.n for step in basis.growth)
     return SideInfo(basis.dimension, basis.k, basis.energy, basis.square, basis.shortfall, grown)
 
@@ -199,7 +205,7 @@ class Entry:
     parent: str | None = None
 
     @classmethod
-    def of(cls, packed: PackedAdapter, files: Files) -> "Entry":
+    def of(cls, packed: "PackedAdapter", files: Files) -> "Entry":
         """Return the entry of an adapter with these files."""
         digests = {file: atomic_files.digest(data) for file, data in sorted(files.items())}
         return cls(packed.record, digests, packed.parent)
@@ -249,6 +255,17 @@ class Manifest:
     def version_files(self) -> set[str]:
         """Paths of the files of all versions."""
         return {record.file for history in self.histories.values() for record in history.versions}
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """Figures of every adapter, sorted by name."""
+        return {name: self.adapters[name].record for name in sorted(self.adapters)}
+
+    @property
+    def references(self) -> dict[str, str]:
+        """For each adapter that is stored as a reference to another one, the name of that."""
+        parents = {name: self.adapters[name].parent for name in sorted(self.adapters)}
+        return {name: parent for name, parent in parents.items() if parent in self.adapters}
 
     @property
     def needed(self) -> dict[str, Entry]:

@@ -3,15 +3,14 @@
 from collections.abc import Iterable
 from typing import get_type_hints
 
-from ..codec.basis_bytes import MAX_CLUSTERS
-from ..codec.storage.table import CODED, FLOAT_STORAGES, STORAGES
+from ..codec.storage.traits import CODED, FLOAT_TRAITS, TRAITS
 from ..core import keys
 from ..core.fit_options import PURPOSES, SIZE_OPTIONS, WEIGHTINGS
 from ..core.json_dataclasses import JsonTypeError
-from ..core.limits import MAX_DIMENSION
+from ..core.limits import MAX_CLUSTERS, MAX_DIMENSION
 from . import source_configs
 from .manifest import SOLVERS, FitInfo, Manifest, SubspaceInfo
-from .packed_adapter import Record
+from .record import Record
 
 _MAX_ENERGY = 1.000001
 """Maximum energy: 1, with a margin for the rounding of a quotient of two sums."""
@@ -63,8 +62,8 @@ def _check_training_basis(manifest: Manifest, basis: Manifest) -> None:
     )
     _check_all(
         [
-            (manifest.coefficient_dtype == CODED.name, "a pack that is not coded has a basis"),
-            (basis.coefficient_dtype != CODED.name, "the basis is coded"),
+            (manifest.coefficient_dtype == CODED, "a pack that is not coded has a basis"),
+            (basis.coefficient_dtype != CODED, "the basis is coded"),
             (widths == basis_widths, "the basis has other modules than the subspace"),
             (basis.subspace_file != manifest.subspace_file, "the basis has the file of the subspace"),
         ]
@@ -80,17 +79,17 @@ def _check_all(checks: Iterable[tuple[object, str]]) -> None:
 
 def _check_storages(manifest: Manifest) -> None:
     subspace, version = manifest.subspace, manifest.format_version
-    known = STORAGES.keys() if version >= 5 else FLOAT_STORAGES.keys()
-    components, coefficients = STORAGES.get(subspace.dtype), STORAGES.get(manifest.coefficient_dtype)
+    known = TRAITS.keys() if version >= 5 else FLOAT_TRAITS.keys()
+    components, coefficients = TRAITS.get(subspace.dtype), TRAITS.get(manifest.coefficient_dtype)
     has_cores = coefficients is not None and coefficients.core_kind is not None
     is_paired = coefficients is not None and coefficients.pairs_components
     equal_sides = all(len({(side.k, side.grown) for side in pair.values()}) == 1 for pair in subspace.modules.values())
-    is_coded = {subspace.dtype == CODED.name, manifest.coefficient_dtype == CODED.name}
+    is_coded = {subspace.dtype == CODED, manifest.coefficient_dtype == CODED}
     _check_all(
         [
             ({subspace.dtype, manifest.coefficient_dtype} <= known, "a dtype is not known"),
             (components is None or components.holds_components, "subspace.dtype is one of cores"),
-            (not has_cores or subspace.dtype in FLOAT_STORAGES, "cores are between rows of no float dtype"),
+            (not has_cores or subspace.dtype in FLOAT_TRAITS, "cores are between rows of no float dtype"),
             (not is_paired or equal_sides, "cores are diagonal, and the two sides of a module differ"),
             (len(is_coded) == 1, "one dtype is coded, and the other is not"),
             (version != 6 or is_coded == {True}, f"format {version} is one of coded packs, and no dtype is"),
@@ -118,7 +117,7 @@ def _check_fit(fit: FitInfo) -> None:
 def _check_sides(subspace: SubspaceInfo) -> None:
     sides = [side for pair in subspace.modules.values() for side in pair.values()]
     # each cluster of a coded pack has a basis of its own
-    n_bases = MAX_CLUSTERS if subspace.dtype == CODED.name else 1
+    n_bases = MAX_CLUSTERS if subspace.dtype == CODED else 1
     _check_all(
         [
             (all(set(pair) == set(keys.SIDES) for pair in subspace.modules.values()), "a module lacks a side"),

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core import atomic_files, keys
+from ..core.augmentation import Augmentation
 from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
-from ..core.subspace import Augmentation
 from ..errors import AdapterNameError, PackDamagedError, PackVersionError
 from ..version import __version__
 from . import history_json, manifest_checks
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
-from .packed_adapter import Record
+from .record import Record
 from .shared_fields import most_common
 
 _FORMAT = "eigenlorax-pack"

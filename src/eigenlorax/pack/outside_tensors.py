@@ -15,6 +15,7 @@ from ..codec.tensor_codes import CodedTensor, References
 from ..core import keys
 from ..core.adapter import Adapter, LazyMapping
 from ..core.limits import damaged_on_error
+from .record import baseline_bytes
 from .scanned_adapter import ScannedAdapter
 
 MIN_HEAD_ERROR, MAX_HEAD_ERROR = 0.1, 0.3
@@ -126,11 +127,6 @@ class OutsideTensors:
         return sum(
             baseline_bytes(each.source_bytes, each.numbers, is_coded=is_coded) for each in (self.heads, self.carried)
         )
-
-
-def baseline_bytes(source_bytes: int, numbers: int, *, is_coded: bool) -> int:
-    """Return the bytes of tensors in an uncompressed adapter: in 16 bits at most, unless they are stored exactly."""
-    return min(source_bytes, 2 * numbers) if is_coded else source_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from . import (
     basis_adapters,
     export,
     folder,
+    folder_tensors,
     hub,
     manifest,
     peft_models,
@@ -38,8 +39,9 @@ from .folder import PackFolder
 from .history_store import HistoryStore
 from .loss_warnings import check_warn_above, warn_of_losses
 from .manifest import Entry, FitInfo
-from .packed_adapter import PackedAdapter, Record
+from .packed_adapter import PackedAdapter
 from .prune import remove_named
+from .record import Record
 from .versioned_contents import VersionedContents
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class Pack(VersionedContents):
             >>> eigenlorax.Pack.open("pack/").names
             ['a', 'b', 'c']
         """
-        return cls._from_folder(folder.open_pack(Path(path)))
+        return cls.from_folder(folder.open_pack(Path(path)))
 
     @classmethod
     def empty(cls, base_model: str | None = None, *, revision: str | None = None) -> "Pack":
@@ -96,17 +98,18 @@ class Pack(VersionedContents):
         return cls(subspace, info, {}, fit_info, base_model=base_model, revision=revision, coefficient_dtype=CODED.name)
 
     @classmethod
-    def _from_folder(cls, opened: PackFolder) -> "Pack":
+    def from_folder(cls, opened: PackFolder) -> "Pack":
+        """Return the pack in a folder whose manifest was read, as `open` does."""
         listed = opened.manifest
         pack = cls(
-            opened.read_subspace,
+            partial(folder_tensors.read_subspace, opened),
             listed.subspace,
             listed.adapters,
             listed.fit,
             base_model=listed.base_model,
             revision=listed.revision,
             coefficient_dtype=listed.coefficient_dtype,
-            basis=cls._from_folder(opened.basis) if opened.basis is not None else None,
+            basis=cls.from_folder(opened.basis) if opened.basis is not None else None,
             histories=HistoryStore(listed.histories, opened.read_version),
         )
         pack._folder, pack._source_fields = opened, listed.source_fields
@@ -142,13 +145,16 @@ class Pack(VersionedContents):
             >>> eigenlorax.Pack.from_pretrained("pack/", adapters=["a"]).names
             ['a']
         """
-        source = os.fspath(source)
-        adapters = name_list(adapters) if adapters is not None else None
-        path = hub.fetch(
-            source, adapters, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        return cls.from_folder(
+            hub.open_folder(
+                os.fspath(source),
+                name_list(adapters) if adapters is not None else None,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+            )
         )
-        opened = folder.open_pack(path)
-        return cls._from_folder(opened if adapters is None else opened.select(adapters))
 
     def remember(self) -> None:
         """Register the subspace for the tuner, which finds it by fingerprint, until the process ends.

@@ -1,6 +1,6 @@
 """Sentences about what a pack was made for and what it cannot do, for `fit`, `inspect` and the model card."""
 
-from ..codec.storage.table import storage_by_name
+from ..codec.storage.traits import TRAITS
 from .summary import Summary
 
 STORAGE_ERROR = 0.1
@@ -16,7 +16,7 @@ def choice(figures: Summary) -> str:
     """Return the purpose of a pack, the target and storage of its fit, and the reason for them, in one sentence."""
     fit = figures.fit
     lead = f"for {fit.purpose}: " if fit.purpose is not None else ""
-    if storage_by_name(figures.dtype).is_coded:
+    if TRAITS[figures.dtype].is_coded:
         extent = "in as few bytes as that takes" if fit.max_error is not None else "with the smallest errors"
         return f"{lead}{fit.size}, {extent} (entropy-coded)"
     dtype = f"stored as {figures.dtype}"
@@ -36,7 +36,7 @@ def limits(figures: Summary) -> str:
             f"new tasks train on its basis, which takes {figures.bytes.training_basis:,} bytes. vLLM's shared basis "
             "serves only adapters that this basis represents well enough: serve-check lists them"
         )
-    if storage_by_name(figures.dtype).is_coded:
+    if TRAITS[figures.dtype].is_coded:
         return (
             "not for training new tasks, nor for vLLM's shared basis. For both, add a basis with basis=32 "
             "(--basis 32). For one of them, fit with purpose='training' (--for training) or purpose='serving' "

@@ -4,13 +4,12 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ..codec.storage.table import storage_by_name
+from ..codec.storage.traits import TRAITS
 from ..core import keys
 from ..formats.image import families
 from .history import History
-from .manifest import FitInfo, SideInfo, SubspaceInfo
-from .outside_tensors import baseline_bytes
-from .packed_adapter import Record
+from .manifest import FitInfo, Manifest, SideInfo, SubspaceInfo
+from .record import Record, baseline_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +242,21 @@ def summarize(
     )
 
 
+def summarize_manifest(listed: Manifest, pack_files: tuple[int, int] | None = None) -> Summary:
+    """Return the figures of a pack as its manifest lists it; `pack_files` as in `summarize`."""
+    return summarize(
+        listed.records,
+        listed.subspace,
+        listed.fit,
+        listed.coefficient_dtype,
+        base_model=listed.base_model,
+        revision=listed.revision,
+        basis=listed.basis.subspace if listed.basis is not None else None,
+        histories=listed.histories.values(),
+        pack_files=pack_files,
+    )
+
+
 def _widths(info: SubspaceInfo) -> list[tuple[str, int]]:
     return [(module, sides["down"].dimension) for module, sides in info.modules.items()]
 
@@ -289,7 +303,7 @@ def _errors(records: Mapping[str, Record]) -> Errors | None:
 
 def _bytes(records: Mapping[str, Record], info: SubspaceInfo, coefficient_dtype: str, training_basis: int) -> Bytes:
     # the narrower of the two: a ratio must not gain from LoRAs that are wider than the pack
-    width = min(storage_by_name(name).lora_itemsize for name in (info.dtype, coefficient_dtype))
+    width = min(TRAITS[name].lora_itemsize for name in (info.dtype, coefficient_dtype))
     carried = sum(record.carried_bytes for record in records.values())
     carried_before = sum(
         baseline_bytes(record.source_carried_bytes, record.carried_numbers, is_coded=record.head_error > 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..codec.storage.table import storage_by_name
 from ..core import module_names
 from ..pack.pack import Pack
-from ..pack.packed_adapter import Record
+from ..pack.record import Record
 from ..pack.summary import lora_numbers
 from . import spreads
 from .analysis import groups, losses

@@ -19,6 +19,8 @@ from ...core.coefficients import CoefficientBatch, Coefficients
 from ...core.projection import DualComponents
 from ...core.subspace import ModuleBases, Subspace
 from ..group_integers import Payload
+from .sizes import ModuleSizes
+from .traits import TRAITS, StorageTraits
 
 StoredRows = tuple[Tensor, Payload | None]
 """Components in memory, and their payload where the file holds something else."""
@@ -27,19 +29,6 @@ CHANGED_IN_MEMORY = (
     "the coefficients of an adapter of this pack were changed in memory, and its storage cannot write them without "
     "their codes: add the changed adapter to the pack instead."
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleSizes:
-    """Numbers of components (k_down, k_up) and widths (n_in, n_out) of one module of a subspace."""
-
-    k: tuple[int, int]
-    widths: tuple[int, int]
-
-    @classmethod
-    def of(cls, bases: ModuleBases) -> "ModuleSizes":
-        """Return the sizes of bases in memory."""
-        return cls((bases.down.k, bases.up.k), (bases.down.dimension, bases.up.dimension))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,34 +93,38 @@ class Storage(ABC):
         """Bytes per number in a long row; fractional where groups share a scale."""
 
     @property
-    @abstractmethod
+    def _traits(self) -> StorageTraits:
+        return TRAITS[self.name]
+
+    @property
     def lora_itemsize(self) -> int:
         """Bytes per number of the LoRAs that a pack of this storage is compared with."""
+        return self._traits.lora_itemsize
 
     @property
     def is_float(self) -> bool:
         """True if files hold plain float tensors, which need no decoder and no mention in an adapter's config."""
-        return False
+        return self._traits.is_float
 
     @property
     def is_coded(self) -> bool:
         """True if bytes are entropy-coded for an error bound or a size, components and coefficients together."""
-        return False
+        return self._traits.is_coded
 
     @property
     def holds_components(self) -> bool:
         """True if bases can be stored in it, and not only coefficients."""
-        return True
+        return self._traits.holds_components
 
     @property
     def core_kind(self) -> str | None:
         """The kind of cores, of `keys.CORES`, that adapters are stored as; None for two matrices of coefficients."""
-        return None
+        return self._traits.core_kind
 
     @property
     def pairs_components(self) -> bool:
         """True if component j of the down side goes with component j of the up side alone."""
-        return False
+        return self._traits.pairs_components
 
     @property
     def basis_storage(self) -> "Storage":

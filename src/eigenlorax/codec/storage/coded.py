@@ -35,17 +35,9 @@ class CodedStorage(Storage):
     """Entropy-coded integers (`bitstream`), as `encoder` makes them in fits with an error bound or a size."""
 
     @property
-    def is_coded(self) -> bool:
-        return True
-
-    @property
     def number_bytes(self) -> float:
         # a rough figure, for forecasts: the true one depends on the error bound
         return 1.0
-
-    @property
-    def lora_itemsize(self) -> int:
-        return torch.float16.itemsize
 
     @property
     def keeps_factors(self) -> bool:

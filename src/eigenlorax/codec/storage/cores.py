@@ -19,8 +19,9 @@ from ...core.subspace import ModuleBases, Subspace
 from ...errors import OptionError
 from .. import bitstream, diagonal_cores, singular_codes
 from ..group_integers import Payload
-from .base import CHANGED_IN_MEMORY, ModuleSizes, ModuleSlot, Storage, StoredRows, describe_tensor
+from .base import CHANGED_IN_MEMORY, ModuleSlot, Storage, StoredRows, describe_tensor
 from .floats import FloatStorage
+from .sizes import ModuleSizes
 
 NOT_PAIRED = (
     "the subspace of this pack is not extended: its cores are diagonal, and the rows of its sides go in pairs. Add the "
@@ -41,24 +42,12 @@ class CoreStorage(Storage):
     stored_dtype: torch.dtype
 
     @property
-    def holds_components(self) -> bool:
-        return False
-
-    @property
-    def core_kind(self) -> str:
-        return self.kind
-
-    @property
     def basis_storage(self) -> FloatStorage:
         return FloatStorage(dtypes.name(self.stored_dtype), self.stored_dtype)
 
     @property
     def number_bytes(self) -> float:
         return float(self.stored_dtype.itemsize)
-
-    @property
-    def lora_itemsize(self) -> int:
-        return self.stored_dtype.itemsize
 
     @property
     def keeps_factors(self) -> bool:
@@ -169,10 +158,6 @@ class DiagonalCoreStorage(CoreStorage):
     def ridge(self) -> float:
         """The ridge of `diagonal_cores`, whose squared error is below that of rounding."""
         return max(diagonal_cores.RIDGE, torch.finfo(self.stored_dtype).eps / 16)
-
-    @property
-    def pairs_components(self) -> bool:
-        return True
 
     @property
     def extension_error(self) -> str | None:

@@ -32,16 +32,8 @@ class FloatStorage(Storage):
     """Numbers in files as they are in memory."""
 
     @property
-    def is_float(self) -> bool:
-        return True
-
-    @property
     def number_bytes(self) -> float:
         return float(self.dtype.itemsize)
-
-    @property
-    def lora_itemsize(self) -> int:
-        return self.dtype.itemsize
 
     @property
     def keeps_factors(self) -> bool:

@@ -41,11 +41,6 @@ class IntegerStorage(Storage):
         return self.bits / 8 + torch.float16.itemsize / group_integers.GROUP
 
     @property
-    def lora_itemsize(self) -> int:
-        # LoRAs are not kept in integers: a ratio must not gain from floats wider than those that are in use
-        return torch.float16.itemsize
-
-    @property
     def keeps_factors(self) -> bool:
         return False
 

@@ -8,17 +8,17 @@ from torch import Tensor
 from ...core import dtypes, keys
 from ...core.coefficients import CoefficientBatch
 from ...core.limits import PARSE_FAILURES
-from ...core.options import suggestion
 from ...core.subspace import Subspace
-from ...errors import FormatError, OptionError, reason
+from ...errors import FormatError, reason
 from .. import group_integers
+from . import traits
 from .base import ModuleSlot, Storage
 from .coded import CodedStorage
 from .cores import DiagonalCoreStorage, FullCoreStorage
 from .floats import FloatStorage
 from .integers import INT4, INT8, integer_matrices
 
-CODED = CodedStorage("coded", torch.float32)
+CODED = CodedStorage(traits.CODED, torch.float32)
 FLOAT_STORAGES: dict[str, Storage] = {
     dtypes.name(dtype): FloatStorage(dtypes.name(dtype), dtype) for dtype in dtypes.STORED
 }
@@ -39,11 +39,7 @@ STORAGES: dict[str, Storage] = {
 
 def storage_by_name(name: str) -> Storage:
     """Return the storage of this name; `OptionError` if there is none."""
-    if name not in STORAGES:
-        # packs with cores are read, but no longer written
-        names = [name for name, storage in STORAGES.items() if storage.core_kind is None]
-        raise OptionError(f"dtype must be one of {', '.join(names)}, got {name}.{suggestion(name, names)}")
-    return STORAGES[name]
+    return STORAGES[traits.check_storage(name)]
 
 
 def parse_storage(dtype: str | torch.dtype | None) -> Storage | None:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ...core import dtypes, keys
-from ...core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec, Origin
+from ...core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec
 from ...core.linear_regex import StepBudget
+from ...core.origin import Origin
 from ...errors import FormatError, NonFiniteError, ShapeError, SourceWarning
 from .. import files, lora_config
 from ..files import Header, OpenedFile

@@ -22,7 +22,8 @@ from ...errors import WARN_ABOVE, AdapterNameError, OptionError
 from ...formats import checks
 from ...formats.sources import Source
 from ...pack.pack import Pack
-from ...pack.packed_adapter import PackedAdapter, Record
+from ...pack.packed_adapter import PackedAdapter
+from ...pack.record import Record
 from . import requests
 from .bank_adapter import BankAdapter, BankStorage, check_none_carried, check_not_carried
 from .heads import Heads, make_heads, tensor_names

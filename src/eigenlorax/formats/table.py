@@ -1,0 +1,150 @@
+"""Adapters as files: the table of formats, `read_adapter` and `write_adapter`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core import dtypes, keys
+from ..core.adapter import Adapter
+from ..core.options import suggestion
+from ..core.origin import Origin
+from ..errors import OptionError
+from . import folders, official, peft, urls
+from .image import diffusers, kohya, reader, tensor_keys, writer
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """An adapter format.
+
+    Attributes:
+        read: Function that reads an adapter from a source.
+        write: Function that writes an adapter to a path; None if the format can only be read.
+        dialect: One of `tensor_keys.DIALECTS` for a format of single files; None for a format of folders.
+    """
+
+    read: Callable[..., Adapter]
+    write: Callable[..., Path] | None = None
+    dialect: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the format's files; empty for a format of folders."""
+        return "" if self.dialect is None else keys.LORA_SUFFIX
+
+
+PEFT = "peft"
+FORMATS = {
+    PEFT: Format(peft.read, peft.write),
+    tensor_keys.KOHYA: Format(kohya.read, kohya.write, tensor_keys.KOHYA),
+    tensor_keys.DIFFUSERS: Format(diffusers.read, diffusers.write, tensor_keys.DIFFUSERS),
+    tensor_keys.OLD: Format(diffusers.read_old, diffusers.write_old, tensor_keys.OLD),
+    tensor_keys.DIFFUSION_MODEL: Format(
+        diffusers.read_diffusion_model, diffusers.write_diffusion_model, tensor_keys.DIFFUSION_MODEL
+    ),
+    "official": Format(official.read),
+}
+_LOCATION_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
+
+
+def read_adapter(source: str | Path, *, format: str | None = None, **options: Any) -> Adapter:
+    """Read an adapter. Its tensors are read at each access, also after the adapter has been pickled.
+
+    Args:
+        source: A folder, a safetensors file, a URL (`s3://…`, `hf://…`) or a Hub id (`org/name`, `org/name@revision`).
+        format: A name in `FORMATS`. By default, a folder with `adapter_config.json` is read as "peft", and a single
+            file by the names of its tensors.
+        options: Options of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle.
+
+    Raises:
+        FormatError: The source is not an adapter, is damaged, or has a tensor that is not recognised.
+        HubError, UrlError: The source cannot be reached.
+        OptionError: The format is unknown.
+
+    Example:
+        >>> import eigenlorax
+        >>> adapter = eigenlorax.read_adapter("adapters/a")
+        >>> adapter.ranks, len(adapter.modules)
+        ((3,), 3)
+    """
+    if format is not None:
+        return _format(format).read(source, **options)
+    location = folders.locate(source, **{name: options[name] for name in _LOCATION_OPTIONS if name in options})
+    return (peft.read if location.file is None else reader.read)(location, **options)
+
+
+def write_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an adapter, completely or not at all, and return the path.
+
+    Args:
+        adapter: The adapter.
+        path: A folder for "peft", a file for the formats of single files.
+        format: A name in `FORMATS`. Default: the format that the adapter was read from.
+        dtype: Dtype of the factors. Default: the adapter's own.
+        overwrite: Replace what is at `path`.
+
+    Raises:
+        OptionError: The format cannot be written, or cannot represent a tensor of the adapter.
+        PackExistsError: `path` exists, and `overwrite` is not set.
+        NonFiniteError: A factor has NaN or Inf, or numbers outside the range of `dtype`.
+
+    Example:
+        >>> import eigenlorax
+        >>> adapter = eigenlorax.read_adapter("adapters/a")
+        >>> eigenlorax.write_adapter(adapter, "loras/a", dtype="float16").name
+        'a'
+    """
+    if not isinstance(adapter, Adapter):
+        raise OptionError(f"the first argument of write_adapter is an Adapter, got {type(adapter).__name__}.")
+    target = format if format is not None else format_of(adapter.origin)
+    write = writable(target).write
+    assert write is not None
+    if urls.is_url(path):
+        raise OptionError(f"{path} is a URL. Adapters can be read from URLs, but only written to local folders.")
+    if target == PEFT and format_of(adapter.origin) != PEFT:
+        adapter = writer.for_peft(adapter)
+    return write(adapter, Path(path), dtype=dtypes.parse(dtype), overwrite=overwrite)
+
+
+def check_writable(adapter: Adapter, format: str) -> None:
+    """Raise the errors that writing an adapter in a format would raise, without writing it."""
+    dialect = writable(format).dialect
+    if dialect is not None:
+        writer.check(adapter, dialect)
+    else:
+        if format_of(adapter.origin) != PEFT:
+            writer.for_peft(adapter)
+        peft.check_complete(adapter, f"adapter {adapter.name!r}")
+
+
+def format_of(origin: Origin | None) -> str:
+    """Return the format that an adapter of this origin was read from; "peft" without an origin."""
+    return origin.format if origin is not None else PEFT
+
+
+def writable(name: str) -> Format:
+    """Return a format by name; raise `OptionError` if it is unknown or can only be read."""
+    chosen = FORMATS.get(name)
+    if chosen is None or chosen.write is None:
+        candidates = [name for name, candidate in FORMATS.items() if candidate.write is not None]
+        raise OptionError(
+            f"format {name!r} is {'not known' if chosen is None else 'read, not written'}."
+            f"{suggestion(name, candidates)} Formats that can be written: {', '.join(candidates)}."
+        )
+    return chosen
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise OptionError(f"format {name!r} is not known.{suggestion(name, FORMATS)} Formats: {', '.join(FORMATS)}.")
+    return FORMATS[name]
