@@ -5,9 +5,11 @@ import random
 import shutil
 
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertModel, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, BertModel, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import eigenlorax as ex
 import tiny
 
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]"]
@@ -92,6 +94,27 @@ def cycle_rows(n, seed):
 def write_jsonl(path, rows):
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), "utf-8")
     return path
+
+
+def save_lora(folder, model, config, base):
+    """A LoRA of random weights, as if it had been trained on the base model `base`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        peft_model = get_peft_model(model, config)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+    peft_model.peft_config["default"].base_model_name_or_path = str(base)
+    peft_model.save_pretrained(folder)
+    return folder
+
+
+def save_common(place):
+    """A LoRA for two classes on the base model of `pack`, from which users train; its config has no defaults."""
+    base = ex.Pack.open(place / "pack").base_model
+    config = LoraConfig(r=3, lora_alpha=12, lora_dropout=0.0, target_modules=["query", "value"], task_type="SEQ_CLS")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
+    return save_lora(place / "common", model, config, base)
 
 
 BASES = ("bert", "dropping-bert", "gpt2")

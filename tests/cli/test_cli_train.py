@@ -153,12 +153,57 @@ class TestATrainingAndItsEvaluation:
             assert re.search(line, out), out
 
 
+class TestFromAReference:
+    """In place of coefficients, a LoRA that goes on from a trained one."""
+
+    ASKED = TRAIN.replace("train pack", "train").replace("--learning-rate 0.1 --rank 4", "--labels bad,good")
+
+    def test_in_a_folder(self, cli, place):
+        trainable.save_common(place)
+        line = [*shlex.split(self.ASKED), "--reference", "common", "--epochs", 1, "--eval", "eval.jsonl"]
+        found = json_of(cli(*line, "--learning-rate", 0.03, "--json"))
+        assert (found["pack"], found["name"], found["added"], found["numbers"]) == (None, "out", False, 4 * 2 * 24 * 3)
+        out = succeeded(cli("fit", "out", "--reference", "common", "-o", "users")).out
+        assert "members" in out
+        assert ex.Pack.open("users").histories["members"].labels == ["common", "out"]
+
+    def test_that_is_a_version_of_the_pack(self, cli, place):
+        common = trainable.save_common(place)
+        pack = ex.Pack.empty()
+        pack.append(common, "common", name="members", max_error=0.002)
+        pack.save("users")
+        line = [*shlex.split(self.ASKED), "users", "--reference", "members@common", "--eval", "eval.jsonl"]
+        idle = ["--learning-rate", 1e-12, "--head-learning-rate", 1e-12, "--epochs", 1]
+        done = cli(*line, *idle)
+        assert done.code == 3
+        assert "and that of the reference members@common" in done.err
+        assert "to add it nevertheless: repeat the command with --resume --force" in done.err
+        out = succeeded(cli(*line, *idle, "--resume", "--force")).out
+        assert re.search(r"adapter members@out", out)
+        assert re.search(r"trained from +members@common", out)
+        assert re.search(r"trained parameters of the LoRA +576 in 4 modules", out)
+        assert re.search(r"accuracy of the reference +0\.\d+", out)
+        assert ex.Pack.open("users").histories["members"].labels == ["common", "out"]
+
+
 def written(name, content):
     Path(name).write_text(content)
     return name
 
 
 BAD = {
+    "nothing to train from": (
+        TRAIN.replace("train pack", "train"),
+        3,
+        "neither a PACK nor a --reference to train from",
+    ),
+    "a rank beside a reference": (f"{TRAIN} --reference run@1", 3, "--rank has no effect with --reference run@1"),
+    "classes without a reference": (f"{TRAIN} --labels a,b", 3, "Remove --labels, or pass --reference"),
+    "a name without a pack": (
+        f"{TRAIN.replace('train pack', 'train')} --reference x --name new",
+        3,
+        "--name has no effect without PACK",
+    ),
     "a pack that is none": (TRAIN.replace("pack", "nowhere"), 4, "nowhere is not a pack"),
     "a name that is taken": (f"{TRAIN} --name a1", 3, "already has an adapter named 'a1'"),
     "a name that is none": (f"{TRAIN} --name .x", 3, ".x"),

@@ -82,7 +82,7 @@ def test_an_accuracy_is_better_where_chance_does_not_explain_it(pairs, better):
     found = baselines.classification_baseline(figures(pairs), trained_on=False)
     assert found.better is better
     assert found.score == pytest.approx(sum(one == other for one, other in pairs) / len(pairs))
-    assert f"{found.score:.4f}, and the most frequent class alone would reach {found.baseline:.4f}" in found.sentence
+    assert f"{found.score:.4f}, and the most frequent class alone would reach {found.baseline:.4f}" in found.sentence()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_perplexity_is_better_where_it_is_lower(losses, better, said):
     found = baselines.language_model_baseline(mine, base, trained_on=True)
     assert found.better is better
     assert found.trained_on
-    assert re.search(said, found.sentence)
+    assert re.search(said, found.sentence())
 
 
 class TestTheDefaultNumberOfEpochs:

@@ -312,7 +312,7 @@ class TestWhatCannotBeCompared:
                 r"do not fit adapter 'b': .*label 2 is not one .*NAME=\S+three",
             ),
             ([("b", "three")], {}, FormatError, "^[^N]*label 2 is not one of the 2 classes: 0, 1.$"),
-            ([("b", "named")], {}, OptionError, "labels such as 'good', and a pack does not store class names"),
+            ([("b", "named")], {}, OptionError, "labels such as 'good', and an adapter does not store class names"),
             ([(None, "named")], {"labels": ["bad", "good"]}, OptionError, "do not fit adapter 'a': 2 labels are named"),
             ([("a", "rows")], {"columns": Columns(label="gold")}, OptionError, "no column 'gold'. .*--label-column"),
             (

@@ -1,4 +1,4 @@
-"""`eigenlorax train`: train coefficients for a new task, and add the adapter to the pack."""
+"""`eigenlorax train`: train coefficients or a LoRA on rows, and add the adapter to the pack."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import BaselineError, OptionError
-from ..train.options import DEFAULTS, HEAD_LEARNING_RATE, MIN_STEPS, RANK, TASKS, Columns, Training
+from ..train.options import (
+    DEFAULTS,
+    HEAD_LEARNING_RATE,
+    MIN_REFERENCE_STEPS,
+    MIN_STEPS,
+    RANK,
+    REFERENCE_DEFAULTS,
+    TASKS,
+    Columns,
+    Training,
+)
 from . import arguments, console, verbs
-from .evaluate import figure_rows, print_confusion
+from .evaluate import class_names, figure_rows, print_confusion
 
 if TYPE_CHECKING:
     from ..train.training_record import TrainingResult
@@ -19,6 +29,9 @@ eigenlorax train pack/ --task text-classification --train demo/train.csv \
     --model demo/model -o mine/
 eigenlorax train pack/ --task text-classification --train demo/train.csv \
     --model demo/model --eval demo/test.csv -o core/ --core --epochs 2 --no-add
+eigenlorax train --task text-classification --train demo/spam.csv \
+    --reference demo/adapters/sms-spam-a --labels ham,spam \
+    --model demo/model -o alice/
 """
 
 
@@ -28,7 +41,6 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    pack: arguments.PackFolder,
     task: Annotated[str, typer.Option(metavar="TASK", help=f"Task: {' or '.join(TASKS)}.")],
     rows: Annotated[
         Path,
@@ -45,6 +57,12 @@ def train(
             "--output", "-o", metavar="OUT", help="Folder for the adapter and its checkpoints.", parser=arguments.path
         ),
     ],
+    pack: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="PACK", help="Folder of the pack. Left out with --reference FOLDER.", parser=arguments.path
+        ),
+    ] = None,
     evaluation: Annotated[
         Path | None,
         typer.Option(
@@ -96,6 +114,24 @@ def train(
             rich_help_panel=verbs.TRAINED,
         ),
     ] = "zero",
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME@VERSION",
+            help="Train on from a LoRA and its head, in place of coefficients: a LoRA in a folder, without PACK, or a "
+            "version of the pack. The result is a LoRA for `fit --reference`, or the next version of PACK.",
+            rich_help_panel=verbs.TRAINED,
+        ),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,…|OUT",
+            help="With --reference: class names in the order of its head, or the OUT folder of another training. "
+            "Needed if labels are texts.",
+            rich_help_panel=verbs.TRAINED,
+        ),
+    ] = None,
     n_extra: Annotated[
         int,
         typer.Option(
@@ -125,7 +161,8 @@ def train(
         float | None,
         typer.Option(
             metavar="N",
-            help=f"Number of epochs (default: {DEFAULTS['num_train_epochs']:g}, or as many as give {MIN_STEPS} steps).",
+            help=f"Number of epochs (default: {DEFAULTS['num_train_epochs']:g}, or as many as give {MIN_STEPS} steps; "
+            f"with --reference, {MIN_REFERENCE_STEPS} steps).",
             rich_help_panel=verbs.TRAINING,
         ),
     ] = None,
@@ -133,7 +170,8 @@ def train(
         float | None,
         typer.Option(
             metavar="RATE",
-            help=f"Learning rate of the coefficients (default: {DEFAULTS['learning_rate']:g}).",
+            help=f"Learning rate of the coefficients (default: {DEFAULTS['learning_rate']:g}), or of the LoRA with "
+            f"--reference (default: {REFERENCE_DEFAULTS['learning_rate']:g}).",
             rich_help_panel=verbs.TRAINING,
         ),
     ] = None,
@@ -179,10 +217,12 @@ def train(
     pair_column: arguments.PairColumn = None,
     max_length: arguments.MaxLength = None,
 ) -> None:
-    """Train coefficients for a new task in a pack's subspace, and add the adapter to the pack."""
+    """Train coefficients for a new task in a pack's subspace, or a LoRA from a trained one, and add it to the pack."""
     from ..train import train as training
     from ..train import trainer
 
+    if pack is None:
+        _check_without_pack(reference, name=name, no_add=no_add, force=force)
     if core and rank is not None:
         raise OptionError(f"--core trains one k × k matrix per module, whatever --rank says. Remove --rank {rank}.")
     with console.working() as progress:
@@ -197,6 +237,8 @@ def train(
                 alpha=alpha,
                 core=core,
                 start=start,
+                reference=reference,
+                labels=class_names(labels) if labels is not None else None,
                 n_extra=n_extra,
                 extra_seed=extra_seed,
                 epochs=epochs,
@@ -216,21 +258,34 @@ def train(
             progress=progress,
         )
     if json:
-        console.print_json({**asdict(trained), "folder": str(output), "pack": str(pack)})
+        console.print_json({**asdict(trained), "folder": str(output), "pack": str(pack) if pack is not None else None})
     else:
-        console.print_rows(f"adapter {trained.name}", _rows(trained))
+        console.print_rows(f"adapter {trained.name}", _rows(trained, reference))
         if len(trained.history) > 1:
             _print_history(trained.history)
         if trained.figures is not None:
             print_confusion(trained.figures)
-    if not no_add and not trained.added:
+    if pack is not None and not no_add and not trained.added:
+        add = f"`eigenlorax add {pack} {trained.name}={output}`, or train with --force"
         raise BaselineError(
             f"the adapter was not added to {pack}, because it is not better than its baseline. It is in {output}; to "
-            f"add it nevertheless: `eigenlorax add {pack} {trained.name}={output}`, or train with --force."
+            f"add it nevertheless: {add if reference is None else 'repeat the command with --resume --force'}."
         )
 
 
-def _rows(trained: "TrainingResult") -> list[tuple[str, str]]:
+def _check_without_pack(reference: str | None, **options: Any) -> None:
+    """Raise `OptionError` for the first option that has no effect without a pack, or if there is no reference."""
+    if reference is None:
+        raise OptionError("there is neither a PACK nor a --reference to train from. Pass one of them.")
+    for option, passed in options.items():
+        if passed:
+            raise OptionError(
+                f"--{option.replace('_', '-')} has no effect without PACK, because nothing is added to a pack. Remove "
+                "it."
+            )
+
+
+def _rows(trained: "TrainingResult", reference: str | None) -> list[tuple[str, str]]:
     added = "not added to the pack"
     if trained.delta_error is not None:
         added = f"added to the pack; delta error {console.format_error(trained.delta_error)}"
@@ -238,17 +293,21 @@ def _rows(trained: "TrainingResult") -> list[tuple[str, str]]:
         ("task", trained.task),
         ("base model", trained.model),
         ("rows, steps, epochs", f"{trained.rows:,}, {trained.steps:,}, {trained.epochs:g}"),
-        ("trained coefficients", f"{trained.numbers:,} in {trained.modules} modules"),
+        *([("trained from", reference)] if reference is not None else []),
+        (
+            "trained coefficients" if reference is None else "trained parameters of the LoRA",
+            f"{trained.numbers:,} in {trained.modules} modules",
+        ),
         *[("other trained parameters (head)", f"{trained.head_numbers:,}")] * bool(trained.head_numbers),
         *(figure_rows(trained.figures) if trained.figures else []),
-        *_baseline_rows(trained),
+        *_baseline_rows(trained, reference),
         ("folder", str(trained.folder)),
         ("pack", added),
         ("seconds", f"{trained.seconds:.1f}"),
     ]
 
 
-def _baseline_rows(trained: "TrainingResult") -> list[tuple[str, str]]:
+def _baseline_rows(trained: "TrainingResult", reference: str | None) -> list[tuple[str, str]]:
     """Return the rows of the baseline that `figure_rows` does not contain."""
     baseline = trained.baseline
     is_accuracy = baseline.metric == "accuracy"
@@ -257,13 +316,14 @@ def _baseline_rows(trained: "TrainingResult") -> list[tuple[str, str]]:
         for number in (baseline.score, baseline.baseline)
     )
     score_row = (f"{baseline.metric} on {baseline.rows:,} training rows", score)
-    baseline_row = (
-        "  most frequent class alone" if is_accuracy else "  base model without the adapter",
-        baseline_score,
-    )
+    if reference is not None:
+        baseline_name = f"  {baseline.metric} of the reference"
+    else:
+        baseline_name = "  most frequent class alone" if is_accuracy else "  base model without the adapter"
     if baseline.trained_on:
-        return [score_row, baseline_row]
-    return [] if is_accuracy else [baseline_row]
+        return [score_row, (baseline_name, baseline_score)]
+    # `figure_rows` has the most frequent class
+    return [] if is_accuracy and reference is None else [(baseline_name, baseline_score)]
 
 
 def _print_history(history: list[dict[str, Any]]) -> None:

@@ -42,7 +42,7 @@ def load_into(pack: PackContents, model: Any, names: Iterable[str]) -> None:
                 else:
                     path = Path(temporary) / keys.file_name(name)
                     folder = formats.write_adapter(pack.adapter(name), path, format=formats.PEFT)
-                _load(model, name, folder)
+                load_folder(model, name, folder)
         except EigenloraxError:
             for name in set(names) & set(model.peft_config):
                 model.delete_adapter(name)
@@ -67,10 +67,21 @@ def _peft_type(model: Any) -> str:
     return types.pop()
 
 
-def _load(model: Any, name: str, folder: Path) -> None:
-    """Load one adapter with PEFT; raise an error if it has other shapes than the model, or PEFT ignored a tensor."""
+def load_folder(model: Any, name: str, folder: Path, *, is_trainable: bool = False) -> list[str]:
+    """Load an adapter from its folder with PEFT, and return the names of the model's LoRA tensors that the file lacks.
+
+    Args:
+        model: A `PeftModel`, whose adapter of this name gets the weights if it has one.
+        name: Name of the adapter in the model.
+        folder: Folder of the adapter.
+        is_trainable: Load it for training.
+
+    Raises:
+        ShapeError: The model's modules have other shapes.
+        ModuleNameError: The model lacks a module of the adapter.
+    """
     try:
-        loaded = model.load_adapter(str(folder), adapter_name=name)
+        loaded = model.load_adapter(str(folder), adapter_name=name, is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:
         if isinstance(error, EigenloraxError):
             raise
@@ -86,3 +97,4 @@ def _load(model: Any, name: str, folder: Path) -> None:
             f"the model has no place for {len(ignored)} tensors of adapter {name!r}, such as {ignored[0]!r}: the "
             "adapter belongs to another base model."
         )
+    return sorted(getattr(loaded, "missing_keys", None) or ())

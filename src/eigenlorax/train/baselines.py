@@ -1,4 +1,6 @@
-"""Comparison of a trained adapter with a baseline without training: the most frequent class, or the base model."""
+"""Comparison of a trained adapter with a baseline without training: the most frequent class, the base model, or the
+reference from which it was trained.
+"""
 
 import random
 from collections.abc import Callable, Sequence
@@ -25,12 +27,13 @@ class Baseline:
 
     Attributes:
         metric: "accuracy", with the most frequent class as baseline, or "perplexity", with the base model as baseline.
+            For an adapter that was trained from a reference, the reference is the baseline of both.
         rows: Number of rows of the comparison.
         trained_on: Whether these are training rows.
         score: Metric of the adapter; None for a perplexity that overflows.
         baseline: Metric of the baseline; None for a perplexity that overflows.
-        p_value: p-value of a binomial test of the accuracy; None for perplexities.
-        better: Whether the adapter is better than the baseline. For accuracies, `p_value` must be at most
+        p_value: p-value of a binomial test of the accuracy against the most frequent class; None for other baselines.
+        better: Whether the adapter is better than the baseline. Where there is a `p_value`, it must be at most
             `SIGNIFICANT`.
     """
 
@@ -42,24 +45,33 @@ class Baseline:
     p_value: float | None
     better: bool
 
-    @property
-    def sentence(self) -> str:
-        """Sentence that states the comparison."""
+    def sentence(self, reference: str | None = None) -> str:
+        """Return a sentence that states the comparison.
+
+        Args:
+            reference: Name of the adapter that is the baseline; None for another baseline.
+        """
         rows = f"the {self.rows:,} {'training' if self.trained_on else 'evaluation'} rows"
+        verdict = f"the adapter {'is better' if self.better else 'is not better'}."
         if self.metric == "perplexity":
+            other = f"the reference {reference}" if reference is not None else "the base model without the adapter"
             return (
-                f"the perplexity on {rows} is {_format_perplexity(self.score)}, and that of the base model without the "
-                f"adapter {_format_perplexity(self.baseline)}: the adapter "
-                f"{'is better' if self.better else 'is not better'}."
+                f"the perplexity on {rows} is {_format_perplexity(self.score)}, and that of {other} "
+                f"{_format_perplexity(self.baseline)}: {verdict}"
+            )
+        if reference is not None:
+            return (
+                f"the accuracy on {rows} is {self.score:.4f}, and that of the reference {reference} "
+                f"{self.baseline:.4f}: {verdict}"
             )
         accuracies = (
             f"the accuracy on {rows} is {self.score:.4f}, and the most frequent class alone would reach "
             f"{self.baseline:.4f}"
         )
         if self.better:
-            return f"{accuracies}: the adapter is better."
+            return f"{accuracies}: {verdict}"
         if self.score is None or self.baseline is None or self.score <= self.baseline:
-            return f"{accuracies}: the adapter is not better."
+            return f"{accuracies}: {verdict}"
         return (
             f"{accuracies}: with so few rows, that may be chance (p = {self.p_value:.2g}; at most {SIGNIFICANT} counts "
             "as better)."
@@ -73,31 +85,54 @@ def _format_perplexity(perplexity: float | None) -> str:
 def compare_with_baseline(
     model: Any,
     rows: Sequence[Example],
-    figures: Figures | None,
+    figures: Figures,
     measure: Callable[[Any, Sequence[Example]], Figures],
     *,
     trained_on: bool,
 ) -> Baseline:
-    """Compare a trained PEFT model with its baseline.
+    """Compare a trained PEFT model with the most frequent class, or with the base model.
 
     Args:
         model: Trained PEFT model.
-        rows: Evaluation rows, or training rows if `trained_on`.
-        figures: Figures of the model on these rows; None to measure them.
+        rows: Rows of the comparison.
+        figures: Figures of the model on these rows.
         measure: Function (model, rows) that returns figures.
-        trained_on: Whether the rows are training rows. At most `TRAINED_ROWS` of them are used.
+        trained_on: Whether the rows are training rows.
     """
-    compared_rows = sample(rows, TRAINED_ROWS) if trained_on else rows
-    figures = figures or measure(model, compared_rows)
     if isinstance(figures, ClassificationFigures):
         return classification_baseline(figures, trained_on=trained_on)
     with model.disable_adapter():
-        base_figures = measure(model, compared_rows)
+        base_figures = measure(model, rows)
     assert isinstance(base_figures, LanguageModelFigures)
     return language_model_baseline(figures, base_figures, trained_on=trained_on)
 
 
-def sample(rows: Sequence[T], maximum: int) -> Sequence[T]:
+def compare_with_reference(figures: Figures, reference: Figures, *, trained_on: bool) -> Baseline:
+    """Compare an adapter with the reference from which it was trained.
+
+    There is no test of chance, which the few rows of one user would hardly ever pass.
+
+    Args:
+        figures: Figures of the adapter.
+        reference: Figures of the reference on the same rows.
+        trained_on: Whether the rows are training rows.
+    """
+    if isinstance(figures, LanguageModelFigures):
+        assert isinstance(reference, LanguageModelFigures)
+        return language_model_baseline(figures, reference, trained_on=trained_on)
+    assert isinstance(reference, ClassificationFigures)
+    return Baseline(
+        metric="accuracy",
+        rows=figures.rows,
+        trained_on=trained_on,
+        score=figures.accuracy,
+        baseline=reference.accuracy,
+        p_value=None,
+        better=figures.accuracy > reference.accuracy,
+    )
+
+
+def sample(rows: Sequence[T], maximum: int = TRAINED_ROWS) -> Sequence[T]:
     """Return all rows, or a random sample with a fixed seed if there are more than `maximum` rows."""
     return random.Random(0).sample(rows, maximum) if len(rows) > maximum else rows  # noqa: S311
 
@@ -121,13 +156,13 @@ def classification_baseline(figures: ClassificationFigures, *, trained_on: bool)
 
 
 def language_model_baseline(figures: LanguageModelFigures, base: LanguageModelFigures, *, trained_on: bool) -> Baseline:
-    """Compare a language model's loss with that of the base model.
+    """Compare a language model's loss with that of the base model or of a reference.
 
     Both models predict the same tokens, so the difference has little variance and a small margin is enough.
 
     Args:
         figures: Figures of the model with the adapter.
-        base: Figures of the base model on the same rows.
+        base: Figures of the base model or of the reference on the same rows.
         trained_on: Whether the rows are training rows.
     """
     return Baseline(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..core import keys
+from ..core.adapter import Adapter
 from ..core.progress import Progress
 from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, reason
 from ..pack.pack import Pack
@@ -172,18 +173,18 @@ def check_label_names(names: Sequence[str]) -> None:
         raise OptionError(f"the labels {', '.join(names)} are not names of classes: {problem}. Name each class once.")
 
 
-def resolve_task(adapter: PackedAdapter, task: str | None) -> str:
+def resolve_task(adapter: PackedAdapter | Adapter, task: str | None) -> str:
     """Return the task of an adapter.
 
     Args:
-        adapter: Adapter of a pack.
+        adapter: The adapter.
         task: "text-classification" or "causal-lm". Default: the task type in the adapter's config.
 
     Raises:
         OptionError: The config has the task type of another task, or `task` is None and the config has no supported
             task type.
     """
-    task_type = json.loads(adapter.source_config).get("task_type")
+    task_type = json.loads(adapter.source_config or "{}").get("task_type")
     if task is not None:
         check_task(task)
         if task_type in TASKS.values() and task_type != TASKS[task]:
@@ -197,7 +198,7 @@ def resolve_task(adapter: PackedAdapter, task: str | None) -> str:
     )
 
 
-def count_head_classes(adapter: PackedAdapter, config: Any) -> int:
+def count_head_classes(adapter: PackedAdapter | Adapter, config: Any) -> int:
     """Return the number of classes of an adapter's head.
 
     Builds the model on the meta device with each number of classes that is a length of a head tensor, until the shapes
@@ -238,7 +239,7 @@ def count_head_classes(adapter: PackedAdapter, config: Any) -> int:
     )
 
 
-def check_language_model(adapter: PackedAdapter, config: Any) -> None:
+def check_language_model(adapter: PackedAdapter | Adapter, config: Any) -> None:
     """Raise `OptionError` if the adapter has a head that the base model, as a language model, does not have.
 
     Args:
@@ -290,8 +291,8 @@ def label_names(n: int, names: Sequence[str] | None, table: data.Table, columns:
         name = data.first_name(table, columns)
         if name is not None:
             raise OptionError(
-                f"{table.path} has labels such as {name!r}, and a pack does not store class names. Pass the adapter's "
-                f"{n} names in the order of its head as labels= (--labels), or the folder of `eigenlorax train`."
+                f"{table.path} has labels such as {name!r}, and an adapter does not store class names. Pass its {n} "
+                "names in the order of its head as labels= (--labels), or the folder of `eigenlorax train`."
             )
         return data.numbered_labels(n)
     if len(names) != n:

@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from ..errors import EigenloraxWarning, FormatError, HubError, MissingExtraError, OptionError, reason
 from ..formats import hub_client
-from ..pack.pack import Pack
 from . import examples
 from .data import Labels
 
@@ -30,21 +29,32 @@ def check_installed() -> None:
         raise MissingExtraError(f"this needs {error.name}, which is not installed: {_INSTALL}.") from error
 
 
-def resolve_base_model(pack: Pack, model: str | None) -> tuple[str, str | None]:
+class StatesBaseModel(Protocol):
+    """Pack or adapter that states its base model, which is None if it is unknown."""
+
+    @property
+    def base_model(self) -> str | None: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+
+def resolve_base_model(stated: StatesBaseModel, model: str | None, noun: str = "pack") -> tuple[str, str | None]:
     """Return the base model to load, and its revision.
 
     Args:
-        pack: Pack of the adapters.
-        model: Folder or Hub id that the user passed. Default: the pack's base model and revision.
+        stated: Pack of the adapters, or adapter.
+        model: Folder or Hub id that the user passed. Default: the stated base model and revision.
+        noun: Name of `stated` for the message.
 
     Raises:
-        OptionError: `model` is None, and the pack names no base model.
+        OptionError: `model` is None, and no base model is stated.
     """
     if model is not None:
         return model, None
-    if not pack.base_model:
-        raise OptionError("the pack does not say which base model it belongs to. Pass model= (--model).")
-    return pack.base_model, pack.revision
+    if not stated.base_model:
+        raise OptionError(f"the {noun} does not say which base model it belongs to. Pass model= (--model).")
+    return stated.base_model, stated.revision
 
 
 def load_tokenizer(model: str, revision: str | None) -> Any:

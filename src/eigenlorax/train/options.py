@@ -4,8 +4,8 @@ Imports no torch, because the help of the command line imports this module.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,15 @@ MIN_STEPS = 150
 """Minimum number of optimizer steps with the default number of epochs. Three epochs of 200 rows are 39 steps, after
 which accuracies were 5 to 47 points below those after 150 steps; 300 steps were not better (experiments/LOG.md)."""
 
+MIN_REFERENCE_STEPS = 40
+"""The same for a training from a reference, which 75 steps did not improve (experiments/LOG.md)."""
+
 MAX_POINTS = 12
 """Maximum number of checkpoints and of evaluations during a training with the default number of epochs."""
+
+REFERENCE_DEFAULTS = {"learning_rate": 3e-3, "warmup_steps": 0.1}
+"""The same for a training from a reference, whose LoRA is trained with AdamW: the best of three rates for users of two
+populations (docs/results.md), and the fraction of steps in which the rate grows to it."""
 
 HEAD_LEARNING_RATE = 5e-3
 """Default learning rate of other trained parameters, such as a classification head."""
@@ -69,11 +76,16 @@ class Training:
         alpha: `lora_alpha`; the update is scaled by alpha / rank. Default: twice the rank.
         core: Train one k × k matrix per module instead of two factors.
         start: Initial update: "zero", "mean", the name of an adapter in the pack, or the path of a LoRA.
+        reference: LoRA to train from, with its head, as PEFT goes on with a trained adapter: a folder, or the name of a
+            version of the pack, such as "members@common". Rank, alpha and modules are its own. Default: none.
+        labels: Names of the classes in the order of the reference's head. Needed if the labels of the rows are texts.
         n_extra: Number of random components that are added per side.
         extra_seed: Seed of these components.
-        epochs: Number of epochs. Default: 3, or more for at least `MIN_STEPS` steps.
-        learning_rate: Learning rate of the coefficients (optimizer: `tuner.SOAP`). Default: 0.02. If trainer_options
-            contain an `optim`, learning rate of all parameters.
+        epochs: Number of epochs. Default: 3, or more for at least `MIN_STEPS` steps, `MIN_REFERENCE_STEPS` from a
+            reference.
+        learning_rate: Learning rate of the coefficients (optimizer: `tuner.SOAP`), 0.02 by default, or of the LoRA from
+            a reference (AdamW), 0.003 by default. If trainer_options contain an `optim`, learning rate of all
+            parameters.
         head_learning_rate: Learning rate of other parameters, such as a classification head. Default: 0.005.
         batch_size: Rows per batch. Default: 16.
         seed: Seed of the head's initial values and of the order of the rows. Default: 0.
@@ -94,6 +106,8 @@ class Training:
     alpha: float | None = None
     core: bool = False
     start: str = "zero"
+    reference: str | None = None
+    labels: Sequence[str] | None = None
     n_extra: int = 0
     extra_seed: int = 0
     epochs: float | None = None
@@ -120,7 +134,8 @@ class Training:
                 raise OptionError(
                     f"{trainer_field!r} is among the Trainer's options, and {option} was passed too. Pass one of them."
                 )
-        if self.head_learning_rate is not None and not self.uses_soap:
+        self._check_reference()
+        if self.head_learning_rate is not None and not self.has_default_optimizer:
             raise OptionError(
                 "an optimizer is among the Trainer's options (optim). It has a single learning rate, and "
                 "head_learning_rate belongs to the default optimizer. Pass one of them."
@@ -132,9 +147,33 @@ class Training:
         return "save_total_limit" in self.trainer_options
 
     @property
-    def uses_soap(self) -> bool:
-        """True if coefficients are trained with `tuner.SOAP`, False for an optimizer of the Trainer."""
+    def has_classes(self) -> bool:
+        """True if a head is trained to classify texts."""
+        return self.task == "text-classification"
+
+    @property
+    def has_default_optimizer(self) -> bool:
+        """True if heads have a learning rate of their own, False for an optimizer of the Trainer."""
         return not {"optim", "optim_args", "optim_target_modules"} & set(self.trainer_options)
+
+    def _check_reference(self) -> None:
+        """Raise `OptionError` for an option that has no effect with, or without, a reference."""
+        if self.reference is None:
+            if self.labels is not None:
+                raise OptionError(
+                    "labels are the classes of a reference's head, and a new head has those of the training rows. "
+                    "Remove labels, or pass reference (--reference)."
+                )
+            return
+        defaults = {spec.name: spec.default for spec in fields(self)}
+        for name in ("rank", "alpha", "core", "start", "n_extra", "extra_seed"):
+            if getattr(self, name) != defaults[name]:
+                raise OptionError(
+                    f"{name}= (--{name.replace('_', '-')}) has no effect with reference={self.reference!r}: rank, "
+                    "alpha, modules and initial values are those of the reference. Remove it."
+                )
+        if self.labels is not None and not self.has_classes:
+            raise OptionError(f"labels has no effect on the task {self.task}. Remove it.")
 
 
 def check_task(task: str) -> None:

@@ -1,8 +1,7 @@
-"""Training of coefficients on a user's rows: saves the adapter in a folder, and adds it to the pack."""
+"""Training on a user's rows: saves the adapter in a folder, and adds it to the pack."""
 
 import errno
 import json
-import statistics
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,22 +15,13 @@ from safetensors import SafetensorError
 
 from ..core import atomic_files, keys
 from ..core.progress import Progress
-from ..errors import (
-    AdapterNameError,
-    BaselineWarning,
-    EigenloraxError,
-    NonFiniteError,
-    OptionError,
-    PackExistsError,
-    RankWarning,
-    reason,
-)
+from ..errors import BaselineWarning, EigenloraxError, NonFiniteError, OptionError, PackExistsError, reason
 from ..pack import writer
-from ..pack.pack import Pack
-from . import baselines, data, evaluate, examples, models, trainer, training_record
+from . import baselines, data, evaluate, examples, models, starts, trainer, training_record
 from .data import Labels, Table
 from .evaluate import Figures
-from .options import TASKS, Training
+from .options import Training
+from .starts import Start
 from .training_record import RECORD, TrainingResult
 
 CHECKPOINTS = "checkpoints"
@@ -41,7 +31,7 @@ _WRITE_FAILURES = ("iostream error", "PytorchStreamWriter", "inline_container")
 
 
 def train(
-    pack: Path,
+    pack: Path | None,
     training: Training,
     output: Path,
     *,
@@ -51,15 +41,17 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> TrainingResult:
-    """Train coefficients in a pack's subspace, save them as a PEFT adapter, and add that to the pack.
+    """Train coefficients in a pack's subspace or a LoRA from a reference, save them for PEFT, and add them to the pack.
+
+    A LoRA from a version of the pack is appended to the history of that version, with the version as its reference.
 
     Args:
-        pack: Folder of the pack.
+        pack: Folder of the pack; None to train from a reference in a folder.
         training: Task, rows and hyperparameters.
         output: Folder for the adapter and its checkpoints.
         name: Name of the adapter in the pack. Default: the name of the folder `output`.
         add: Add the adapter to the pack if it is better than its baseline: the most frequent class, or the perplexity
-            of the base model. Otherwise warn with `BaselineWarning`.
+            of the base model, or the figures of the reference. Otherwise warn with `BaselineWarning`.
         force: Add the adapter even if it is not better than its baseline.
         resume: Continue from the last checkpoint in `output`. If the training is finished, only add the adapter.
         progress: Function that is called with (stage, done, total).
@@ -75,38 +67,41 @@ def train(
         NonFiniteError: The training diverges.
     """
     started, report = time.perf_counter(), progress or (lambda stage, done, total: None)
-    opened = Pack.open(pack)
+    if training.reference is not None:
+        start: Start = starts.from_reference(pack, training)
+    elif pack is not None:
+        start = starts.from_subspace(pack, training)
+    else:
+        raise OptionError("there is neither a pack nor a reference to train from. Pass one of them.")
     name = name if name is not None else output.absolute().name
     keys.check_name(name)
-    if add:
-        _check_can_be_added(opened, pack, training, name)
+    if add and pack is not None:
+        start.check_name(name)
     _check_output(output, resume)
-    if few_components := _few_components(opened, training):
-        warnings.warn(few_components, RankWarning, stacklevel=2)
     train_table = data.read(training.train, training.columns.label)
     evaluation_table = data.read(training.evaluation, training.columns.label) if training.evaluation else None
     models.check_installed()
     with models.quiet(), models.preserved_random_state():
-        run = _prepare(opened, pack, training, output, train_table, evaluation_table)
+        run = _prepare(start, training, output, train_table, evaluation_table)
         result = _finished_result(output, run) if resume else None
         if result is None:
-            result = _train_and_save(opened, training, output, run, resume, report)
+            result = _train_and_save(training, output, run, resume, report)
             # written before adding, so that a failure to add can be resumed without training again
             training_record.write(output, run.settings, run.labels, result)
             if not training.keeps_checkpoints:
                 atomic_files.remove(output / CHECKPOINTS)
         if not result.baseline.better:
-            warnings.warn(result.baseline.sentence, BaselineWarning, stacklevel=2)
-        record = None
-        if add and (result.baseline.better or force):
-            with _mention_adapter_folder(pack, name, output), Pack.edit(pack) as edited:
-                record = edited.add(output, name=name)
+            warnings.warn(result.baseline.sentence(training.reference), BaselineWarning, stacklevel=2)
+        stored = None
+        if add and pack is not None and (result.baseline.better or force):
+            with _mention_adapter_folder(output):
+                stored = start.store(output, name)
     result = replace(
         result,
-        name=name,
-        added=record is not None,
-        delta_error=record.delta_error if record else None,
-        rounding_error=record.rounding_error if record else None,
+        name=stored.name if stored else name,
+        added=stored is not None,
+        delta_error=stored.delta_error if stored else None,
+        rounding_error=stored.rounding_error if stored else None,
         seconds=time.perf_counter() - started,
     )
     training_record.write(output, run.settings, run.labels, result)
@@ -122,7 +117,7 @@ class _Run:
         revision: Revision of the base model.
         labels: Classes of the head; None for a language model.
         tokenizer: Tokenizer of the base model.
-        config: `EigenLoraxConfig` of the adapter.
+        start: Adapter that the training starts from.
         arguments: `TrainingArguments` of the Trainer.
         rows: Encoded training rows.
         evaluation: Encoded evaluation rows; None without evaluation rows.
@@ -134,49 +129,12 @@ class _Run:
     revision: str | None
     labels: Labels | None
     tokenizer: Any
-    config: Any
+    start: Start
     arguments: Any
     rows: list[examples.Example]
     evaluation: list[examples.Example] | None
     collate: examples.Collate
     settings: dict[str, Any]
-
-
-def _check_can_be_added(opened: Pack, pack: Path, training: Training, name: str) -> None:
-    """Raise unless the pack can store the adapter under this name."""
-    check_name_is_free(opened, name)
-    if training.n_extra:
-        raise OptionError(
-            f"the pack cannot store an update on n_extra={training.n_extra} additional components. Train on a pack "
-            f"that has them: `eigenlorax augment {pack} --n-extra {training.n_extra} --seed {training.extra_seed} "
-            "-o PACK2`. Or pass add=False (--no-add)."
-        )
-
-
-def check_name_is_free(pack: Pack, name: str) -> None:
-    """Raise `AdapterNameError` if the pack has an adapter of this name, upper and lower case being equal."""
-    if name.lower() in {packed.lower() for packed in pack.names}:
-        raise AdapterNameError(
-            f"the pack already has an adapter named {name!r}. Pass another name as name= (--name), or remove the old "
-            "one first."
-        )
-
-
-def _few_components(opened: Pack, training: Training) -> str | None:
-    """Return a warning if an entropy-coded pack has fewer components to train than the rank; None otherwise.
-
-    Without any component, the model cannot be made, and the error says so.
-    """
-    if not opened.is_coded or opened.basis is not None or training.n_extra:
-        return None
-    components = [min(sides["down"].k, sides["up"].k) for sides in opened.info.modules.values()]
-    if not any(components) or statistics.median(components) >= training.rank:
-        return None
-    return (
-        f"the pack was made for storage and has few components to train: no module has more than "
-        f"{max(components)} on both sides. Fit it with basis=32 (--basis 32) for a basis beside the coded "
-        "adapters, or with purpose='training' (--for training)."
-    )
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -194,32 +152,19 @@ def _check_output(output: Path, resume: bool) -> None:
 
 
 def _prepare(
-    opened: Pack, pack: Path, training: Training, output: Path, train_table: Table, evaluation_table: Table | None
+    start: Start, training: Training, output: Path, train_table: Table, evaluation_table: Table | None
 ) -> _Run:
     """Check the options and encode the rows, without writing a file."""
-    from ..tuner import EigenLoraxConfig
-
-    alpha = 2 * training.rank if training.alpha is None else training.alpha
-    config = EigenLoraxConfig(
-        subspace=str(pack),
-        subspace_fingerprint=opened.training_pack.info.fingerprint,
-        r=training.rank,
-        lora_alpha=alpha,
-        core=training.core,
-        start=training.start,
-        n_extra=training.n_extra,
-        extra_seed=training.extra_seed,
-        task_type=TASKS[training.task],
-    )
+    start.check_options()
     # check the Trainer's options before loading a model; the number of rows may still change
     trainer.arguments(training, output / CHECKPOINTS, len(train_table.rows))
-    model, revision = models.resolve_base_model(opened, training.model)
-    tokenizer = models.load_tokenizer(model, revision)
-    max_length = examples.max_tokens(training.task, training.max_length, tokenizer, models.load_config(model, revision))
-    labels, columns = None, training.columns
+    noun = "pack" if training.reference is None else "reference"
+    model, revision = models.resolve_base_model(start, training.model, noun)
+    tokenizer, model_config = models.load_tokenizer(model, revision), models.load_config(model, revision)
+    max_length = examples.max_tokens(training.task, training.max_length, tokenizer, model_config)
+    labels, columns = start.labels(train_table, model_config), training.columns
     tables = [train_table, *([evaluation_table] if evaluation_table else [])]
-    if training.task == "text-classification":
-        labels = data.infer_labels(train_table, columns)
+    if labels is not None:
         rows = [examples.encode_classification(table, labels, columns, tokenizer, max_length) for table in tables]
     else:
         rows = [examples.encode_language_model(table, columns, tokenizer, max_length) for table in tables]
@@ -228,7 +173,7 @@ def _prepare(
         "train": data.rows_sha256(train_table),
         "evaluation": data.rows_sha256(evaluation_table) if evaluation_table else None,
         "model": model,
-        "subspace": opened.training_pack.info.fingerprint,
+        **start.fingerprint,
     }
     # the token is a secret and must not be written to the record
     settings["trainer_options"].pop("hub_token", None)
@@ -237,7 +182,7 @@ def _prepare(
         revision=revision,
         labels=labels,
         tokenizer=tokenizer,
-        config=config,
+        start=start,
         arguments=trainer.arguments(training, output / CHECKPOINTS, len(rows[0])),
         rows=rows[0],
         evaluation=rows[1] if evaluation_table else None,
@@ -247,23 +192,20 @@ def _prepare(
 
 
 def _load_model(run: _Run) -> Any:
-    """Load the base model, and add coefficients, and a head if the task has classes."""
-    from peft import get_peft_model
+    """Load the base model, and add the adapter to train, and a head if the task has classes."""
     from transformers import set_seed
 
     set_seed(run.arguments.seed)
-    model = get_peft_model(models.load_model(run.model, run.revision, run.labels, run.tokenizer), run.config)
+    model = run.start.add_to(models.load_model(run.model, run.revision, run.labels, run.tokenizer))
     # with a name, PEFT would query the Hub at every checkpoint; `_save` sets the name
-    model.peft_config["default"].base_model_name_or_path = ""
+    model.peft_config[starts.ADAPTER].base_model_name_or_path = ""
     if run.arguments.gradient_checkpointing or getattr(run.arguments, "activation_checkpointing", False):
         # the embeddings are frozen, so without this no gradient would reach the first checkpointed block
         model.enable_input_require_grads()
     return model
 
 
-def _train_and_save(
-    opened: Pack, training: Training, output: Path, run: _Run, resume: bool, report: Progress
-) -> TrainingResult:
+def _train_and_save(training: Training, output: Path, run: _Run, resume: bool, report: Progress) -> TrainingResult:
     """Train, evaluate and save the adapter. The name in the result and its fields about adding are not set yet."""
     model = _load_model(run)
     # the folder is removed again if the training cannot start
@@ -273,28 +215,30 @@ def _train_and_save(
         )
         if not resume:
             training_record.write(output, run.settings, run.labels, None)
-    with _clear_errors(output):
-        training_fields = _run_trainer(model, hf_trainer, resume)
 
     def measure(network: Any, rows: Sequence[examples.Example]) -> Figures:
         batch_size = run.arguments.per_device_eval_batch_size
         return evaluate.measure(network, rows, run.collate, run.labels, batch_size, report)
 
-    figures = None
-    if run.evaluation is not None:
-        figures = measure(model, run.evaluation)
     trained_on = run.evaluation is None
-    compared_rows = run.rows if run.evaluation is None else run.evaluation
-    baseline = baselines.compare_with_baseline(model, compared_rows, figures, measure, trained_on=trained_on)
+    compared_rows = baselines.sample(run.rows) if run.evaluation is None else run.evaluation
+    reference = measure(model, compared_rows) if training.reference is not None else None
     with _clear_errors(output):
-        _save(model, opened, output, run.model)
+        training_fields = _run_trainer(model, hf_trainer, resume)
+    figures = measure(model, compared_rows)
+    if reference is not None:
+        baseline = baselines.compare_with_reference(figures, reference, trained_on=trained_on)
+    else:
+        baseline = baselines.compare_with_baseline(model, compared_rows, figures, measure, trained_on=trained_on)
+    with _clear_errors(output):
+        _save(model, run.start, output, run.model)
     return TrainingResult(
         name="",
         task=training.task,
         model=run.model,
         labels=list(run.labels.names) if run.labels else None,
         rows=len(run.rows),
-        figures=figures,
+        figures=None if trained_on else figures,
         baseline=baseline,
         folder=output,
         added=False,
@@ -307,10 +251,10 @@ def _train_and_save(
 
 def _run_trainer(model: Any, hf_trainer: Any, resume: bool) -> dict[str, Any]:
     """Train the model, and return the fields of `TrainingResult` from `modules` to `history`."""
-    from ..tuner.layer import EigenLoraxLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     trained = {key: parameter.numel() for key, parameter in model.named_parameters() if parameter.requires_grad}
-    numbers = sum(size for key, size in trained.items() if "eigenlorax_" in key)
+    numbers = sum(size for key, size in trained.items() if trainer.is_update(key))
     checkpoint = trainer.last_checkpoint(Path(hf_trainer.args.output_dir)) if resume else None
     hf_trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
@@ -319,7 +263,7 @@ def _run_trainer(model: Any, hf_trainer: Any, resume: bool) -> dict[str, Any]:
             "learning_rate= (--learning-rate)."
         )
     return {
-        "modules": sum(isinstance(module, EigenLoraxLayer) for module in model.modules()),
+        "modules": sum(isinstance(module, BaseTunerLayer) for module in model.modules()),
         "numbers": numbers,
         "head_numbers": sum(trained.values()) - numbers,
         "steps": hf_trainer.state.global_step,
@@ -328,12 +272,12 @@ def _run_trainer(model: Any, hf_trainer: Any, resume: bool) -> dict[str, Any]:
     }
 
 
-def _save(model: Any, pack: Pack, output: Path, base: str) -> None:
-    """Save the adapter as a PEFT folder. base: the base model's name, for a pack that does not name one."""
-    config = model.peft_config["default"]
+def _save(model: Any, start: Start, output: Path, base: str) -> None:
+    """Save the adapter as a PEFT folder. base: the base model's name, for a start that does not state one."""
+    config = model.peft_config[starts.ADAPTER]
     # prefer the id on the Hub to a path on this machine
-    config.base_model_name_or_path = pack.base_model or base
-    config.revision = pack.revision
+    config.base_model_name_or_path = start.base_model or base
+    config.revision = start.revision
     model.save_pretrained(output, save_embedding_layers=False)
     atomic_files.copy_permissions(output, output / RECORD)
 
@@ -358,12 +302,15 @@ def _clear_errors(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _mention_adapter_folder(pack: Path, name: str, output: Path) -> Iterator[None]:
-    """Extend messages of errors in the block: name the folder of the trained adapter, and the command to add it."""
+def _mention_adapter_folder(output: Path) -> Iterator[None]:
+    """Extend messages of errors in the block: name the folder of the trained adapter, and how to add it."""
     try:
         yield
     except EigenloraxError as error:
-        hint = f"The trained adapter is in {output}. To add it: `eigenlorax add {pack} {name}={output}`."
+        hint = (
+            f"The trained adapter is in {output}. To add it without training again, pass resume=True (--resume), and "
+            "another name= (--name) if the name is taken."
+        )
         raise type(error)(f"{error} {hint}") from error
 
 

@@ -13,7 +13,17 @@ from ..core import atomic_files
 from ..core.options import suggestion
 from ..core.progress import Progress
 from ..errors import FormatError, MissingExtraError, NonFiniteError, OptionError, reason
-from .options import DEFAULTS, EVALUATION_BATCH, HEAD_LEARNING_RATE, MAX_POINTS, MIN_STEPS, OWN_OPTIONS, Training
+from .options import (
+    DEFAULTS,
+    EVALUATION_BATCH,
+    HEAD_LEARNING_RATE,
+    MAX_POINTS,
+    MIN_REFERENCE_STEPS,
+    MIN_STEPS,
+    OWN_OPTIONS,
+    REFERENCE_DEFAULTS,
+    Training,
+)
 from .training_record import RECORD
 
 _RESERVED = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "do_train", "do_eval", "do_predict")
@@ -76,6 +86,7 @@ def arguments(training: Training, checkpoints: Path, rows: int) -> Any:
     evaluation_strategy = "epoch" if training.evaluation else "no"
     defaults = {
         **DEFAULTS,
+        **(REFERENCE_DEFAULTS if training.reference is not None else {}),
         "per_device_eval_batch_size": EVALUATION_BATCH,
         "eval_strategy": evaluation_strategy,
         "save_strategy": "epoch",
@@ -104,7 +115,8 @@ def arguments(training: Training, checkpoints: Path, rows: int) -> Any:
         raise OptionError(f"the Trainer rejects its options: {reason(error)}") from error
     if training.epochs is not None or {"num_train_epochs", "max_steps"} & set(training.trainer_options):
         return training_arguments
-    schedule = _default_schedule(steps_per_epoch(training_arguments, rows), fields)
+    min_steps = MIN_STEPS if training.reference is None else MIN_REFERENCE_STEPS
+    schedule = _default_schedule(steps_per_epoch(training_arguments, rows), min_steps, fields)
     return TrainingArguments(output_dir=str(checkpoints), disable_tqdm=True, **{**fields, **schedule})
 
 
@@ -120,14 +132,15 @@ def steps_per_epoch(training_arguments: Any, rows: int) -> int:
     return max(1, math.ceil(batches / int(training_arguments.gradient_accumulation_steps)))
 
 
-def _default_schedule(per_epoch: int, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields for at least `MIN_STEPS` steps, with at most `MAX_POINTS` evaluations and checkpoints.
+def _default_schedule(per_epoch: int, min_steps: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields with at most `MAX_POINTS` evaluations and checkpoints.
 
     Args:
         per_epoch: Optimizer steps per epoch.
+        min_steps: Minimum number of optimizer steps.
         fields: Fields of `TrainingArguments` so far.
     """
-    epochs = math.ceil(max(fields["num_train_epochs"], MIN_STEPS / per_epoch))
+    epochs = math.ceil(max(fields["num_train_epochs"], min_steps / per_epoch))
     interval = math.ceil(epochs / MAX_POINTS)
     kinds = ("eval", "save", "logging")
     if interval == 1 or any(fields[f"{kind}_strategy"] not in ("epoch", "no") for kind in kinds):
@@ -225,16 +238,16 @@ def make(model: Any, training: Training, training_arguments: Any, rows: Rows, pr
     def accuracy(evaluated: Any) -> dict[str, float]:
         return {"accuracy": float((evaluated.predictions.argmax(axis=-1) == evaluated.label_ids).mean())}
 
-    is_classification = model.peft_config["default"].task_type == "SEQ_CLS"
     try:
+        optimizer = _optimizer(model, training, training_arguments) if training.has_default_optimizer else None
         trainer = Trainer(
             model,
             training_arguments,
             train_dataset=rows.train,
             eval_dataset=rows.evaluation,
             data_collator=rows.collate,
-            compute_metrics=accuracy if is_classification else None,
-            optimizers=(_optimizer(model, training, training_arguments) if training.uses_soap else None, None),
+            compute_metrics=accuracy if training.has_classes else None,
+            optimizers=(optimizer, None),
             callbacks=[ProgressCallback()],
         )
     except (ValueError, ImportError) as error:
@@ -244,21 +257,43 @@ def make(model: Any, training: Training, training_arguments: Any, rows: Rows, pr
 
 
 def _optimizer(model: Any, training: Training, training_arguments: Any) -> Any:
-    """Return SOAP for the coefficients, with the Adam options that the user passed to the Trainer."""
+    """Return SOAP for coefficients or AdamW for a LoRA, with the Adam options that the user passed to the Trainer."""
+    rate, head_rate = training_arguments.learning_rate, training.head_learning_rate or HEAD_LEARNING_RATE
+    if training.reference is not None:
+        return _adamw(model, rate, head_rate, training_arguments)
     from ..tuner import SOAP, coefficient_groups
     from ..tuner.optim import BETAS, EPSILON
 
     names = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
     adam_options = {name: getattr(training_arguments, name) for name in names if name in training.trainer_options}
-    groups = coefficient_groups(
-        model, lr=training_arguments.learning_rate, head_lr=training.head_learning_rate or HEAD_LEARNING_RATE
-    )
     return SOAP(
-        groups,
+        coefficient_groups(model, lr=rate, head_lr=head_rate),
         betas=(adam_options.get("adam_beta1", BETAS[0]), adam_options.get("adam_beta2", BETAS[1])),
         eps=adam_options.get("adam_epsilon", EPSILON),
         weight_decay=adam_options.get("weight_decay", 0.0),
     )
+
+
+def _adamw(model: Any, rate: float, head_rate: float, training_arguments: Any) -> Any:
+    """Return AdamW for a LoRA and its head, with learning rates of their own."""
+    import torch
+
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for name, parameter in trained if is_update(name)], "lr": rate},
+        {"params": [parameter for name, parameter in trained if not is_update(name)], "lr": head_rate},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        betas=(training_arguments.adam_beta1, training_arguments.adam_beta2),
+        eps=training_arguments.adam_epsilon,
+        weight_decay=training_arguments.weight_decay,
+    )
+
+
+def is_update(parameter: str) -> bool:
+    """Return whether a trained parameter is part of the update, as coefficients or in a LoRA, and not of a head."""
+    return "eigenlorax_" in parameter or "lora_" in parameter
 
 
 def last_checkpoint(checkpoints: Path) -> Path | None:
