@@ -17,10 +17,12 @@ from eigenlorax.errors import DuplicateAdapterWarning, OptionError
 from fake_hub import FakeHub, running
 from outcomes import contents, json_of, succeeded
 from runs import make_run
+from users import make_users
 
 pytestmark = [pytest.mark.slow, needs_fork]
 MANIFEST, CARD = "subspace_config.json", "README.md"
 QUERY = "encoder.layer.0.query"
+HEAD = "base_model.model.classifier.weight"
 ONE = ("adapter_config.json", "adapter_model.safetensors", "source_config.json")
 WRITER = "hf_writer"
 
@@ -605,6 +607,60 @@ class TestHistories:
         (hub.repos["org/runs"]["main"] / file).unlink()
         done = online(call=lambda: ex.Pack.from_pretrained("org/runs"))
         assert f"org/runs has no {file} on the Hub, although its {MANIFEST} lists it" in done.err
+
+
+class TestPopulations:
+    """Members that share a file are fetched and pushed with the common adapter, and removed from the repository."""
+
+    @pytest.fixture
+    def population(self, hub, tmp_path):
+        """`org/users`: a population of three members in one file; its folder."""
+        common, members = make_users(tmp_path, ["ann", "bob", "cem"])
+        folder = ex.fit(members, reference=common).save(tmp_path / "hub" / "users")
+        hub.repos["org/users"] = {"main": folder}
+        return folder
+
+    def test_are_fetched_with_the_pack(self, online, hub, population):
+        def call():
+            pack = ex.Pack.from_pretrained("org/users")
+            pack.verify()
+            say([pack.histories["members"].labels, pack.histories["members"].is_population])
+
+        assert json_of(online(call=call)) == [["common", "ann", "bob", "cem"], True]
+        files = [str(path) for path in contents_of(population) if str(path).startswith("versions/")]
+        assert len(files) == 2
+        assert hub.asked == sorted([MANIFEST, subspace_of(population), *files])
+
+    def test_a_member_is_exported_from_the_hub_as_from_the_folder(self, online, population, tmp_path):
+        succeeded(online("export", "org/users", "members@bob", "-o", tmp_path / "fetched"))
+        expected = ex.Pack.open(population).export(tmp_path / "local", ["members@bob"])["members@bob"]
+        assert contents(tmp_path / "fetched" / expected.name) == contents(expected)
+
+    def test_are_pulled_to_the_byte(self, online, population, tmp_path):
+        succeeded(online("pull", "org/users", "-o", tmp_path / "mine"))
+        pulled, wanted = contents_of(tmp_path / "mine"), contents_of(population)
+        assert {path: data for path, data in pulled.items() if str(path) != CARD} == {
+            path: data for path, data in wanted.items() if str(path) != CARD
+        }
+
+    def test_nothing_of_a_removed_member_is_in_the_next_commit(self, online, hub, population):
+        pack = ex.Pack.open(population)
+        removed = [pack.history_store.read(pack.histories["members"]["bob"])]
+        removed += [pack["members@bob"].heads[HEAD].numpy().tobytes(), b"bob"]
+
+        def call():
+            edited = ex.Pack.from_pretrained("org/users")
+            edited.remove("members@bob")
+            edited.push_to_hub("org/users", token=WRITER)
+            again = ex.Pack.from_pretrained("org/users")
+            again.verify()
+            say(again.histories["members"].labels)
+
+        assert any(removed[0] in data for data in contents_of(population).values())
+        assert json_of(online(call=call)) == ["common", "ann", "cem"]
+        pushed = contents_of(hub.repos["org/users"]["main"])
+        assert not [path for path, data in pushed.items() for trace in removed if trace in data]
+        assert len([path for path in pushed if str(path).startswith("versions/")]) == 2
 
 
 class TestPushThatFails:

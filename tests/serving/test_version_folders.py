@@ -13,6 +13,7 @@ from eigenlorax.serving.vllm import cache
 from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.settings import Settings
 from runs import make_run
+from users import make_users
 
 pytestmark = needs_fork
 
@@ -131,6 +132,31 @@ def test_adapters_and_versions_are_served_from_one_pack(tmp_path, checkpoints):
     assert folder_of(shared, "alpha").name == "alpha"
     with pytest.raises(ServingError, match="'run@10' cannot be served: it is an ordinary LoRA.*without a shared basis"):
         folder_of(shared, "run@latest")
+
+
+def test_members_of_a_population(tmp_path):
+    """A member keeps its name in vLLM and its folder, whoever else joins or leaves."""
+    common, users = make_users(tmp_path, ["ann", "bob", "cem"])
+    new = users.pop("cem")
+    pack = ex.fit(users, reference=common).save(tmp_path / "users-pack")
+    folders = AdapterFolders(Settings(str(pack), cache=tmp_path / "cache"))
+    names = ("members@common", "members@ann", "members@bob")
+    exported = ex.Pack.open(pack).export(tmp_path / "out", names)
+    before = {name: folder_of(folders, name) for name in names}
+    assert len({folder.path for folder in before.values()}) == 3
+    for name, folder in before.items():
+        assert content(folder.path) == content(exported[name])
+        assert folder.name == f"{name}:{ex.Pack.open(pack).digest(name)[:16]}"
+    with ex.Pack.edit(pack) as edited:
+        edited.remove("members@ann")
+        edited.append(new, "cem", name="members", max_bytes=2000)
+    with pytest.raises(AdapterNameError, match="no version 'ann' in the history 'members'"):
+        folder_of(folders, "members@ann")
+    assert folder_of(folders, "members@bob") == before["members@bob"]
+    assert folder_of(folders, "members@common") == before["members@common"]
+    assert content(folder_of(folders, "members@cem").path) == content(
+        ex.Pack.open(pack).export(tmp_path / "more", ["members@cem"])["members@cem"]
+    )
 
 
 def test_versions_that_vllm_cannot_serve_are_refused(history, tmp_path, checkpoints):

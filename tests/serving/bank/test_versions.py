@@ -148,6 +148,43 @@ def test_latest_is_the_last_version_when_a_request_starts(run, history):
         assert_rows(logits(bank, inputs), first)
 
 
+def perturbed(source, folder, seed, rate=0.05):
+    """A copy of an adapter whose tensors differ by `rate` times noise of their size, as a user's from a common one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def change(tensors):
+        for key, tensor in tensors.items():
+            tensors[key] = tensor + rate * tensor.std() * torch.randn(tensor.shape, generator=generator)
+
+    return change_tensors(shutil.copytree(source, folder), change)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_members_of_a_population(runs, kind, tmp_path):
+    run = runs(kind)
+    sources = {
+        name: perturbed(run.sources["plain-a"], tmp_path / name, seed) for seed, name in enumerate(("x", "y", "z"))
+    }
+    new = sources.pop("z")
+    pack = ex.fit(sources, reference=run.sources["plain-a"])
+    folder = pack.save(tmp_path / "users")
+    names = ["members@y", BASE, "members@common", "members@x", "members@y"]
+    exported = ex.Pack.open(folder).export(tmp_path / "loras", sorted(set(names) - {BASE}))
+    bank, inputs = ex.AdapterBank(run.kind.model(), folder), run.inputs(len(names))
+    wanted = run.wanted(names, inputs, exported)
+    assert_rows(logits(bank, inputs, names), wanted)
+    # each user has answers of their own
+    assert (wanted[0] - run.wanted(["members@x"] * 5, inputs, exported)[0]).abs().max() > 1e-3
+    with ex.Pack.edit(folder) as edited:
+        edited.remove("members@x")
+        edited.append(new, "z", name="members")
+    exported = ex.Pack.open(folder).export(tmp_path / "again", ["members@y", "members@z", "members@common"])
+    names = ["members@z", "members@y", "members@common", BASE, "members@z"]
+    assert_rows(logits(bank, inputs, names), run.wanted(names, inputs, exported))
+    with pytest.raises(AdapterNameError, match="no version 'x' in the history 'members'"):
+        bank.using("members@x")
+
+
 def test_the_default_adapter_can_be_the_latest_version(run, history):
     bank, inputs = ex.AdapterBank(run.kind.model(), history), run.inputs(2)
     bank.set_adapter("run@latest")
