@@ -129,6 +129,21 @@ def test_the_class_of_a_spread_is_the_cheapest_or_next_to_it() -> None:
         assert abs(int(np.argmin(costs)) - class_of(spread)) <= 2
 
 
+@pytest.mark.parametrize("n", [1, 5000, 20001])
+def test_a_stream_is_decoded_alone_as_it_is_beside_others(n: int) -> None:
+    classes = np.random.default_rng(n).integers(0, 60, size=n)
+    values = np.rint(np.random.default_rng(n + 1).normal(size=n) * 2.0 ** (classes / 4 - 4)).astype(np.int64)
+    other = integers(97, 3.0)
+    data, other_data = entropy.encode([(values, classes), other])
+    (alone,) = entropy.decode([(data, classes)])
+    beside, _ = entropy.decode([(data, classes), (other_data, other[1])])
+    assert alone.tolist() == beside.tolist() == values.tolist()
+    for cut in range(1, len(data), max(len(data) // 50, 1)):
+        for streams in ([(data[:cut], classes)], [(data[:cut], classes), (other_data, other[1])]):
+            with pytest.raises(FormatError, match="coded|bytes follow"):
+                entropy.decode(streams)
+
+
 def test_broken_bytes_are_refused() -> None:
     values, classes = integers(4000, 2.0)
     (data,) = entropy.encode([(values, classes)])
