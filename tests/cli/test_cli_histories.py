@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 import eigenlorax as ex
 from adapters import change_config, change_tensors, make_adapter
 from eigenlorax.core import update_changes
+from eigenlorax.errors import PackBusyError
+from eigenlorax.pack import track as tracking
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
 from runs import WEIGHTS, make_run, write_states
 
@@ -139,6 +141,21 @@ class TestTrack:
             r"run@10: delta error exact, bytes [\d,]+, times smaller [\d.]+, eval_loss 0.9, loss 1", printed[0]
         )
         assert ex.Pack.open(folder / "new").histories["run"].labels == ["10", "20", "30", "40", "50"]
+
+    def test_watching_says_once_that_another_process_is_waited_for(self, cli, folder, monkeypatch):
+        rounds = iter([True, True, False])
+        opened = tracking.opened_for_appending
+
+        def open_pack(path):
+            if next(rounds, False):
+                raise PackBusyError(f"{path} is being changed by another process.")
+            return opened(path)
+
+        monkeypatch.setattr(tracking, "opened_for_appending", open_pack)
+        write_states([folder / f"run/checkpoint-{step}" for step in STEPS], max_steps=40)
+        done = succeeded(cli("track", folder / "run", "-o", folder / "new", "--watch", "--interval", "0.01"))
+        assert done.err.count(f"note: another process is writing to {folder / 'new'}, and is waited for.") == 1
+        assert ex.Pack.open(folder / "new").histories["run"].labels == [str(step) for step in STEPS]
 
     def test_an_interrupt_says_where_the_versions_are(self, cli, folder, monkeypatch):
         def interrupt(seconds):
@@ -278,6 +295,11 @@ class TestDiff:
             (("run@11", "run@20"), "no version '11' in the history 'run'"),
             (("rum@10", "run@20"), "no history named 'rum'"),
             (("run", "run@20"), "'run' is a history. Choose one of its versions, such as 'run@latest'"),
+            (
+                ("run", "latest"),
+                "no history named 'latest' in the pack. To name a version, pass its history too: 'run@lat",
+            ),
+            (("run@10", "20"), "pass its history too: 'run@20'."),
             (("run@", "run@20"), "no version ''"),
             (("@10", "run@20"), "no history named ''"),
             (("run@10", "run@20@30"), "no version '20@30'"),
@@ -385,10 +407,15 @@ class TestOtherVerbs:
     def test_remove_of_versions_and_histories(self, cli, folder):
         out = succeeded(cli("remove", folder / "history", "run@20", "run@latest")).out
         assert ["versions", "of", "run", "left", "2"] in lines(out, ("versions",))
+        assert lines(out, ("removed",)) == [["removed", "run@20,", "run@40"]]
         assert ex.Pack.open(folder / "history").histories["run"].labels == ["10", "30"]
         before = contents(folder / "history")
         assert_refused(cli("remove", folder / "history", "run@20"), 3, "no version '20' in the history 'run'")
         assert contents(folder / "history") == before
+        done = cli("remove", folder / "history", "latest")
+        assert_refused(done, 3, "no history named 'latest' in the pack. To name a version, pass its history too: 'run@")
+        document = json_of(cli("remove", folder / "history", "run@latest", "run@30", "--json"))
+        assert (document["removed"], document["histories"]) == (["run@30"], {"run": 1})
         document = json_of(cli("remove", folder / "history", "run", "--json"))
         assert document == {"pack": str(folder / "history"), "removed": ["run"], "left": []}
 

@@ -3,6 +3,7 @@ repository is in test_remote.py."""
 
 import importlib
 import json
+import re
 import shutil
 
 import pytest
@@ -12,6 +13,7 @@ from adapters import make_adapter
 from children import load_command, needs_fork
 from fake_hub import FakeHub, running
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
+from runs import make_run
 
 pytestmark = needs_fork
 TOKEN = {"HF_TOKEN": "hf_writer"}
@@ -98,6 +100,37 @@ class TestPush:
         assert_refused(
             online("push", pack, "org/pack", **TOKEN), 5, "org/pack was changed on the Hub", "run the command again"
         )
+
+
+class TestHistories:
+    """Packs with histories, and packs of histories only."""
+
+    @pytest.fixture
+    def history(self, tmp_path):
+        pack = ex.Pack.empty()
+        for checkpoint in make_run(tmp_path / "run", (10, 20)):
+            pack.append(checkpoint)
+        return pack.save(tmp_path / "history")
+
+    def test_are_pushed_and_pulled(self, online, hub, history, tmp_path):
+        document = json_of(online("push", history, "org/history", "--json", **TOKEN))
+        assert (document["adapters"], document["histories"]) == ([], ["run"])
+        assert main_of(hub, "org/history").histories["run"].labels == ["10", "20"]
+        out = succeeded(online("pull", "org/history", "-o", tmp_path / "mine")).out
+        assert re.search(r"\n run +2 +20 ", out)
+        assert "components" not in out
+        assert out == succeeded(online("inspect", tmp_path / "mine")).out
+        pulled = json_of(online("pull", "org/history", "-o", tmp_path / "more", "--json"))
+        assert pulled["histories"]["run"]["versions"] == 2
+
+    def test_are_pushed_beside_adapters(self, online, hub, pack, tmp_path):
+        with ex.Pack.edit(pack) as opened:
+            opened.append(make_run(tmp_path / "run", (10,))[0])
+        out = succeeded(online("push", pack, "org/pack", **TOKEN)).out
+        assert re.search(r"adapters +3\n +histories +1\n", out)
+        assert sorted(main_of(hub, "org/pack").histories) == ["run"]
+        succeeded(online("push", pack, "org/pack", "--adapter", "run", **TOKEN))
+        assert (main_of(hub, "org/pack").names, sorted(main_of(hub, "org/pack").histories)) == ([], ["run"])
 
 
 class TestPull:

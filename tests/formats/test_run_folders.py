@@ -86,6 +86,27 @@ def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     assert (checkpoint.metrics, checkpoint.settings) == ({"eval_d": 2.0}, {})
 
 
+@pytest.mark.parametrize(
+    ("record", "left_out"),
+    [
+        ({"loss": 0.7, "rewards/chosen": 0.1, "rewards/margins": 0.2}, {"logps/chosen": -1.0, "grad_norm": math.nan}),
+        ({"reward": 0.5, "reward_std": 0.1, "kl": 0.01, "rewards/length/mean": 0.5}, {"completions/mean_length": 8.0}),
+        ({"objective/kl": 3.0, "objective/scores": 0.5, "lr": 1e-5}, {"eps": 3, "loss/policy_avg": 0.1, "episode": 64}),
+        ({"loss": 0.7, "mean_token_accuracy": 0.8}, {"num_tokens": 1000.0, "entropy": 1.5}),
+        ({"loss": 0.7, "accuracy": 0.8, "margin": 0.1, "mean_reward": 0.2}, {"min_reward": -1.0}),
+    ],
+    ids=["DPO", "GRPO", "PPO", "SFT", "RewardTrainer"],
+)
+def test_metrics_of_the_trainers_of_trl(tmp_path, record, left_out):
+    path = make_run(tmp_path, steps=(20,)) / "checkpoint-20" / TRAINER_STATE
+    # PPO's state has a field of its own
+    state = {"log_history": [{"step": 20, **record, **left_out}], "max_steps": 20, "episode": 64}
+    path.write_text(json.dumps(state))
+    run = read_run(tmp_path)
+    assert run.checkpoints[0].metrics == record
+    assert run.is_finished
+
+
 def test_known_steps_are_left_out(tmp_path):
     assert steps(read_run(make_run(tmp_path), known_steps={5, 20})) == [10]
 

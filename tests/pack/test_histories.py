@@ -407,6 +407,7 @@ class TestWhatIsRefused:
             ({"step": 1.5}, "step must be an integer"),
             ({"metrics": {"loss": math.inf}}, "metric 'loss' is inf; a metric is a finite number"),
             ({"metrics": {"loss": "low"}}, "metric 'loss' must be a number"),
+            ({"metrics": [0.5]}, "metrics is a list; a mapping of numbers by name was expected: {'loss': 0.5}."),
             ({"metrics": {3: 0.5}}, "the name of a metric is text, got 3"),
         ],
     )

@@ -1,5 +1,6 @@
 """Runs that are tracked while their files change, and histories that others write to."""
 
+import json
 import shutil
 
 import pytest
@@ -57,6 +58,42 @@ def test_lossless_versions_do_not_pass_for_others(run, tmp_path):
     assert [record.lossless for record in ex.Pack.open(tmp_path / "history").histories["run"]] == [True] * 3
     # a lossless version is within any bound
     assert ex.track(run, tmp_path / "history").appended == ()
+
+
+def make_repeated(folder, steps):
+    """The same run again, with other numbers and other losses."""
+    checkpoints = make_run(folder / "again" / "run", steps, seed=2)
+    write_states(checkpoints, max_steps=30)
+    for checkpoint in checkpoints:
+        state = checkpoint / "trainer_state.json"
+        document = json.loads(state.read_text())
+        for record in document["log_history"]:
+            record |= {"loss": 20 / record["step"]} if "loss" in record else {}
+        state.write_text(json.dumps(document))
+    return folder / "again" / "run"
+
+
+def test_a_repeated_run_is_recognised_by_its_log(run, tmp_path):
+    """Its steps lie between those of the first one, and before its last."""
+    ex.track(run, tmp_path / "history")
+    again = make_repeated(tmp_path, (5, 15, 25))
+    before = contents(tmp_path / "history")
+    with pytest.raises(AdapterNameError, match=r"Step 5 was trained twice: the history has run@10 and 2 more of anoth"):
+        ex.track(again, tmp_path / "history")
+    assert contents(tmp_path / "history") == before
+    tracked = ex.track(again, tmp_path / "history", overwrite=True)
+    assert (tracked.earlier_steps, len(tracked.appended)) == ((), 3)
+    assert ex.Pack.open(tmp_path / "history").histories["run"].labels == ["5", "15", "25"]
+
+
+def test_a_step_that_was_removed_is_not_taken_for_a_repeated_one(run, tmp_path):
+    ex.track(run, tmp_path / "history")
+    with ex.Pack.edit(tmp_path / "history") as pack:
+        pack.remove("run@20")
+        # metrics of the user's own are no part of the log
+        pack.append(run / "checkpoint-30", "31", name="run", step=31, metrics={"score": 0.5})
+    tracked = ex.track(run, tmp_path / "history")
+    assert (tracked.earlier_steps, tracked.appended) == ((20,), ())
 
 
 def test_watching_goes_on_when_another_process_holds_the_pack(run, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ..core.adapter import Adapter
     from ..pack.folder import PackFolder
     from ..pack.manifest import Manifest
-    from ..pack.summary import Summary
 
 EXAMPLES = """
 eigenlorax inspect pack/
@@ -152,18 +151,15 @@ def _show_pack(target: str, folder: "PackFolder", json: bool) -> None:
         versions = {"histories": {name: asdict(each) for name, each in histories.items()}} if histories else {}
         console.print_json({"pack": target, **console.summary_json(summary, listed.records), **references, **versions})
         return
-    if listed.adapters or listed.subspace.modules or not histories:
-        _print_adapters(target, listed, summary)
-    else:
-        console.print_rows(f"pack {target}", console.summary_rows(summary)[:1])
+    version_rows.print_pack(f"pack {target}", summary, histories)
+    if listed.adapters:
+        _print_adapters(listed)
     if histories:
         version_rows.print_histories(histories, summary.files)
 
 
-def _print_adapters(target: str, listed: "Manifest", summary: "Summary") -> None:
-    """Print the figures of a pack's bases and adapters."""
-    console.print_rows(f"pack {target}", console.summary_rows(summary))
-    console.print_sizes(summary)
+def _print_adapters(listed: "Manifest") -> None:
+    """Print the figures of each adapter of a pack."""
     records, references = listed.records, listed.references
     # columns that are equal for all adapters are left out, so that the table fits 80 columns
     varied = len({record.modules for record in records.values()}) > 1

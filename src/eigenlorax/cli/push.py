@@ -22,7 +22,9 @@ def push(
     repo: arguments.Repo,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Adapter to upload with the basis (default: all). Can be repeated."),
+        typer.Option(
+            metavar="NAME", help="Adapter or history to upload with the basis (default: all). Can be repeated."
+        ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is created.")] = False,
     revision: Annotated[
@@ -38,7 +40,9 @@ def push(
     from ..pack.pack import Pack
 
     opened = Pack.open(pack)
-    names = sorted(set(adapter)) if adapter else opened.names
+    names = sorted(set(adapter)) if adapter else [*opened.names, *opened.histories]
+    adapters = [name for name in names if name in opened.names]
+    histories = [name for name in names if name in opened.histories]
     with console.working():
         commit = opened.push_to_hub(
             repo,
@@ -53,14 +57,16 @@ def push(
             {
                 "pack": str(pack),
                 "repo": repo,
-                "adapters": names,
+                "adapters": adapters,
+                **({"histories": histories} if histories else {}),
                 "commit": commit.oid,
                 "url": commit.commit_url,
                 "pull_request": commit.pr_url,
             }
         )
     else:
-        rows = [("adapters", str(len(names))), ("commit", commit.commit_url)]
+        rows = [("adapters", str(len(adapters))), *[("histories", str(len(histories)))] * bool(histories)]
+        rows.append(("commit", commit.commit_url))
         if commit.pr_url is not None:
             rows.append(("pull request", commit.pr_url))
         console.print_rows(f"pack {repo}", rows)

@@ -1,10 +1,14 @@
 """`eigenlorax remove`: remove adapters, histories and versions from a pack."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core import keys
 from . import arguments, console, verbs
+
+if TYPE_CHECKING:
+    from ..pack.pack import Pack
 
 EXAMPLES = """
 eigenlorax remove pack/ sms-spam-a clinc-home
@@ -28,12 +32,21 @@ def remove(
     from ..pack.pack import Pack
 
     with Pack.edit(pack) as opened:
+        removed = sorted({_own_name(opened, name) for name in names})
         opened.remove(*names)
     versions = {name: len(history) for name, history in opened.histories.items()}
     if json:
         histories = {"histories": versions} if versions else {}
-        console.print_json({"pack": str(pack), "removed": sorted(set(names)), "left": opened.names, **histories})
+        console.print_json({"pack": str(pack), "removed": removed, "left": opened.names, **histories})
     else:
-        rows = [("removed", ", ".join(sorted(set(names)))), ("left", str(len(opened.names)))]
+        rows = [("removed", ", ".join(removed)), ("left", str(len(opened.names)))]
         left = [(f"versions of {name} left", str(count)) for name, count in versions.items()]
         console.print_rows(f"pack {pack}", [*rows, *left])
+
+
+def _own_name(pack: "Pack", name: str) -> str:
+    """Return the name of what is removed: for "run@latest", that of the version itself."""
+    if not keys.is_version(name):
+        return name
+    history, record = pack.history_store.find(name)
+    return history.full_name(record)

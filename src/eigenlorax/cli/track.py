@@ -120,7 +120,13 @@ def track(
     if not run_folders.has_checkpoints(run):
         console.note(f"{run} has no folder checkpoint-STEP yet, and is waited for. Stop with Ctrl-C.")
     with console.explain_interrupt(lambda: f"All versions above are in {output}."):
-        for tracked in tracking.watch(run, output, interval=30.0 if interval is None else interval, **options):
+        for tracked in tracking.watch(
+            run,
+            output,
+            interval=30.0 if interval is None else interval,
+            on_busy=lambda: console.note(f"another process is writing to {output}, and is waited for."),
+            **options,
+        ):
             for record in tracked.appended:
                 console.say(version_rows.sentence(tracked.name, record))
             _print_earlier(tracked)

@@ -9,7 +9,7 @@ from . import console
 if TYPE_CHECKING:
     from ..pack.history import VersionRecord
     from ..pack.history_figures import HistoryFigures
-    from ..pack.summary import FileBytes
+    from ..pack.summary import FileBytes, Summary
 
 MAX_METRICS = 2
 """Maximum number of metrics that are shown if none is chosen."""
@@ -65,6 +65,15 @@ def metric_columns(records: Sequence["VersionRecord"], chosen: Sequence[str] = (
     return {
         name: [f"{record.metrics[name]:.4g}" if name in record.metrics else "" for record in records] for name in shown
     }
+
+
+def print_pack(title: str, figures: "Summary", histories: Mapping[str, "HistoryFigures"]) -> None:
+    """Print the figures of a pack's bases and adapters. Of a pack with histories only, print the base model."""
+    if figures.adapters or figures.modules or not histories:
+        console.print_rows(title, console.summary_rows(figures))
+        console.print_sizes(figures)
+    else:
+        console.print_rows(title, console.summary_rows(figures)[:1])
 
 
 def print_histories(histories: Mapping[str, "HistoryFigures"], files: "FileBytes | None") -> None:

@@ -32,8 +32,14 @@ REFERENCE_ADAPTERS = ("ref", "reference")
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 _EXPECTED = "Pass the output_dir of a Trainer, which has folders such as checkpoint-500."
-# of a training record, beside the rewards of TRL, whose names start with "reward"
-_TRAINING_METRICS = ("epoch", "loss", "learning_rate", "kl")
+# of a training record
+_TRAINING_METRICS = (
+    *("epoch", "loss", "learning_rate"),
+    # of TRL: GRPO and KTO, PPO and RLOO, SFT, and reward models
+    *("kl", "lr", "mean_token_accuracy", "accuracy", "margin", "mean_reward"),
+)
+# of TRL's GRPO and DPO (reward, rewards/chosen), and of PPO and RLOO (objective/kl, objective/scores)
+_TRAINING_PREFIXES = ("reward", "objective/")
 SETTING = "trainer_state."
 """Prefix of the run's settings among the metrics of a version."""
 # with other values than the checkpoint's, a resumed Trainer would log, evaluate and save at other steps
@@ -53,7 +59,7 @@ class Checkpoint:
         step: Training step.
         folder: Folder of the adapter: the checkpoint's own, or a subfolder of it.
         metrics: Finite numbers by name: of the last training record up to the step (`epoch`, `loss`, `learning_rate`,
-            `kl`, `reward…`), and of evaluations at the step (`eval_…`).
+            and those of TRL, such as `kl`, `reward…` and `objective/…`), and of evaluations at the step (`eval_…`).
         settings: Settings of the run, by name; see `settings`.
     """
 
@@ -72,12 +78,14 @@ class RunFolder:
         checkpoints: Checkpoints with an adapter, in the order of their steps.
         unfinished: Reason why a checkpoint is left out, by its folder.
         is_finished: True if the last step of the run (`max_steps`) has been saved.
+        log: Log of the last checkpoint that has one.
     """
 
     path: Path
     checkpoints: tuple[Checkpoint, ...]
     unfinished: Mapping[Path, str]
     is_finished: bool
+    log: LogHistory
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,8 @@ def read_run(path: str | Path, adapter: str | None = None, *, known_steps: Colle
     last = states[steps[-1]] if steps else None
     max_steps = last.fields.get("max_steps") if last is not None else None
     is_finished = isinstance(max_steps, int) and steps[-1] >= max_steps
-    return RunFolder(path, tuple(checkpoints), unfinished, is_finished)
+    log = next((state.log for state in reversed(states.values()) if state is not None), ())
+    return RunFolder(path, tuple(checkpoints), unfinished, is_finished, log)
 
 
 def checkpoint_step(folder: Path) -> int | None:
@@ -157,7 +166,7 @@ def metrics_at(step: int, log: LogHistory) -> dict[str, float]:
             is_metric = (
                 logged_step == step and not name.endswith(_TIMES)
                 if name.startswith("eval_")
-                else name in _TRAINING_METRICS or name.startswith("reward")
+                else name in _TRAINING_METRICS or name.startswith(_TRAINING_PREFIXES)
             )
             if is_metric and _is_finite(number):
                 metrics[name] = float(number)

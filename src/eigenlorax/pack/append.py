@@ -112,7 +112,11 @@ def check_max_bytes(max_bytes: Any, max_error: float | None, reference: str | No
 
 
 def check_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    """Return metrics as floats; `OptionError` if a number is not finite or a name is not text."""
+    """Return metrics as floats; `OptionError` if they are no mapping, a number is not finite or a name is not text."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise OptionError(
+            f"metrics is a {type(metrics).__name__}; a mapping of numbers by name was expected: {{'loss': 0.5}}."
+        )
     checked = {}
     for name, number in (metrics or {}).items():
         if not isinstance(name, str):

@@ -22,7 +22,7 @@ from .adapter_files import ReadingContext
 from .folder import AdapterFolder, PackFolder
 from .history import History
 from .history_store import HistoryStore
-from .manifest import Entry, FitInfo, SubspaceInfo
+from .manifest import Entry, FitInfo, SubspaceInfo, check_listed
 from .packed_adapter import PackedAdapter, unpack
 from .record import Record
 from .subspace_file import StoredSubspace
@@ -359,6 +359,4 @@ class PackContents(Mapping[str, Adapter]):
                 f"{name!r} is a history. Choose one of its versions, such as "
                 f"{name + keys.VERSION_MARK + keys.LATEST!r}."
             )
-        histories = self.history_store.histories
-        kind = "adapter or history" if histories else "adapter"
-        keys.check_known(name, [*self._adapters, *histories], kind=kind)
+        check_listed(name, self._adapters, self.history_store.histories)

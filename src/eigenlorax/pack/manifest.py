@@ -1,6 +1,6 @@
 """The manifest of a pack: its subspace without tensors, options of the fit, and figures of the adapters."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ from ..codec.storage.sizes import ModuleSizes
 from ..core import atomic_files, keys
 from ..core.atomic_files import Files
 from ..core.json_dataclasses import JsonTypeError
+from ..errors import AdapterNameError
 from .history import History
 from .record import Record
 
@@ -279,10 +280,8 @@ class Manifest:
         its own.
         """
         owners = {name: (keys.split_version(name) or (name, ""))[0] for name in names}
-        kinds = {"adapter": self.adapters, "history": self.histories}
-        kind = " or ".join(kind for kind, known in kinds.items() if known) or "adapter"
         for name in owners.values():
-            keys.check_known(name, [*self.adapters, *self.histories], kind=kind)
+            check_listed(name, self.adapters, self.histories)
         names = set(owners.values())
         selected, parents = {}, {}
         for name, entry in self.adapters.items():
@@ -302,3 +301,22 @@ class Manifest:
         if entry is None:
             return []
         return [entry.files, *(self.files(entry.parent) if entry.parent is not None else [])]
+
+
+def check_listed(name: str, adapters: Collection[str], histories: Mapping[str, History]) -> None:
+    """Raise `AdapterNameError` unless a pack has an adapter or a history of this name.
+
+    Args:
+        name: The name. If it is the label of a version, such as "latest", the message has the full name.
+        adapters: Names of the pack's adapters.
+        histories: Its histories, by name.
+    """
+    kinds = {"adapter": adapters, "history": histories}
+    kind = " or ".join(kind for kind, known in kinds.items() if known) or "adapter"
+    versions = [history + keys.VERSION_MARK + name for history in histories if name in histories[history]]
+    if versions and name not in adapters and name not in histories:
+        shown = " or ".join(map(repr, versions[:3]))
+        raise AdapterNameError(
+            f"no {kind} named {name!r} in the pack. To name a version, pass its history too: {shown}."
+        )
+    keys.check_known(name, [*adapters, *histories], kind=kind)

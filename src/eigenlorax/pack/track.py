@@ -1,8 +1,8 @@
 """Tracking of a training run: append each new checkpoint to a history, while the run goes on or afterwards."""
 
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,6 +13,7 @@ from ..core.options import to_float
 from ..core.progress import Progress
 from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, PackBusyError, PackExistsError
 from ..formats import checks, run_folders
+from ..formats.run_folders import LogHistory
 from ..formats.sources import AdapterSource
 from . import append
 from .history import History, VersionRecord
@@ -62,7 +63,8 @@ def track(
 
     A checkpoint whose files are still being written is left out, and taken by the next call. One that is in the history
     already is compared with it, and skipped. So is one with NaN or Inf, and one before the latest version that is not
-    in the history, because it was pruned or removed. The pack is saved after each version, so that an interrupted call
+    in the history, because it was pruned or removed; unless versions have other metrics than the run has logged, which
+    is a run that was repeated. The pack is saved after each version, so that an interrupted call
     loses none.
 
     Args:
@@ -105,7 +107,8 @@ def track(
         for done, checkpoint in enumerate(found.checkpoints):
             if progress is not None:
                 progress("appending checkpoints", done, len(found.checkpoints))
-            if _is_earlier(checkpoint.step, pack.histories.get(history_name)):
+            history_now = pack.histories.get(history_name)
+            if _is_earlier(checkpoint.step, history_now) and not _is_repeated(history_now, found.log):
                 earlier.append(checkpoint.step)
                 continue
             # a lossless version can resume the training, which needs the settings of the run
@@ -143,6 +146,23 @@ def _is_earlier(step: int, history: History | None) -> bool:
     if history is None or str(step) in history.labels:
         return False
     return any(record.step is not None and record.step > step for record in history)
+
+
+def _is_repeated(history: History | None, log: LogHistory) -> bool:
+    """Return whether a version has other metrics than a run has logged, so that it is of an earlier training.
+
+    Args:
+        history: History of the versions.
+        log: Log of the run.
+    """
+    last_step = max((record["step"] for record in log if type(record.get("step")) is int), default=-1)
+    for version in history or ():
+        if version.step is None or version.step > last_step:
+            continue
+        logged = run_folders.metrics_at(version.step, log)
+        if any(logged.get(name, number) != number for name, number in version.metrics.items()):
+            return True
+    return False
 
 
 @contextmanager
@@ -225,7 +245,12 @@ def run_name(run: Path) -> str:
 
 
 def watch(
-    run: str | PathLike[str], history: str | PathLike[str], *, interval: float = 30.0, **options: Any
+    run: str | PathLike[str],
+    history: str | PathLike[str],
+    *,
+    interval: float = 30.0,
+    on_busy: Callable[[], None] | None = None,
+    **options: Any,
 ) -> Iterator[Tracked]:
     """Track a run until its last step has been saved; yield the result of each look at it.
 
@@ -235,6 +260,7 @@ def watch(
         run: `output_dir` of the Trainer.
         history: Folder of the pack with the history.
         interval: Seconds between two looks, above 0.
+        on_busy: Function that is called when a wait for another process begins.
         options: Other options of `track`.
 
     Raises:
@@ -244,12 +270,20 @@ def watch(
     if not to_float("interval", interval) > 0:
         raise OptionError(f"interval={interval:g}: a number of seconds above 0 was expected.")
     known_steps: Collection[int] = ()
+    was_busy = False
     while True:
-        with suppress(PackBusyError):
+        tracked = None
+        try:
             if run_folders.has_checkpoints(Path(run)):
                 tracked = track(run, history, known_steps=known_steps, **options)
-                known_steps = tracked.known_steps
-                yield tracked
-                if tracked.is_finished:
-                    return
+            was_busy = False
+        except PackBusyError:
+            if on_busy is not None and not was_busy:
+                on_busy()
+            was_busy = True
+        if tracked is not None:
+            known_steps = tracked.known_steps
+            yield tracked
+            if tracked.is_finished:
+                return
         time.sleep(interval)
