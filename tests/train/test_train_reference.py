@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import eigenlorax as ex
 import trainable
+from adapters import change_tensors
 from eigenlorax.core import keys
 from eigenlorax.errors import (
     AdapterNameError,
@@ -109,6 +110,21 @@ class TestStart:
         for key, tensor in tensors(place / "expected").items():
             torch.testing.assert_close(trained[key], tensor, atol=1e-5, rtol=1e-4)
             assert not torch.equal(tensor, start[key])
+
+    def test_with_a_module_of_zeros_is_trained_everywhere(self, place, common):
+        """A version within an error bound has lost the A of a module with B = 0, and no gradient reaches two zeros."""
+        module = "base_model.model.bert.encoder.layer.1.attention.self.value"
+        change_tensors(common, lambda tensors: tensors[f"{module}.lora_B.weight"].zero_())
+        pack = ex.Pack.empty()
+        pack.append(common, "common", name="members", max_error=0.002)
+        users = pack.save(place / "users")
+        assert not pack["members@common"].modules[module.removeprefix("base_model.model.")].down.any()
+        train(users, classify(place, reference="members@common", **UNCHANGED), place / "start", add=False)
+        down, up = (tensors(place / "start")[f"{module}.lora_{side}.weight"] for side in "AB")
+        assert (down.any(), up.abs().max() < 1e-9) == (True, True)
+        train(users, classify(place, reference="members@common", **QUICK), place / "out", force=True)
+        assert tensors(place / "out")[f"{module}.lora_B.weight"].abs().max() > 1e-3
+        assert "out" in ex.Pack.open(users).histories["members"].labels
 
     def test_may_be_an_adalora_checkpoint(self, place):
         config = AdaLoraConfig(

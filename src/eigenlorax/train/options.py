@@ -32,7 +32,7 @@ MIN_STEPS = 150
 which accuracies were 5 to 47 points below those after 150 steps; 300 steps were not better (experiments/LOG.md)."""
 
 MIN_REFERENCE_STEPS = 40
-"""The same for a training from a reference, which 75 steps did not improve (experiments/LOG.md)."""
+"""The same for a training from a reference, which 75 and 150 steps did not improve (experiments/LOG.md)."""
 
 MAX_POINTS = 12
 """Maximum number of checkpoints and of evaluations during a training with the default number of epochs."""

@@ -217,6 +217,7 @@ class ReferenceStart:
                 f"the model has {len(missing)} tensors of the LoRA that the reference lacks, such as {missing[0]}. "
                 f"{_OTHER_MODEL}"
             )
+        _reset_zero_modules(peft_model)
         return peft_model
 
     def store(self, folder: Path, name: str) -> Stored:
@@ -282,6 +283,21 @@ def from_reference(path: Path | None, training: Training) -> ReferenceStart:
         adapter = pack.adapter(training.reference)
         version = PackVersion(path, *pack.history_store.find(training.reference))
     return ReferenceStart(adapter, checks.scan(adapter).content_hash, training, version)
+
+
+def _reset_zero_modules(model: Any) -> None:
+    """Give each module of the LoRA whose factors are both zero new initial values, with which its update stays zero.
+
+    A version within an error bound has zeros on both sides where its source had B = 0. Both gradients are zero there,
+    so that the module would never be trained.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_A:
+            continue
+        if not layer.lora_A[ADAPTER].weight.any() and not layer.lora_B[ADAPTER].weight.any():
+            layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
 
 def _few_components(pack: Pack, training: Training) -> str | None:
