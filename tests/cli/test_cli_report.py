@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import eigenlorax as ex
 from adapters import make_adapter
 from eigenlorax.core import keys
-from eigenlorax.reports import extra, measure, stored
+from eigenlorax.reports import extra, measure
 from outcomes import assert_refused, contents, json_of, succeeded
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
@@ -193,15 +193,6 @@ class TestFit:
         report = ex.Report.load(inside / "fresh" / keys.REPORT_FIGURES)
         assert report.verdict.headline in done.out
         assert {row.name for row in report.adapters} == {"alpha", "gamma", "new"}
-
-    def test_where_it_would_take_long(self, cli_with_reports, inside, monkeypatch):
-        monkeypatch.setattr(stored, "PATIENCE", 0.0)
-        done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
-        assert "no report was written, because it takes about 6 seconds. To make one: " in done.err
-        assert "`eigenlorax report fresh -a in -o report.html`" in done.err
-        assert not (inside / "fresh" / keys.REPORT_PAGE).exists()
-        succeeded(cli_with_reports("fit", "in", "-o", "asked", "-k", "4", "--report"))
-        assert (inside / "asked" / keys.REPORT_PAGE).is_file()
 
     def test_without_the_extra(self, cli_with_reports, inside, monkeypatch):
         monkeypatch.setattr(extra, "is_installed", lambda: False)

@@ -16,6 +16,7 @@ from eigenlorax.core.adapter import LoRAFactors
 from eigenlorax.reports import alternatives, json_document, measure, originals, verdict
 from eigenlorax.reports.chance import SIGMAS
 from eigenlorax.reports.energies import energies
+from eigenlorax.reports.module_sample import ModuleSample
 from eigenlorax.reports.render import markdown, page
 from eigenlorax.train import demo
 from made import WIDE, of_one_subspace, one_start, random
@@ -126,8 +127,9 @@ def test_the_null_model_of_the_demo():
     pack = ex.fit(demo.data() / "adapters", n_components=32)
     packed = {name: pack.packed(name) for name in pack.names}
     found = originals.find(pack, demo.data() / "adapters", lambda stage, done, total: None)
-    measured = measure.measure(pack, packed, found, 0, 1, lambda stage, done, total: None)
-    null = alternatives.null(measured, pack, 0)
+    sample = ModuleSample.whole(measure.module_sizes(pack, packed), 32, 1)
+    measured = measure.measure(pack, packed, found, 0, sample, lambda stage, done, total: None)
+    null = alternatives.null(measured.whole, pack, 0)
     assert pack.summary.in_fit.mean == pytest.approx(0.299, abs=5e-4)
     assert null.errors.mean == pytest.approx(0.306, abs=1e-3)
     assert null.spread < 1e-3

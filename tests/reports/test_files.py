@@ -62,7 +62,7 @@ class TestJson:
 
     def test_names_its_schema(self, report):
         body = json.loads(json_document.to_json(report))
-        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 6)
+        assert (body["schema"], body["schema_version"]) == ("eigenlorax-report", 7)
         assert body.keys() - {"schema", "schema_version"} == {
             field.name for field in dataclasses.fields(data.ReportData)
         }
@@ -115,7 +115,7 @@ class TestJson:
             (lambda text: "[]", "is no report: its schema is not"),
             (lambda text: text.replace("eigenlorax-report", "other"), "is no report: its schema is not"),
             (
-                lambda text: text.replace('"schema_version": 6', '"schema_version": 3'),
+                lambda text: text.replace('"schema_version": 7', '"schema_version": 3'),
                 "has version 3 .* Make the report",
             ),
             (lambda text: text.replace('"sampled": ', '"sampeld": '), "report.left_out has the fields"),

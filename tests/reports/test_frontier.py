@@ -142,7 +142,7 @@ def test_a_sentence_says_what_is_best():
         FrontierPoint("shared basis", "k = 16, 8 bits", 1_500_000, 0.25, 0.2),
         FrontierPoint("truncated and rounded", "", 1_600_000, 0.2, 0.2),
     ]
-    assert frontier.at_equal_error(Frontier(3, 1, 1, 9, points)) == (
+    assert frontier.at_equal_error(Frontier(3, 1, 1, None, 9, points)) == (
         "For the pack's worst error of 0.250, the best other method takes 1.5 MB: one shared basis (k = 16, 8 bits). "
         "The pack takes 2.0 MB."
     )

@@ -209,7 +209,7 @@ def fit(
         bool | None,
         typer.Option(
             "--report/--no-report",
-            help="Write report.html and report.json into the pack (default: if that takes less than ten seconds).",
+            help="Write report.html and report.json into the pack (default: if the extra `report` is installed).",
             rich_help_panel=verbs.OUTPUT,
             show_default=False,
         ),
@@ -285,7 +285,7 @@ def fit(
         )
         pack.save(output, overwrite=overwrite)
         fit_seconds = time.perf_counter() - started
-        if reference is None and (report or (report is None and _is_quick_report(pack, adapters, output))):
+        if reference is None and (report or (report is None and _can_report())):
             headline = _write_report(pack, adapters, output, progress, allow_pickle=allow_pickle, revision=revision)
     report_seconds = time.perf_counter() - started - fit_seconds if headline is not None else None
     for note in pack.notes:
@@ -360,23 +360,13 @@ def _state_after_interrupt(output: Path, old_manifest: bytes | None, checkpoints
     return f"{pack_state}. {fitted} kept in {checkpoints}: run the same command to continue."
 
 
-def _is_quick_report(pack: "Pack", adapters: list[str], folder: Path) -> bool:
-    """Return whether a report can be written within `stored.PATIENCE` seconds; else print how to make one."""
-    from ..reports import extra, stored
+def _can_report() -> bool:
+    """Return whether the libraries of reports are installed; else print how to install them."""
+    from ..reports import extra
 
     if not extra.is_installed():
         console.note(f"no report was written. {extra.HOW} Or pass --no-report.")
-        return False
-    seconds = stored.seconds(pack)
-    if seconds <= stored.PATIENCE:
-        return True
-    sources = adapters if len(adapters) <= MAX_SOURCES else ["ADAPTER…"]
-    listed = " ".join(f"-a {source if source == 'ADAPTER…' else shlex.quote(source)}" for source in sources)
-    console.note(
-        f"no report was written, because it takes about {durations.in_words(seconds)}. To make one: "
-        f"`eigenlorax report {shlex.quote(str(folder))} {listed} -o report.html`."
-    )
-    return False
+    return extra.is_installed()
 
 
 def _write_report(pack: "Pack", adapters: list[str], folder: Path, progress: "Progress", **reading: Any) -> str | None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..core.progress import Progress
     from ..pack.pack import Pack
     from ..reports import Report
+    from ..reports.originals import Originals
 
 EXAMPLES = r"""
 eigenlorax report pack/ --adapters demo/adapters -o report.html
@@ -47,13 +48,21 @@ class _MeasureOptions:
         adapters: The adapters, as for `fit`.
         reading: Keywords for reading them.
         left_out: Number of adapters for leave-one-out fits. None: as many as time allows.
+        full: True to measure all modules, and to leave out each adapter.
         seed: Seed of samples and of random subspaces.
     """
 
     adapters: Sequence[str]
     reading: Mapping[str, Any]
     left_out: int | None
+    full: bool
     seed: int
+
+    def report(self, pack: "Pack", matched: "Originals", progress: "Progress") -> "Report":
+        """Return the report of a pack with these originals."""
+        from ..reports import report as make_report
+
+        return make_report(pack, matched, left_out=self.left_out, full=self.full, seed=self.seed, progress=progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +129,15 @@ def report(
             rich_help_panel=MEASUREMENTS,
         ),
     ] = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full",
+            help="Measure all modules, and leave out each adapter (default: a sample that takes about as long as the "
+            "fit).",
+            rich_help_panel=MEASUREMENTS,
+        ),
+    ] = False,
     seed: Annotated[
         int,
         typer.Option(metavar="S", help="Seed of samples and of random subspaces.", rich_help_panel=MEASUREMENTS),
@@ -180,6 +198,7 @@ def report(
     }
     adapter_options = {
         "--left-out": left_out is not None,
+        "--full": full,
         "--seed": seed != 0,
         "--evaluate": bool(evaluate),
         "--allow-pickle": allow_pickle,
@@ -203,11 +222,11 @@ def report(
         max_length=max_length,
     )
     opened = Pack.from_pretrained(pack, revision=pack_revision)
-    seconds = stored.seconds(opened) if adapters and opened.names else 0.0
+    seconds = stored.seconds(opened, full) if adapters and opened.names else 0.0
     with console.working("The report", seconds) as progress:
         if adapters:
             reading = {"allow_pickle": allow_pickle, "revision": revision}
-            measure = _MeasureOptions(adapters, reading, left_out_count, seed)
+            measure = _MeasureOptions(adapters, reading, left_out_count, full, seed)
             pack_report = _report_on_originals(opened, measure, evaluation, progress)
         else:
             pack_report = stored.load(opened) or make_report(opened, seed=seed, progress=progress)
@@ -228,11 +247,10 @@ def _report_on_originals(
 ) -> "Report":
     """Return the report, including the measurements that need the original adapters."""
     from ..reports import originals, with_evaluations
-    from ..reports import report as make_report
 
     matched = originals.find(pack, measure.adapters, progress, **measure.reading)
     if not evaluation.targets:
-        return make_report(pack, matched, left_out=measure.left_out, seed=measure.seed, progress=progress)
+        return measure.report(pack, matched, progress)
     from ..train import ratios, recycled_evaluation
 
     # wrong options are errors before hours of measuring, not after
@@ -250,7 +268,7 @@ def _report_on_originals(
     versions = None
     if evaluation.ratios:
         versions = ratios.prepare(pack, matched.adapters, plan, evaluation.ratios, progress)
-    measured = make_report(pack, matched, left_out=measure.left_out, seed=measure.seed, progress=progress)
+    measured = measure.report(pack, matched, progress)
     if versions is not None:
         return with_evaluations(measured, *ratios.run(matched.adapters, plan, versions, progress))
     return with_evaluations(measured, recycled_evaluation.run(pack, matched.adapters, plan, progress))

@@ -14,7 +14,7 @@ from .analysis import bytes as costs
 from .analysis import losses
 from .comparison_data import Baseline, Bytes, LeftOut, Null, SizePoint
 from .data import AdapterFigures
-from .measure import Measured
+from .measured import Measured
 from .originals import Originals
 
 
@@ -65,6 +65,7 @@ def left_out(measured: Measured | None, pack: Pack, seed: int, copies: set[str])
         chance=by_chance.mean,
         kept=spreads.beyond_chance(spread.rms, by_chance.rms),
         kept_spread=chance.null_std_of_kept(measured.null, rows, expected, total),
+        kept_standard_error=0.0,
         sharing=[name for name, shares in zip(names, shared, strict=True) if shares],
     )
 
@@ -80,7 +81,9 @@ def null(measured: Measured | None, pack: Pack, seed: int) -> Null | None:
         return None
     total = {measured.names[index]: float(measured.total[index]) for index in measured.fitted}
     trained = [
-        bases for module, bases in pack.subspace.modules.items() if measured.sides[module][0].null_energy is not None
+        bases
+        for module, bases in pack.subspace.modules.items()
+        if module in measured.sides and measured.sides[module][0].null_energy is not None
     ]
     return chance.figures(
         measured.null, total, ([bases.down for bases in trained], [bases.up for bases in trained]), seed
@@ -230,11 +233,14 @@ def _bytes_by_size(pack: Pack, packed: Mapping[str, PackedAdapter], measured: Me
     for adapter in packed.values():
         for own, coefficients in adapter.coefficients.items():
             ranks[adapter.subspace_names[own]] += _lora_rank(adapter, coefficients)
-    sides = [
-        (module, dimension, side.max_components)
-        for module, bases in pack.subspace.modules.items()
-        for dimension, side in zip(reversed(bases.shape), measured.sides[module], strict=True)
-    ]
+    sides = []
+    for module, bases in pack.subspace.modules.items():
+        for side, dimension in enumerate(reversed(bases.shape)):
+            # the rank of the stack is known of measured modules only
+            max_components = min(ranks[module], dimension)
+            if module in measured.sides:
+                max_components = measured.sides[module][side].max_components
+            sides.append((module, dimension, max_components))
     fixed = pack.summary.bytes.carried + sum(
         basis.singular_values.nbytes + 4 * basis.n_extra
         for bases in pack.subspace.modules.values()

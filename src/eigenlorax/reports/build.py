@@ -1,5 +1,6 @@
 """Make the report of a pack, with or without the adapters that it was fitted to."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,21 +20,28 @@ from . import (
     frontier,
     histories,
     measure,
+    module_sample,
     originals,
     reconstructed_pairs,
     relations,
     rows,
+    sampling_errors,
     spreads,
     verdict,
 )
 from .analysis import groups, runs
 from .analysis.pairs import cosines
+from .comparison_data import Baseline, Null
 from .data import AdapterFigures, Collection, Similarity, Verdict
 from .files import Report
 from .history_data import Run
-from .measure import Measured
+from .measured import Measured, SampledMeasurements
+from .module_sample import ModuleSample
 from .originals import Originals
 from .task_data import Evaluation, TaskFrontier
+
+_EQUAL_NORM = 0.02
+"""Maximum difference of the norms of equal updates in a module, relative to the norm over all modules."""
 
 
 def report(
@@ -41,6 +49,7 @@ def report(
     adapters: Sources | Originals | None = None,
     *,
     left_out: int | None = None,
+    full: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
     **options: Any,
@@ -54,9 +63,11 @@ def report(
         pack: The pack, or its folder or Hub id.
         adapters: The original adapters, in any form that `fit` takes. They are recognised by their content. Without
             them, most figures cannot be measured.
-        left_out: Number of adapters to leave out of the fit in turn. Default: all, or a random sample of at most 32
-            that takes about a quarter of a minute.
-        seed: Seed of that sample, of random components and of the division into halves, from 0 to 2**63 - 1.
+        left_out: Number of adapters to leave out of the fit in turn. Default: all, or a random sample of at most 32,
+            and of 8 if they take long.
+        full: Measure all modules, and leave out each adapter. Default: False, which measures as many modules of a
+            large collection as take about the time of the fit, and states the standard errors.
+        seed: Seed of these samples, of random components and of the division into halves, from 0 to 2**63 - 1.
         progress: Callback with the arguments (stage, done, total).
         **options: Options of `read_adapter`, such as `allow_pickle`.
 
@@ -79,8 +90,9 @@ def report(
         raise OptionError(f"seed must be a whole number from 0 to 2**63 - 1, got {seed}.")
     if left_out is not None and to_int("left_out", left_out) < 1:
         raise OptionError(f"left_out must be at least 1, got {left_out}.")
-    if adapters is None and left_out is not None:
-        raise OptionError("left_out needs the original adapters. Pass them as `adapters`.")
+    for option, is_given in {"left_out": left_out is not None, "full": full}.items():
+        if adapters is None and is_given:
+            raise OptionError(f"{option} needs the original adapters. Pass them as `adapters`.")
     pack = pack if isinstance(pack, Pack) else Pack.from_pretrained(pack)
     progress = progress or (lambda stage, done, total: None)
     if not pack.names:
@@ -95,8 +107,21 @@ def report(
         packed[name] = pack.packed(name)
     progress("reading the pack", len(pack), len(pack))
     with threads.suited_to(measure.largest(pack, packed)):
-        measured = measure.measure(pack, packed, matched, seed, left_out, progress) if matched is not None else None
-        return _assemble(_Sources(pack, packed, matched, measured, seed, progress))
+        sampled = None
+        if matched is not None:
+            sample = _sample(pack, packed, left_out, full, seed)
+            sampled = measure.measure(pack, packed, matched, seed, sample, progress)
+        return _assemble(_Sources(pack, packed, matched, sampled, seed, progress))
+
+
+def _sample(
+    pack: Pack, packed: Mapping[str, PackedAdapter], left_out: int | None, full: bool, seed: int
+) -> ModuleSample:
+    """Choose the modules to measure, and the number of adapters to leave out of the fit."""
+    sizes, k = measure.module_sizes(pack, packed), measure.largest_k(pack)
+    if full:
+        return ModuleSample.whole(sizes, k, len(pack) if left_out is None else left_out)
+    return module_sample.choose(sizes, k, left_out, seed)
 
 
 def _report_on_histories(pack: Pack, adapters: Sources | Originals | None, progress: Progress) -> Report:
@@ -131,6 +156,7 @@ def _report_on_histories(pack: Pack, adapters: Sources | Originals | None, progr
         sizes=[],
         evaluations=[],
         task_frontiers=[],
+        sampling=None,
         notes=[],
     )
     return replace(report, verdict=verdict.conclude(report))
@@ -144,7 +170,7 @@ class _Sources:
         pack: The pack.
         packed: Its adapters, by name.
         originals: The original adapters; None for a report of the pack alone.
-        measured: Measurements with the originals; None for a report of the pack alone.
+        sampled: Measurements with the originals; None for a report of the pack alone.
         seed: Seed of all random choices.
         progress: Callback with the arguments (stage, done, total).
     """
@@ -152,18 +178,25 @@ class _Sources:
     pack: Pack
     packed: Mapping[str, PackedAdapter]
     originals: Originals | None
-    measured: Measured | None
+    sampled: SampledMeasurements | None
     seed: int
     progress: Progress
+
+    @property
+    def measured(self) -> Measured | None:
+        """Sums over all modules of the sample."""
+        return self.sampled.whole if self.sampled is not None else None
 
 
 def _assemble(sources: _Sources) -> Report:
     pack, packed, matched, measured = sources.pack, sources.packed, sources.originals, sources.measured
+    sampled = sources.sampled
     related = _related(sources)
     figures = _adapter_figures(sources, related)
+    replicated = _fields_of_replicates(sources)
     users = Counter(module for adapter in packed.values() for module in adapter.subspace_names.values())
     modules = [rows.module(pack, measured, name, users[name]) for name in pack.info.modules]
-    null = alternatives.null(measured, pack, sources.seed)
+    null = sampling_errors.null(sampled, lambda each: alternatives.null(each, pack, sources.seed))
     trained = {name: record for name, record in pack.records.items() if not record.untrained}
     report = Report(
         eigenlorax_version=__version__,
@@ -176,10 +209,14 @@ def _assemble(sources: _Sources) -> Report:
         projected=spreads.summarise(
             {name: record.delta_error for name, record in trained.items() if not record.in_fit}
         ),
-        left_out=alternatives.left_out(measured, pack, sources.seed, related.copies),
+        left_out=sampling_errors.left_out(
+            sampled, lambda each: alternatives.left_out(each, pack, sources.seed, related.copies)
+        ),
         null=null,
-        baselines=alternatives.baselines(pack, packed, figures, measured, null),
-        frontier=frontier.frontier(pack, packed, matched, sources.progress) if matched is not None else None,
+        baselines=_baselines(sources, figures, null, replicated),
+        frontier=(
+            frontier.frontier(pack, packed, matched, sources.seed, sources.progress) if matched is not None else None
+        ),
         starts=relations.starts(pack, packed, matched, measured, sources.seed, sources.progress),
         similarity=related.similarity,
         duplicates=related.duplicates,
@@ -188,10 +225,11 @@ def _assemble(sources: _Sources) -> Report:
         runs=related.runs,
         histories=histories.measure(pack, sources.progress),
         bytes=alternatives.weights(pack, packed, matched),
-        sizes=alternatives.sizes(pack, packed, measured, related.copies),
+        sizes=sampling_errors.sizes(sampled, lambda each: alternatives.sizes(pack, packed, each, related.copies)),
         evaluations=[],
         task_frontiers=[],
-        notes=_notes(pack, matched, measured),
+        sampling=sampling_errors.sampling(sampled, replicated, sources.seed),
+        notes=_notes(pack, matched, sampled),
     )
     return replace(report, verdict=verdict.conclude(report))
 
@@ -234,9 +272,12 @@ def _related(sources: _Sources) -> _Related:
         reconstructed = pairs.delta
     positions, map_share = groups.on_a_map(cosines(reconstructed))
     copies = groups.duplicates(pairs)
+    if sources.originals is not None:
+        # updates that are equal in the sampled modules may differ in others
+        copies = [group for group in copies if _have_equal_norms(sources, [names[index] for index in group])]
     similarity, outliers, cosine, overlap = relations.similarity(measured, pairs, names, copies, map_share)
     return _Related(
-        similarity=similarity,
+        similarity=sampling_errors.similarity(sources.sampled, similarity, copies),
         outliers=outliers,
         duplicates=[[names[index] for index in group] for group in copies],
         runs=[
@@ -248,9 +289,28 @@ def _related(sources: _Sources) -> _Related:
     )
 
 
+def _have_equal_norms(sources: _Sources, names: Sequence[str]) -> bool:
+    """Return whether these adapters have equal norms in every module."""
+    assert sources.originals is not None
+    norms = []
+    for name in names:
+        squares, own_names = sources.originals.scans[name].delta_squares, sources.packed[name].subspace_names
+        norms.append({module: math.sqrt(squares[own]) for own, module in own_names.items() if squares[own] > 0})
+    tolerance = _EQUAL_NORM * math.hypot(*norms[0].values())
+    return all(
+        abs(other.get(module, 0.0) - norms[0].get(module, 0.0)) <= tolerance
+        for other in norms
+        for module in norms[0].keys() | other.keys()
+    )
+
+
 def _adapter_figures(sources: _Sources, related: _Related) -> list[AdapterFigures]:
     """Return the figures of every adapter, the largest delta error first."""
-    measured = {} if sources.measured is None else rows.measured_fields(sources.pack, sources.measured)
+    measured = (
+        {}
+        if sources.sampled is None
+        else rows.measured_fields(sources.pack, sources.sampled.whole, sources.sampled.norms)
+    )
     clusters = {name: number for number, cluster in enumerate(related.similarity.clusters) for name in cluster.adapters}
     lora_width = spreads.width(sources.pack)
     figures = [
@@ -265,6 +325,32 @@ def _adapter_figures(sources: _Sources, related: _Related) -> list[AdapterFigure
         for name, adapter in sources.packed.items()
     ]
     return sorted(figures, key=lambda figures: (-figures.delta_error, figures.name))
+
+
+def _fields_of_replicates(sources: _Sources) -> list[dict[str, dict[str, Any]]]:
+    """Return the measured fields of every adapter, for each replicate of the sample of modules."""
+    if sources.sampled is None:
+        return []
+    norms = sources.sampled.norms
+    return [rows.measured_fields(sources.pack, replicate, norms) for replicate in sources.sampled.replicates]
+
+
+def _baselines(
+    sources: _Sources,
+    figures: Sequence[AdapterFigures],
+    null: Null | None,
+    replicated: Sequence[Mapping[str, Mapping[str, Any]]],
+) -> list[Baseline]:
+    pack, packed, sampled = sources.pack, sources.packed, sources.sampled
+    if sampled is None:
+        return []
+    others = []
+    for replicate, fields in zip(sampled.replicates, replicated, strict=True):
+        of_replicate = [replace(each, **fields[each.name]) if each.name in fields else each for each in figures]
+        null_of_replicate = alternatives.null(replicate, pack, sources.seed)
+        others.append(alternatives.baselines(pack, packed, of_replicate, replicate, null_of_replicate))
+    of_sample = alternatives.baselines(pack, packed, figures, sampled.whole, null)
+    return sampling_errors.baselines(sampled, of_sample, others)
 
 
 def with_evaluations(
@@ -298,8 +384,9 @@ def _collection(pack: Pack, with_originals: bool) -> Collection:
     )
 
 
-def _notes(pack: Pack, matched: Originals | None, measured: Measured | None) -> list[str]:
+def _notes(pack: Pack, matched: Originals | None, sampled: SampledMeasurements | None) -> list[str]:
     notes = []
+    measured = sampled.whole if sampled is not None else None
     if measured is None:
         notes.append(
             "Made from the pack alone: similarity, clusters and the map are of the reconstructed adapters. To measure "
@@ -309,6 +396,11 @@ def _notes(pack: Pack, matched: Originals | None, measured: Measured | None) -> 
         notes.append(
             f"No originals were passed of these projected adapters: {', '.join(matched.missing)}. The report has only "
             "figures that the pack records."
+        )
+    if sampled is not None and not sampled.sample.is_whole:
+        notes.append(
+            f"{len(sampled.sample.modules):,} of {sampled.sample.of:,} modules were measured, drawn at random by kind; "
+            "± is the standard error of this sample. `full=True` (`--full`) measures all modules."
         )
     if measured is not None and measured.chosen and len(measured.chosen) < len(measured.fitted):
         notes.append(

@@ -68,6 +68,13 @@ class NullSums:
             energies=zeros(COLLECTIONS, 2),
         )
 
+    @classmethod
+    def combine(cls, parts: "Sequence[NullSums]") -> "NullSums":
+        """Return the sums over the modules of several sums."""
+        names = ("fitted", "by_k", "left_out", "left_out_by_k", "energies")
+        sums = {name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in names}
+        return cls(draws=parts[0].draws, modules=sum(part.modules for part in parts), **sums)
+
     def add(self, kept: NullKept, members: Sequence[int], rows: Sequence[int], generator: torch.Generator) -> None:
         """Add one module.
 

@@ -13,6 +13,7 @@ class Spread:
         rms: Root mean square error.
         worst: Largest error.
         worst_adapter: Name of the adapter with the largest error.
+        standard_error: Standard error of `mean` from the sample of modules; 0 if all modules were measured.
     """
 
     adapters: int
@@ -20,6 +21,24 @@ class Spread:
     rms: float
     worst: float
     worst_adapter: str
+    standard_error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sample of modules on which all figures that need the originals were measured.
+
+    Attributes:
+        modules: Number of modules in the sample.
+        of: Number of modules of the subspace.
+        seed: Seed of the sample.
+        standard_errors: Mean standard error of the figures of one adapter, by field of `AdapterFigures`.
+    """
+
+    modules: int
+    of: int
+    seed: int
+    standard_errors: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +51,13 @@ class LeftOut:
         seed: Seed of the sample.
         method: How the fit without the adapter was made, in words.
         errors: Errors of the adapters left out.
-        standard_error: Standard error of errors.mean.
+        standard_error: Standard error of errors.mean, from the samples of adapters and of modules.
         in_fit: Errors of the same adapters in the pack.
         chance: Their mean error in equally many random components.
         kept: Share of the squared norm that is kept beyond chance: 1 if all is kept, 0 if no more than random
             components keep.
         kept_spread: Standard deviation of `kept` if the adapters share nothing.
+        kept_standard_error: Standard error of `kept` from the sample of modules; 0 if all modules were measured.
         sharing: Names of adapters of which at least half is kept beyond chance, and significantly more than by chance.
     """
 
@@ -51,6 +71,7 @@ class LeftOut:
     chance: float
     kept: float
     kept_spread: float
+    kept_standard_error: float
     sharing: list[str]
 
 
@@ -62,11 +83,13 @@ class SideEnergy:
         energy: Energy of the adapters.
         null: Energy of the null model.
         spread: Standard deviation of `null` between random collections.
+        standard_error: Standard error of energy − null from the sample of modules; 0 if all modules were measured.
     """
 
     energy: float
     null: float
     spread: float
+    standard_error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +157,8 @@ class Frontier:
         adapters: Number of adapters whose originals were passed.
         modules: Number of modules on which the methods were measured. Bytes are scaled to all modules.
         of: Number of all modules.
+        relative_error: Relative standard error of scaled bytes, from those of truncated and rounded LoRAs in each
+            module; None if all modules were measured, or a single one.
         lora_float16: Bytes of the factors at two bytes per number.
         points: The pack first, then each method, sorted by bytes.
     """
@@ -141,6 +166,7 @@ class Frontier:
     adapters: int
     modules: int
     of: int
+    relative_error: float | None
     lora_float16: int
     points: list[FrontierPoint]
 
@@ -195,6 +221,8 @@ class SizePoint:
         stored_bytes: Bytes of basis, coefficients and carried tensors.
         ratio: LoRA bytes ÷ stored_bytes.
         sharing: Adapters that share a subspace, as in `LeftOut`.
+        standard_error: Standard error of `mean` from the sample of modules; 0 if all modules were measured.
+        left_out_standard_error: The same of `left_out`; None if that is None.
     """
 
     k: int
@@ -207,3 +235,5 @@ class SizePoint:
     stored_bytes: int
     ratio: float
     sharing: list[str]
+    standard_error: float = 0.0
+    left_out_standard_error: float | None = None

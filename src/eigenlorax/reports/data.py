@@ -7,11 +7,11 @@ Fields have the same names as in the JSON, so renaming one changes the schema.
 
 from dataclasses import dataclass, field
 
-from .comparison_data import Baseline, Bytes, Frontier, LeftOut, Null, SizePoint, Spread
+from .comparison_data import Baseline, Bytes, Frontier, LeftOut, Null, Sampling, SizePoint, Spread
 from .history_data import HistoryFigures, Run
 from .task_data import Evaluation, TaskFrontier
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 SHARING_KINDS = ("shared", "partly-shared", "not-shared", "unknown")
 """Kinds of the finding that answers whether the adapters share a subspace."""
 
@@ -306,6 +306,8 @@ class Similarity:
         chance_overlap: Mean overlap over pairs if the singular vectors were random.
         mean_cosine: Mean cosine over pairs.
         mean_energy: Mean share of an update's squared norm that the mean of the other adapters explains.
+        mean_cosine_error, mean_energy_error: Standard errors of these two from the sample of modules; 0 if all modules
+            were measured.
     """
 
     of: str
@@ -319,6 +321,8 @@ class Similarity:
     chance_overlap: float | None
     mean_cosine: float | None
     mean_energy: float | None
+    mean_cosine_error: float = 0.0
+    mean_energy_error: float = 0.0
 
 
 MATRIX = 200
@@ -353,6 +357,7 @@ class ReportData:
         sizes: Errors and bytes with other numbers of components.
         evaluations: Scores of adapters on their tasks.
         task_frontiers: Bytes against scores on a task.
+        sampling: Sample of modules that were measured; None if all were, or if the originals were not passed.
         notes: Figures that were not measured, or only on a sample, with the reason.
     """
 
@@ -379,4 +384,5 @@ class ReportData:
     sizes: list[SizePoint]
     evaluations: list[Evaluation]
     task_frontiers: list[TaskFrontier]
+    sampling: Sampling | None
     notes: list[str]

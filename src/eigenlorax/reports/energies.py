@@ -1,5 +1,7 @@
 """A paragraph on the spectra: energy in the first k components, compared with the null model and the verdict."""
 
+import math
+
 from . import numbers
 from .chance import is_above
 from .comparison_data import SideEnergy
@@ -39,7 +41,7 @@ def _kind(report: ReportData) -> str:
 def _energy(side: SideEnergy, name: str) -> str:
     return (
         f"{numbers.share(side.energy)} of the energy of {_WORDS[name]} (with random singular vectors: "
-        f"{numbers.share(side.null)} ± {numbers.error(side.spread)})"
+        f"{numbers.share(side.null)} ± {numbers.error(math.hypot(side.spread, side.standard_error))})"
     )
 
 
@@ -56,7 +58,7 @@ def _caveats(report: ReportData, above_chance: list[str]) -> str:
         sentences.append("Whether a new adapter profits from it cannot be decided at this k.")
         return " ".join(sentences)
     kept = (
-        f"{numbers.share(out.kept)} of its squared norm beyond chance"
+        f"{numbers.share_estimate(out.kept, out.kept_standard_error)} of its squared norm beyond chance"
         if is_above(out.kept, 0.0, out.kept_spread)
         else "no more of it than random components would"
     )

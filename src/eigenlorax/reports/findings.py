@@ -7,7 +7,7 @@ from . import history_findings, size_advice
 from .comparison_data import Baseline
 from .data import Finding, ReportData
 from .frontier import at_equal_error, cheapest, coded_within
-from .numbers import error, plural, ratio, share
+from .numbers import error, estimate, plural, ratio, share, share_estimate
 from .size_advice import LARGE_ERROR, is_coded, is_for_storage
 
 NO_ERROR = 1e-3
@@ -88,7 +88,8 @@ def _mean(report: ReportData) -> list[Finding]:
     return [
         Finding(
             "mean",
-            f"They have a strong common mean: the mean of the others explains {share(similarity.mean_energy)} of an "
+            f"They have a strong common mean: the mean of the others explains "
+            f"{share_estimate(similarity.mean_energy, similarity.mean_energy_error)} of an "
             f"adapter's squared norm (mean cosine between updates {similarity.mean_cosine:.2f}).",
             "Compare the pack with the mean adapter on your task.",
         )
@@ -268,7 +269,7 @@ def _baselines(report: ReportData) -> list[Finding]:
             Finding(
                 "baseline",
                 f"Truncating each LoRA by SVD to the same bytes has a smaller mean error: "
-                f"{error(truncated.errors.mean)}, against {error(pack.errors.mean)} in the pack.",
+                f"{_mean_error(truncated)}, against {error(pack.errors.mean)} in the pack.",
                 "At this k, a shared basis has no advantage for these adapters.",
                 good=False,
             )
@@ -280,7 +281,7 @@ def _baselines(report: ReportData) -> list[Finding]:
                 Finding(
                     "baseline",
                     f"Rounding each LoRA to {bits} bits takes fewer bytes and has a smaller mean error: "
-                    f"{error(rounded.errors.mean)}.",
+                    f"{_mean_error(rounded)}.",
                     size_advice.for_storage(report, rounded.errors.worst)
                     or "For storage alone, round the LoRAs; a pack is for serving and training in one subspace.",
                     good=False,
@@ -293,6 +294,10 @@ def _baselines(report: ReportData) -> list[Finding]:
         if any(point is not None and point.stored_bytes < own.stored_bytes for point in (best, coded)):
             findings.append(Finding("baseline", at_equal_error(report.frontier), good=False))
     return findings
+
+
+def _mean_error(baseline: Baseline) -> str:
+    return estimate(baseline.errors.mean, baseline.errors.standard_error)
 
 
 def _is_better(baseline: Baseline, pack: Baseline) -> bool:

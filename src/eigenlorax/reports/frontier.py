@@ -1,6 +1,7 @@
 """Bytes against the worst error, for the pack, for other error bounds of the codec, and for tuned baselines."""
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..core.adapter import LazyMapping
@@ -8,9 +9,9 @@ from ..core.batch import ModuleBatch, pad_factors
 from ..core.progress import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
-from . import numbers
+from . import module_sample, numbers
 from .analysis import codec_bytes, per_adapter
-from .analysis.per_adapter import BOTH, CUT_BY_ENERGY, ROUNDED, Point
+from .analysis.per_adapter import BOTH, CUT_BY_ENERGY, ROUNDED, Point, Tables
 from .analysis.shared_basis import SHARED_BASIS, SharedBasis
 from .comparison_data import Frontier, FrontierPoint
 from .measure import own_name
@@ -19,6 +20,8 @@ from .task_data import TaskFrontier
 
 NUMBERS = 1.5e6
 """Maximum number of elements of all factors for which all modules are measured; else only some modules."""
+SHARE = 0.02
+"""Share of the elements of larger collections that is measured, where that is more than `NUMBERS`."""
 ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 WORST = 0.8
 """Maximum worst error of a point; points with a larger one are left out."""
@@ -45,6 +48,8 @@ TASK_METHODS = {PACK: METHODS[PACK], FIT: "fitted at a ratio", BOTH: METHODS[BOT
 
 _MUCH_SMALLER = 0.95
 """Share of the pack's bytes below which the codec's estimate is mentioned; estimates are accurate to a few per cent."""
+BASELINES = "measuring baselines"
+"""Stage that is reported to a progress callback."""
 _SIZES = (4, 8, 16, 32, 64, 128, 256, 512)
 """Components per side of the shared basis."""
 _BITS, _SWEEPS = ((8, 8), (4, 4)), 1
@@ -53,17 +58,18 @@ _IMPROVEMENT = 0.97
 
 
 def frontier(
-    pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals, progress: Progress
+    pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals, seed: int, progress: Progress
 ) -> Frontier | None:
     """Measure the pack and the baselines for the trained adapters whose originals were passed.
 
     The bytes of the codec at other error bounds are estimates. In a collection with more than `NUMBERS` elements, the
-    codec and the baselines are measured on some modules, evenly spaced, and their bytes are scaled to all modules.
+    codec and the baselines are measured on some modules, drawn by kind, and their bytes are scaled to all modules.
 
     Args:
         pack: The pack.
         packed: Its adapters, by name.
         originals: The original adapters.
+        seed: Seed of the sample of modules.
         progress: Callback with the arguments (stage, done, total).
 
     Returns:
@@ -74,7 +80,7 @@ def frontier(
     nonempty = [module for module, size in sizes.items() if size > 0]
     if not nonempty:
         return None
-    chosen = _evenly_spaced(nonempty, sizes)
+    chosen = _sample(nonempty, sizes, seed)
     scale = sum(sizes.values()) / sum(sizes[module] for module in chosen)
     stacks = LazyMapping(dict.fromkeys(chosen), lambda module: _stack(pack, packed, originals, module))
     # a small collection stays in memory; the modules of a large one are read each time they are needed
@@ -95,11 +101,14 @@ def frontier(
         FrontierPoint(CODEC, "", round(scale * point.bytes), point.error, point.error)
         for point in reversed(codec_bytes.rate_points(shapes, packed, originals, bounds, progress))
     ]
+    progress(BASELINES, 0, 1 + len(_SIZES))
+    tables = per_adapter.tables(modules)
     points = [
         FrontierPoint(method, settings, round(scale * point.stored_bytes), point.worst, point.mean)
-        for method, settings, point in _baseline_points(modules, of_pack.worst, lora_float16 / scale, progress)
+        for method, settings, point in _baseline_points(modules, tables, of_pack.worst, lora_float16 / scale, progress)
     ]
-    return Frontier(len(names), len(chosen), len(nonempty), lora_float16, [of_pack, *coded, *points])
+    error = _relative_error(tables, [sizes[module] for module in chosen], of_pack.worst, len(nonempty))
+    return Frontier(len(names), len(chosen), len(nonempty), error, lora_float16, [of_pack, *coded, *points])
 
 
 def cheapest(frontier: Frontier) -> FrontierPoint | None:
@@ -172,11 +181,30 @@ def _sizes(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals
     return sizes
 
 
-def _evenly_spaced(modules: Sequence[str], sizes: Mapping[str, int]) -> list[str]:
-    """Return as many evenly spaced modules as `NUMBERS` allows, at least one."""
+def _sample(modules: Sequence[str], sizes: Mapping[str, int], seed: int) -> list[str]:
+    """Return as many modules as `NUMBERS` and `SHARE` allow, at least one."""
     total = sum(sizes[module] for module in modules)
-    count = max(1, min(len(modules), int(len(modules) * NUMBERS / total)))
-    return [modules[index * len(modules) // count] for index in range(count)]
+    count = max(1, min(len(modules), int(len(modules) * max(NUMBERS / total, SHARE))))
+    return module_sample.systematic(modules, count, seed) if count < len(modules) else list(modules)
+
+
+def _relative_error(tables: Tables, sizes: Sequence[int], worst: float, of: int) -> float | None:
+    """Return the relative standard error of bytes that were scaled from a sample to all modules.
+
+    Args:
+        tables: Measurements of the modules of the sample.
+        sizes: Number of elements of each of these modules.
+        worst: Error at which bytes are compared.
+        of: Number of all modules.
+    """
+    n = len(sizes)
+    if not 1 < n < of:
+        return None
+    points = [per_adapter.at_error(tables.of_module(index), worst)[BOTH] for index in range(n)]
+    rates = [point.stored_bytes / size for point, size in zip(points, sizes, strict=True) if point is not None]
+    if len(rates) < n or not any(rates):
+        return None
+    return statistics.stdev(rates) / statistics.fmean(rates) * math.sqrt((1 - n / of) / n)
 
 
 def _stack(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals, module: str) -> ModuleBatch:
@@ -189,19 +217,17 @@ def _stack(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals
 
 
 def _baseline_points(
-    modules: Mapping[str, ModuleBatch], worst: float, lora_bytes: float, progress: Progress
+    modules: Mapping[str, ModuleBatch], tables: Tables, worst: float, lora_bytes: float, progress: Progress
 ) -> Iterator[tuple[str, str, Point]]:
     """Yield (method, settings in words, point) of each baseline, for each method from few bytes to many."""
-    stage, steps = "measuring baselines", 1 + len(_SIZES)
-    progress(stage, 0, steps)
-    tables = per_adapter.tables(modules)
+    steps = 1 + len(_SIZES)
     by_error = [per_adapter.at_error(tables, error) for error in _bounds(worst)]
     for method in (ROUNDED, CUT_BY_ENERGY, BOTH):
         yield from ((method, "", point) for point in _pareto_front([points[method] for points in by_error], worst))
     shared = SharedBasis(modules, _BITS, _SWEEPS)
     candidates: list[Point] = []
     for done, k in enumerate(_SIZES, start=1):
-        progress(stage, done, steps)
+        progress(BASELINES, done, steps)
         if shared.lower_bound(k) >= WORST or k // 2 >= shared.max_components:
             continue
         # a shared basis that is larger than the LoRAs cannot be on the front
@@ -209,7 +235,7 @@ def _baseline_points(
             candidates += shared.measure(min(k, shared.max_components)).values()
     for point in _pareto_front([point for point in candidates if point.stored_bytes < lora_bytes], worst):
         yield SHARED_BASIS, _settings_text(point), point
-    progress(stage, steps, steps)
+    progress(BASELINES, steps, steps)
 
 
 def _pareto_front(points: Sequence[Point | None], bound: float) -> list[Point]:

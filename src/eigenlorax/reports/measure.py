@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from ..codec.storage.table import storage_by_name
 from ..core.adapter import LoRAFactors
-from ..core.batch import ModuleBatch, delta_squares, pad_factors
+from ..core.batch import ModuleBatch, delta_squares, in_row_spaces, pad_factors
 from ..core.coefficients import Coefficients
 from ..core.fit_options import FitOptions
 from ..core.progress import Progress
@@ -18,23 +18,17 @@ from ..core.subspace import ModuleBases
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import refits
-from .analysis import crowded, losses, null, per_adapter
+from .analysis import losses, null, per_adapter
 from .analysis.left_out import Kept
 from .analysis.pairs import Pairs
 from .chance import NullSums
+from .measured import GROUPS, Measured, SampledMeasurements
+from .module_sample import ModuleSample, ModuleSize
 from .originals import Originals
 from .refits import Members, RefitOptions, Side
 
-LEFT_OUT_WORK = 1.2e12
-"""Maximum number of multiplications for fits without an adapter: a quarter of a minute on one core."""
-LEFT_OUT_MIN = 8
-"""Minimum number of adapters that are left out, however long it takes."""
-LEFT_OUT_MAX = 32
-"""Maximum number of adapters that are left out by default: the standard error of the mean is small by then."""
-NULL_WORK = LEFT_OUT_WORK / 16
+NULL_WORK = 7.5e10
 """Maximum number of multiplications for fits of the null model."""
-MULTIPLICATIONS_PER_SECOND = 1.3e10
-"""On one core of a server, for the mixture of products and decompositions that a report takes."""
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Numbers of components at which errors are measured, up to the largest number that the collection allows."""
 
@@ -44,65 +38,6 @@ CHUNK = 2**20
 _EIGEN_COST = 15.0
 """Multiplications of a symmetric eigenproblem of size n, divided by n³."""
 _TINY = torch.finfo(torch.float64).tiny
-
-
-@dataclass(slots=True)
-class Measured:
-    """Sums over modules of squared norms and squared errors. `measure` adds each module.
-
-    There are n trained adapters, f adapters in the fit, s adapters that are left out, and g numbers of components.
-
-    Attributes:
-        names: Names of the n adapters.
-        fitted: Indices in `names` of the adapters of the fit.
-        chosen: Indices in `fitted` of the adapters that are left out.
-        grid: Numbers of components, ascending.
-        total: ‖D‖² of each adapter, (n,).
-        random: Squared norm that random bases of the pack's size keep, (n,).
-        null: Sums of the null model.
-        left_out_kept: Squared norm that the bases of the other adapters keep, (s,).
-        left_out_by_k: The same for each number of components, (s, g).
-        chance: Expected squared norm that equally many random components keep, (s,).
-        chance_by_k: The same for each number of components, (s, g).
-        by_k: Squared norm that a fit with each number of components keeps, (f, g).
-        random_by_k: Expected squared norm that random components keep, (f, g).
-        down_squared_error, up_squared_error: Squared errors of A and of B, (n,).
-        down_total, up_total: Squared norms of A and of B, (n,).
-        rounded: Squared errors of the factors rounded to a number of bits, (n,), by bits.
-        pairs: Inner products of all pairs of adapters.
-        errors: Delta error of each adapter, by module.
-        weighted: Weighted delta error of the fit, by module.
-        factor_errors: Root mean square errors of A and of B, by module.
-        singular: For each module, the numbers of one component and the squared singular values, (n, r).
-        sides: Measurements of both sides, by module.
-        exact: True if the fits without an adapter include sweeps in every module.
-    """
-
-    names: list[str]
-    fitted: list[int]
-    chosen: list[int]
-    grid: list[int]
-    total: Tensor
-    random: Tensor
-    null: NullSums
-    left_out_kept: Tensor
-    left_out_by_k: Tensor
-    chance: Tensor
-    chance_by_k: Tensor
-    by_k: Tensor
-    random_by_k: Tensor
-    down_squared_error: Tensor
-    down_total: Tensor
-    up_squared_error: Tensor
-    up_total: Tensor
-    rounded: dict[int, Tensor]
-    pairs: Pairs
-    errors: dict[str, list[float | None]] = field(default_factory=dict)
-    weighted: dict[str, float] = field(default_factory=dict)
-    factor_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
-    singular: list[tuple[int, Tensor]] = field(default_factory=list)
-    sides: dict[str, tuple[Side, Side]] = field(default_factory=dict)
-    exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +50,6 @@ class _Collection:
         originals: The original adapters.
         options: Options with which the pack was fitted.
         weights: 1 / ‖D‖ of each original adapter; 0 if its update is zero.
-        seed: Seed of all random choices.
     """
 
     pack: Pack
@@ -123,7 +57,6 @@ class _Collection:
     originals: Originals
     options: FitOptions
     weights: list[float]
-    seed: int
 
     @property
     def names(self) -> list[str]:
@@ -137,16 +70,16 @@ class _Module:
     Attributes:
         name: Name of the module in the subspace.
         bases: Bases of the pack.
-        factors: Factors of each original adapter; None if it does not have the module.
-        batch: The same factors, padded.
+        batch: Factors of each original adapter.
+        narrow: The same factors in coordinates of the span of all rows.
         squares: ‖D‖² of each adapter, (n,).
         squared_errors: ‖D − D̂‖² of each adapter in the pack, (n,).
     """
 
     name: str
     bases: ModuleBases
-    factors: Sequence[LoRAFactors | None]
     batch: ModuleBatch
+    narrow: ModuleBatch
     squares: Tensor
     squared_errors: Tensor
 
@@ -156,9 +89,9 @@ def measure(
     packed: Mapping[str, PackedAdapter],
     originals: Originals,
     seed: int,
-    sample: int | None,
+    sample: ModuleSample,
     progress: Progress,
-) -> Measured:
+) -> SampledMeasurements:
     """Measure everything that needs the original adapters.
 
     Args:
@@ -166,7 +99,7 @@ def measure(
         packed: Its adapters, by name.
         originals: The original adapters.
         seed: Seed of all random choices.
-        sample: Number of adapters to leave out of the fit; None chooses it by `LEFT_OUT_WORK`.
+        sample: Modules to measure, and the number of adapters to leave out of the fit.
         progress: Callback with the arguments (stage, done, total).
     """
     totals = [
@@ -174,15 +107,32 @@ def measure(
         for name, scan in ((name, originals.scans[name]) for name in originals.adapters)
     ]
     weights = [total**-0.5 if total > 0 else 0.0 for total in totals]
-    collection = _Collection(pack, packed, originals, options_of(pack), weights, seed)
-    measured = _empty(collection, sample)
-    modules = list(pack.subspace.modules.items())
-    for done, (module, bases) in enumerate(modules):
-        progress("measuring modules", done, len(modules))
+    collection = _Collection(pack, packed, originals, options_of(pack), weights)
+    n_groups = 1 if sample.is_whole else min(GROUPS, len(sample.modules))
+    groups = [_empty(collection, sample, seed) for _ in range(n_groups)]
+    chosen, done = set(sample.modules), 0
+    for index, (module, bases) in enumerate(pack.subspace.modules.items()):
+        if module not in chosen:
+            continue
+        progress("measuring modules", done, len(sample.modules))
         # one generator per module, so that its figures do not depend on the other modules
-        _add_module(measured, collection, module, bases, torch.Generator().manual_seed(seed + 1 + done))
-    progress("measuring modules", len(modules), len(modules))
-    return measured
+        generator = torch.Generator().manual_seed(seed + 1 + index)
+        _add_module(groups[done % n_groups], collection, module, bases, generator)
+        done += 1
+    progress("measuring modules", done, done)
+    return SampledMeasurements.of(groups, sample, [math.sqrt(total) for total in totals])
+
+
+def module_sizes(pack: Pack, packed: Mapping[str, PackedAdapter]) -> dict[str, ModuleSize]:
+    """Return the size of each module of the subspace."""
+    rows = _module_rows(pack, packed)
+    return {name: ModuleSize(rows[name], bases.shape) for name, bases in pack.subspace.modules.items()}
+
+
+def largest_k(pack: Pack) -> int:
+    """Return the largest number of components of the pack's bases."""
+    bases = (basis for module in pack.subspace.modules.values() for basis in (module.down, module.up))
+    return max((basis.n_fitted for basis in bases), default=0)
 
 
 def options_of(pack: Pack) -> FitOptions:
@@ -190,25 +140,21 @@ def options_of(pack: Pack) -> FitOptions:
     return FitOptions(**{field.name: getattr(pack.fit_info, field.name) for field in fields(FitOptions)})
 
 
-def _empty(collection: _Collection, sample: int | None) -> Measured:
-    """Choose sizes and the adapters to leave out, and return sums of zero."""
+def _empty(collection: _Collection, sample: ModuleSample, seed: int) -> Measured:
+    """Choose numbers of components and the adapters to leave out, and return sums of zero."""
     pack, names = collection.pack, collection.names
     fitted = [index for index, name in enumerate(names) if collection.packed[name].record.in_fit]
     rows = _trained_rows(collection, [names[index] for index in fitted])
     max_rank = max((min(n, *pack.subspace.modules[module].shape) for module, n in rows.items()), default=1)
-    largest_k = max(
-        (basis.n_fitted for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)), default=0
-    )
+    k_of_pack = largest_k(pack)
     grid = sorted(
-        {k for k in GRID if k < max_rank} | {max_rank} | ({largest_k} if 0 < largest_k <= max_rank else set())
+        {k for k in GRID if k < max_rank} | {max_rank} | ({k_of_pack} if 0 < k_of_pack <= max_rank else set())
     )
-    if sample is None:
-        work = sum(_left_out_work(n, pack.subspace.modules[module].shape, largest_k) for module, n in rows.items())
-        sample = min(max(LEFT_OUT_MIN, int(LEFT_OUT_WORK / max(work, 1))), LEFT_OUT_MAX)
-    generator = torch.Generator().manual_seed(collection.seed)
+    generator = torch.Generator().manual_seed(seed)
     # a single adapter cannot be left out
-    count = min(sample, len(fitted)) if len(fitted) > 1 else 0
+    count = min(sample.left_out, len(fitted)) if len(fitted) > 1 else 0
     chosen = sorted(torch.randperm(len(fitted), generator=generator)[:count].tolist())
+    rows = {module: rows[module] for module in sample.modules}
     draws = null.draws(sum(bool(n) for n in rows.values()), NULL_WORK / max(_fit_work(rows, pack), 1))
 
     def zeros(*shape: int) -> Tensor:
@@ -248,17 +194,6 @@ def _trained_rows(collection: _Collection, names: Sequence[str]) -> dict[str, in
     return rows
 
 
-def _left_out_work(rows: int, shape: tuple[int, int], k: int) -> float:
-    """Estimate the multiplications of leaving one adapter out of a module."""
-    if crowded.is_crowded(rows):
-        # one eigenproblem per side
-        return (
-            2 * _EIGEN_COST * min(rows, *shape, crowded.required_components(max(refits.MAX_CROWDED_COMPONENTS, k))) ** 3
-        )
-    # bases without sweeps, and two sweeps
-    return 6 * _EIGEN_COST * min(rows, *shape) ** 3
-
-
 def _fit_work(rows: Mapping[str, int], pack: Pack) -> float:
     """Estimate the multiplications of a fit of all modules."""
     return sum(6 * _EIGEN_COST * min(n, *pack.subspace.modules[module].shape) ** 3 for module, n in rows.items())
@@ -277,17 +212,6 @@ def largest(pack: Pack, packed: Mapping[str, PackedAdapter]) -> int:
     """Return the largest number of elements that the factors of all adapters have in one module."""
     rows = _module_rows(pack, packed)
     return max((rows[module] * sum(bases.shape) for module, bases in pack.subspace.modules.items()), default=0)
-
-
-def seconds(pack: Pack) -> float:
-    """Estimate the seconds that `measure` takes on one core, from the pack's records alone."""
-    # as if every adapter had all modules: only reading all adapters would tell
-    n = sum(max(record.ranks, default=0) for record in pack.records.values() if not record.untrained)
-    work = 0.0
-    for module in pack.info.modules:
-        for d in pack.subspace.modules[module].shape:
-            work += n**2 * d / 2 + 2 * n * d**2 + 60.0 * min(n, d) ** 3
-    return work / MULTIPLICATIONS_PER_SECOND
 
 
 def _add_module(
@@ -321,10 +245,10 @@ def _add_module(
     if in_fit and storage_by_name(collection.pack.coefficient_storage).keeps_factors:
         down, up = torch.cat(factor_shares)[in_fit].mean(0).sqrt().tolist()
         measured.factor_errors[name] = (down, up)
-    module = _Module(name, bases, factors, batch, squares, torch.cat(squared_errors))
+    module = _Module(name, bases, batch, in_row_spaces(batch), squares, torch.cat(squared_errors))
     relative = torch.where(squares > 0, (module.squared_errors / squares.clamp_min(_TINY)).sqrt(), math.nan)
     measured.errors[name] = [None if math.isnan(error) else error for error in relative.tolist()]
-    measured.pairs.add(batch)
+    measured.pairs.add(module.narrow, (n_in, n_out))
     random = (losses.random_rows(side.n_fitted, side.dimension, generator) for side in (bases.down, bases.up))
     measured.random += losses.kept(batch, *random)
     _add_fit(measured, collection, module, generator)
@@ -350,6 +274,7 @@ def _add_fit(measured: Measured, collection: _Collection, module: _Module, gener
     options = collection.options
     refit = refits.refit_module(
         trained,
+        module.narrow.select(indices),
         RefitOptions(
             options,
             k,

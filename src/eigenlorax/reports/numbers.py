@@ -17,6 +17,16 @@ def error(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.1e}"
 
 
+def estimate(value: float, standard_error: float) -> str:
+    """Format an error, followed by its standard error unless that is 0."""
+    return f"{error(value)} ± {error(standard_error)}" if standard_error else error(value)
+
+
+def share_estimate(value: float, standard_error: float) -> str:
+    """Format a share, followed by its standard error unless that is 0."""
+    return f"{share(value)} ± {error(standard_error)}" if standard_error else share(value)
+
+
 def bound(value: float) -> str:
     """Format an error bound as an option's value, rounded down to three significant digits."""
     rounded = float(f"{value:.3g}")

@@ -17,6 +17,9 @@ from .analysis.null import NullModel
 from .analysis.spectra import Halves, Weighted
 from .data import SPECTRUM
 
+MAX_SWEPT = 2048
+"""Maximum number of rows for sweeps of the null model in a crowded module. With more rows, sweeps change nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -135,14 +138,20 @@ class Refit:
     sides: tuple[Side, Side]
 
 
-def refit_module(members: Members, options: RefitOptions, generator: torch.Generator) -> Refit:
-    """Refit one module: with other sizes, to halves, without an adapter, and to the null model."""
+def refit_module(members: Members, narrow: ModuleBatch, options: RefitOptions, generator: torch.Generator) -> Refit:
+    """Refit one module: with other sizes, to halves, without an adapter, and to the null model.
+
+    Args:
+        members: The adapters that have trained the module.
+        narrow: The same adapters in coordinates of a space that contains all their rows (`in_row_spaces`).
+        options: Options of the refits.
+        generator: Generator of the division into halves, and of the null model.
+    """
     order = torch.randperm(len(members.batch), generator=generator).tolist()
     middle = len(order) // 2
     halves = sorted(order[:middle]), sorted(order[middle:])
-    # all figures depend on inner products of rows alone, and coordinates in the span of the rows keep these
-    narrow = Members(in_row_spaces(members.batch), members.weights)
-    real = (_crowded_refit if members.crowded else _refit)(narrow, options, halves)
+    # these figures depend on inner products of rows alone
+    real = (_crowded_refit if members.crowded else _refit)(Members(narrow, members.weights), options, halves)
     model = NullModel.of(members.batch)
     fits, random_kept = [], []
     for _ in range(options.draws):
@@ -211,13 +220,6 @@ def _null_fit(members: Members, options: RefitOptions) -> NullFit:
     )
 
 
-MAX_CROWDED_COMPONENTS = 128
-"""Maximum number of components at which adapters are left out of a crowded module."""
-
-SWEPT = 2048
-"""Maximum number of rows for sweeps of the null model in a crowded module. With more rows, sweeps change nothing."""
-
-
 def _crowded_refit(members: Members, options: RefitOptions, halves: tuple[list[int], list[int]]) -> _RealFit:
     """Refit a crowded module from spectra that are computed once, without sweeps."""
     batch = members.batch
@@ -227,7 +229,7 @@ def _crowded_refit(members: Members, options: RefitOptions, halves: tuple[list[i
         Halves.of(first.vectors[:k], second.vectors[:k])
         for (first, second), k in zip((down_halves, up_halves), options.k, strict=True)
     ]
-    grid = [k for k in options.grid if k <= MAX_CROWDED_COMPONENTS]
+    grid = [k for k in options.grid if k <= crowded.MAX_COMPONENTS]
     kept = torch.zeros(len(options.chosen), dtype=torch.float64)
     by_k = torch.full((len(options.chosen), len(options.grid)), torch.nan, dtype=torch.float64)
     sizes, max_components = [], []
@@ -251,12 +253,12 @@ def _crowded_refit(members: Members, options: RefitOptions, halves: tuple[list[i
 
 
 def _crowded_null_fit(members: Members, options: RefitOptions) -> NullFit:
-    """Fit the null model of a crowded module by spectra, with sweeps up to `SWEPT` rows."""
+    """Fit the null model of a crowded module by spectra, with sweeps up to `MAX_SWEPT` rows."""
     batch, fit = members.batch, options.fit
     rows = crowded.weighted(batch, members.weights, fit.weighting)
     down, up = (crowded.Spectrum.of(side) for side in rows)
     bases = down.vectors[: options.k[0]], up.vectors[: options.k[1]]
-    if fit.weighting == "delta" and sum(batch.ranks) <= SWEPT and all(options.k):
+    if fit.weighting == "delta" and sum(batch.ranks) <= MAX_SWEPT and all(options.k):
         bases = crowded.swept(batch, members.weights, bases, fit.sweeps)
     down_energy, up_energy = (
         float((side @ basis.mT).square().sum() / side.square().sum()) for side, basis in zip(rows, bases, strict=True)

@@ -18,7 +18,7 @@ from .analysis import groups, spectra
 from .analysis.null import NullModel
 from .analysis.pairs import Pairs, beyond_chance, cosines, overlap, overlap_by_chance
 from .data import Cluster, Similarity, StartEnergy, StartGroup, Starts
-from .measure import Measured
+from .measured import Measured
 from .originals import Originals
 
 
@@ -69,9 +69,10 @@ def starts(
         sets = {"all": names, **sets, "others": remaining}
     # the rank of one random start
     k = max(max(packed[name].record.ranks) for name in names)
-    progress("comparing shared starts", 0, len(pack.info.modules))
+    modules = {module: bases for module, bases in pack.subspace.modules.items() if module in measured.sides}
+    progress("comparing shared starts", 0, len(modules))
     sums: dict[str, list[list[float]]] = {who: [] for who in sets}
-    for done, (module, bases) in enumerate(pack.subspace.modules.items(), start=1):
+    for done, (module, bases) in enumerate(modules.items(), start=1):
         factors = _trained_factors(packed, originals, module)
         generator = torch.Generator().manual_seed(seed + done)
         for who, members_of in sets.items():
@@ -79,7 +80,7 @@ def starts(
             if trained:
                 batch = pad_factors(trained, *reversed(bases.shape))
                 sums[who].append(_start_energies(batch, k, generator))
-        progress("comparing shared starts", done, len(pack.info.modules))
+        progress("comparing shared starts", done, len(modules))
     means = {who: [math.fsum(column) / len(rows) for column in zip(*rows, strict=True)] for who, rows in sums.items()}
     return Starts(start_groups, [StartEnergy(who, len(sets[who]), k, *values) for who, values in means.items()])
 
@@ -125,11 +126,10 @@ def similarity(
     beyond, deviation = beyond_chance(pairs)
     of_all = groups.clustering(beyond, deviation)
     first_copy = {index: group[0] for group in copies for index in group}
-    distinct = [index for index in range(len(names)) if first_copy.get(index, index) == index]
+    distinct = without_copies(len(names), copies)
     distinct_shared, distinct_beyond = (matrix[distinct][:, distinct] for matrix in (shared, beyond))
     divided = groups.clustering(distinct_beyond, deviation[distinct][:, distinct]) if copies else of_all
     outliers = groups.outliers(distinct_beyond, [index for cluster in divided.clusters for index in cluster])
-    explained = groups.mean_errors(pairs.subset(distinct))[2]
 
     def with_copies(indices: Sequence[int]) -> list[str]:
         """Return the names of distinct adapters and of their copies."""
@@ -156,13 +156,30 @@ def similarity(
             silhouette=divided.silhouette,
             map_share=map_share if len(names) > 1 else None,
             chance_overlap=float(overlap_by_chance(pairs)[0].sum()) / pairs_count if pairs_count else None,
-            mean_cosine=float((cosine.sum() - len(names)) / pairs_count) if pairs_count else None,
-            mean_energy=float(explained.mean()) if len(distinct) > 1 else None,
+            mean_cosine=mean_cosine(cosine),
+            mean_energy=mean_energy(pairs, distinct),
         ),
         with_copies(outliers),
         cosine,
         shared,
     )
+
+
+def without_copies(n: int, copies: Sequence[Sequence[int]]) -> list[int]:
+    """Return the indices of n adapters with only the first one of each group of copies."""
+    later = {index for group in copies for index in group[1:]}
+    return [index for index in range(n) if index not in later]
+
+
+def mean_cosine(cosine: Tensor) -> float | None:
+    """Return the mean over pairs of the cosines of n adapters, (n, n); None for a single adapter."""
+    n = len(cosine)
+    return float((cosine.sum() - n) / (n * (n - 1))) if n > 1 else None
+
+
+def mean_energy(pairs: Pairs, distinct: Sequence[int]) -> float | None:
+    """Return the mean share of an update that the mean of the others explains, of the adapters at these indices."""
+    return float(groups.mean_errors(pairs.subset(distinct))[2].mean()) if len(distinct) > 1 else None
 
 
 def _in_order(tree: np.ndarray, order: Sequence[int]) -> list[list[float]]:

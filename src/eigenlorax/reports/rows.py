@@ -15,12 +15,18 @@ from ..pack.summary import lora_numbers
 from . import spreads
 from .analysis import groups, losses
 from .data import SPECTRUM, AdapterFigures, ModuleFigures, SideFigures
-from .measure import Measured
+from .measured import Measured
 from .refits import Side
 
 
-def measured_fields(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]:
-    """Return the fields of `AdapterFigures` that need the originals, by adapter."""
+def measured_fields(pack: Pack, measured: Measured, norms: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Return the fields of `AdapterFigures` that need the originals, by adapter.
+
+    Args:
+        pack: The pack.
+        measured: Measurements with the originals.
+        norms: Norm of each adapter of `measured.names` over all modules of the subspace.
+    """
     total, fitted = measured.total, measured.fitted
     keeps_factors = storage_by_name(pack.coefficient_storage).keeps_factors
     down = spreads.relative(measured.down_squared_error, measured.down_total)
@@ -39,7 +45,7 @@ def measured_fields(pack: Pack, measured: Measured) -> dict[str, dict[str, Any]]
     for index, name in enumerate(measured.names):
         mean_error, mean_scaled_error = mean_errors.get(index, (None, None))
         figures[name] = {
-            "norm": math.sqrt(float(total[index])),
+            "norm": norms[index],
             "factor_error_down": down[index] if keeps_factors else None,
             "factor_error_up": up[index] if keeps_factors else None,
             "left_out_error": left_out.get(index),
@@ -120,10 +126,13 @@ def _truncated(pack: Pack, measured: Measured) -> list[float]:
     spent = pack.info.stored_bytes + sum(record.coefficient_bytes for record in records.values())
     numbers, lora_width = lora_numbers(records), spreads.width(pack)
     costs = [lora_width * numbers_per_component for numbers_per_component, _ in measured.singular]
+    width_of_all = sum(sum(bases.shape) for bases in pack.subspace.modules.values())
+    share = sum(numbers_per_component for numbers_per_component, _ in measured.singular) / max(width_of_all, 1)
+    truncate = losses.truncated if share == 1 else losses.truncated_in_sample
     kept = []
     for index, name in enumerate(measured.names):
-        budget = spent * records[name].lora_numbers / numbers
-        kept.append(losses.truncated([squares[index] for _, squares in measured.singular], costs, budget))
+        budget = share * spent * records[name].lora_numbers / numbers
+        kept.append(truncate([squares[index] for _, squares in measured.singular], costs, budget))
     return spreads.relative(measured.total - torch.tensor(kept, dtype=torch.float64), measured.total)
 
 
@@ -134,7 +143,7 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
     error: float | None = None
     factor_errors: tuple[float | None, float | None] = None, None
     if measured is not None:
-        by_adapter = zip(measured.names, measured.errors[name], strict=True)
+        by_adapter = zip(measured.names, measured.errors.get(name, [None] * len(measured.names)), strict=True)
         errors = {adapter: error for adapter, error in by_adapter if error is not None}
         error = measured.weighted.get(name)
         factor_errors = measured.factor_errors.get(name, (None, None))
@@ -158,7 +167,9 @@ def module(pack: Pack, measured: Measured | None, name: str, adapters: int) -> M
 
 def _side(pack: Pack, measured: Measured | None, module: str, side: str) -> SideFigures:
     basis = pack.subspace.modules[module].side(side)
-    refit = measured.sides[module][("down", "up").index(side)] if measured is not None else Side()
+    refit = Side()
+    if measured is not None and module in measured.sides:
+        refit = measured.sides[module][("down", "up").index(side)]
     sigmas, total = basis.singular_values.to(torch.float64), basis.square
     return SideFigures(
         dimension=basis.dimension,
@@ -183,6 +194,11 @@ def module_errors(
         return []
     indices = {name: index for index, name in enumerate(measured.names)}
     return [
-        [measured.errors[module][indices[adapter.name]] if adapter.name in indices else None for module in modules]
+        [
+            measured.errors[module][indices[adapter.name]]
+            if module in measured.errors and adapter.name in indices
+            else None
+            for module in modules
+        ]
         for adapter in adapters
     ]

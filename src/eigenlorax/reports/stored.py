@@ -10,12 +10,11 @@ from ..errors import EigenloraxWarning, FormatError, StaleReportWarning
 from ..formats import sources
 from ..formats.sources import Sources
 from ..pack.pack import Pack
-from . import build, files, measure
+from . import build, files, measure, module_sample
 from .files import Report
+from .module_sample import ModuleSample, ModuleSize
 
-PATIENCE = 10.0
-"""Maximum estimated seconds of a report that the user did not ask for."""
-DRAWING = 6.0
+DRAWING = 5.0
 """Seconds of every report: for baselines, the codec's curve, and figures."""
 DECODING = 0.7e-6
 """Seconds of decoding one LoRA number of an entropy-coded pack."""
@@ -45,10 +44,15 @@ def write(pack: Pack, adapters: Sources, folder: Path, progress: Progress, **opt
     return report
 
 
-def seconds(pack: Pack) -> float:
-    """Estimate the seconds that the report of this pack takes."""
+def seconds(pack: Pack, full: bool) -> float:
+    """Estimate the seconds that the report of this pack takes, of all modules or of a sample."""
     decoding = DECODING * sum(record.lora_numbers for record in pack.records.values()) if pack.is_coded else 0.0
-    return DRAWING + decoding + measure.seconds(pack)
+    rows = sum(max(record.ranks, default=0) for record in pack.records.values() if not record.untrained)
+    # as if every adapter had all modules: only reading all adapters would tell
+    sizes = {name: ModuleSize(rows, bases.shape) for name, bases in pack.subspace.modules.items()}
+    k = measure.largest_k(pack)
+    sample = ModuleSample.whole(sizes, k, len(pack)) if full else module_sample.choose(sizes, k, None, 0)
+    return DRAWING + decoding + module_sample.fit_seconds(sizes) / 4 + sample.seconds
 
 
 def load(pack: Pack) -> Report | None:

@@ -16,7 +16,7 @@ from .chance import is_above
 from .comparison_data import LeftOut, SizePoint, Spread
 from .data import Finding, ReportData, Verdict
 from .findings import keeps_factors
-from .numbers import error, ratio, share
+from .numbers import error, estimate, ratio, share_estimate
 from .size_advice import LARGE_ERROR, is_coded, larger_sizes
 
 SHARED, NOT_SHARED = 0.75, 0.25
@@ -60,7 +60,13 @@ class _Evidence:
 
     @property
     def measured(self) -> str:
-        return f"an adapter that is left out of the fit has a mean error of {error(self.left_out.errors.mean)}"
+        return f"an adapter that is left out of the fit has a mean error of {self.left_out_mean}"
+
+    @property
+    def left_out_mean(self) -> str:
+        """Mean error of adapters left out, with its standard error if modules were sampled."""
+        standard_error = self.left_out.standard_error if self.report.sampling is not None else 0.0
+        return estimate(self.left_out.errors.mean, standard_error)
 
     @property
     def against_chance(self) -> str:
@@ -204,13 +210,13 @@ def _more_components(evidence: _Evidence) -> _Answer | None:
         return None
     return _Answer(
         f"{evidence.subject} share a subspace with more components than the pack has: {evidence.measured}, and of "
-        f"{error(point.left_out)} with k = {point.k}.",
+        f"{_left_out_at(point)} with k = {point.k}.",
         Finding(
             "partly-shared",
             f"They share a subspace, but k is too small for it: {evidence.against_chance}.",
             size_advice.on_partial_sharing(evidence.report)
             or f"Fit again with `n_components={point.k}` (`-k {point.k}`): an adapter left out then has a mean error "
-            f"of {error(point.left_out)}, and the pack is {ratio(point.ratio)} smaller than the LoRAs, basis counted.",
+            f"of {_left_out_at(point)}, and the pack is {ratio(point.ratio)} smaller than the LoRAs, basis counted.",
         ),
     )
 
@@ -273,7 +279,7 @@ def _not_shared(evidence: _Evidence) -> _Answer:
     if is_coded(report) and point is not None:
         measured = (
             f"at best, with k = {point.k}, an adapter that is left out of the fit has a mean error of "
-            f"{error(point.left_out)}"
+            f"{_left_out_at(point)}"
         )
         by_chance = f"{measured} (with random components: {error(point.random)})"
         return _Answer(
@@ -288,7 +294,7 @@ def _not_shared(evidence: _Evidence) -> _Answer:
     beyond_chance = "The components of the others keep no more of it than random components would."
     if evidence.is_beyond_chance:
         beyond_chance = (
-            f"The components of the others keep {share(evidence.left_out.kept)} of its squared norm beyond chance: too "
+            f"The components of the others keep {_kept(evidence.left_out)} of its squared norm beyond chance: too "
             "little for a shared subspace."
         )
     later = "They give no basis for training or for serving from a shared basis: a later adapter will not fit."
@@ -303,6 +309,15 @@ def _not_shared(evidence: _Evidence) -> _Answer:
     )
 
 
+def _left_out_at(point: SizePoint) -> str:
+    """Return the mean error of adapters left out at one size, with its standard error if modules were sampled."""
+    return estimate(point.left_out or 0.0, point.left_out_standard_error or 0.0)
+
+
+def _kept(left_out: LeftOut) -> str:
+    return share_estimate(left_out.kept, left_out.kept_standard_error)
+
+
 def _in_the_fit(evidence: _Evidence) -> str:
     """Return sentences on the mean error in the fit of adapters that share no subspace, and its cause."""
     report, mean_error, null = evidence.report, evidence.in_fit.mean, evidence.report.null
@@ -313,7 +328,8 @@ def _in_the_fit(evidence: _Evidence) -> str:
     # the null model keeps coefficients of the adapters' own factors
     if null is None or not keeps_factors(report):
         return f"{measured}."
-    of_null = f"with the same singular values and random singular vectors it would be {error(null.errors.mean)}"
+    null_mean = estimate(null.errors.mean, null.errors.standard_error)
+    of_null = f"with the same singular values and random singular vectors it would be {null_mean}"
     if mean_error > LARGE_ERROR:
         return f"{measured}; {of_null}."
     is_better = is_above(-mean_error, -null.errors.mean, null.spread)

@@ -9,7 +9,7 @@ import torch
 from scipy import integrate, optimize
 
 from eigenlorax.core.adapter import LoRAFactors, delta_square
-from eigenlorax.core.batch import delta_squares, pad_factors, unpadded
+from eigenlorax.core.batch import delta_squares, in_row_spaces, pad_factors, unpadded
 from eigenlorax.core.fit_options import FitOptions
 from eigenlorax.reports import refits
 from eigenlorax.reports.analysis import crowded, losses, null, spectra
@@ -206,7 +206,7 @@ class TestRefits:
         one = pad_factors(factors, N_IN, N_OUT)
         options = FitOptions(n_components=6, weighting=weighting, sweeps=sweeps)
         asked = refits.RefitOptions(options, self.K, fixed=True, grid=self.GRID, chosen=[0, 2], draws=self.DRAWS)
-        found = refits.refit_module(refits.Members(one, weights), asked, generator(8))
+        found = refits.refit_module(refits.Members(one, weights), in_row_spaces(one), asked, generator(8))
         # the division into halves is drawn first
         again = generator(8)
         torch.randperm(n, generator=again)
@@ -276,7 +276,7 @@ class TestRefits:
         factors = [of_spectrum([1.0, 0.5, 0.05], N_OUT, N_IN, seed=50 * i) for i in range(9)]
         one, weights = pad_factors(factors, N_IN, N_OUT), torch.ones(9).double()
         asked = refits.RefitOptions(FitOptions(n_components=6), (6, 6), fixed=True, grid=[2, 6], chosen=[], draws=60)
-        found = refits.refit_module(refits.Members(one, weights), asked, generator(3))
+        found = refits.refit_module(refits.Members(one, weights), in_row_spaces(one), asked, generator(3))
         real = refits._null_fit(refits.Members(one, weights), asked)
         drawn = found.null.fitted.mean(1)
         assert abs(float(real.kept.mean() - drawn.mean())) < 4 * float(drawn.std())

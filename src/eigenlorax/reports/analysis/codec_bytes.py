@@ -68,6 +68,8 @@ def rate_points(
 
     norms = torch.tensor(list(squares.values()), dtype=torch.float64).sqrt()
     whole = CollectionEncoder(modules, norms, wide_step_size_grid(), surveyed)
+    if len(modules) <= COMPARED_MODULES:
+        return encoder.split_into_clusters(whole, modules, CLUSTERED_AT, surveyed).frontier(errors)
     groups = _groups(modules, len(squares), surveyed)
     clustered = whole
     if len(set(groups)) > 1:

@@ -16,6 +16,8 @@ from ...core.linalg import orthonormal_rows, psd_root
 
 MANY = 256
 """Maximum number of rows for which a module is refitted, with sweeps, without each adapter."""
+MAX_COMPONENTS = 128
+"""Maximum number of components at which adapters are left out of a module with many rows."""
 _RELATIVE_ZERO = 1e-12
 """Maximum eigenvalue that counts as zero, relative to the largest one."""
 _ROUNDING = 1e-6

@@ -184,12 +184,32 @@ def truncated(values: Sequence[Tensor], costs: Sequence[int], budget: float) -> 
         costs: Bytes of one component, by module.
         budget: Maximum number of bytes.
     """
-    candidates = [
-        (float(value) / cost, float(value), cost) for row, cost in zip(values, costs, strict=True) for value in row
-    ]
     total = 0.0
-    for _, value, cost in sorted(candidates, reverse=True):
+    for value, cost in _by_gain(values, costs):
         if value > 0 and cost <= budget:
             total += value
             budget -= cost
     return total
+
+
+def truncated_in_sample(values: Sequence[Tensor], costs: Sequence[int], budget: float) -> float:
+    """Return `truncated` of some modules of an adapter, with their share of the bytes.
+
+    A part of the last component is taken too: the bytes that are left over in few modules would buy components in
+    other modules.
+    """
+    total = 0.0
+    for value, cost in _by_gain(values, costs):
+        if cost >= budget:
+            return total + value * budget / cost
+        total += value
+        budget -= cost
+    return total
+
+
+def _by_gain(values: Sequence[Tensor], costs: Sequence[int]) -> list[tuple[float, int]]:
+    """Return (squared norm, bytes) of all components, the largest squared norm per byte first."""
+    candidates = [
+        (float(value) / cost, float(value), cost) for row, cost in zip(values, costs, strict=True) for value in row
+    ]
+    return [(value, cost) for _, value, cost in sorted(candidates, reverse=True)]

@@ -67,6 +67,13 @@ class Pairs:
     def _sums(cls) -> list[str]:
         return [field.name for field in fields(cls) if field.name not in ("same_ranks", "sides")]
 
+    @classmethod
+    def combine(cls, parts: "Sequence[Pairs]") -> "Pairs":
+        """Return the sums over the modules of several sums."""
+        sums = {name: torch.stack([getattr(part, name) for part in parts]).sum(0) for name in cls._sums()}
+        same_ranks = torch.stack([part.same_ranks for part in parts]).all(0)
+        return cls(**sums, same_ranks=same_ranks, sides=[side for part in parts for side in part.sides])
+
     def subset(self, chosen: Sequence[int]) -> "Pairs":
         """Return the pairs of the adapters with these indices."""
         indices = list(chosen)

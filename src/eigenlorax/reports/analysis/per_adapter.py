@@ -65,13 +65,27 @@ class Tables:
         squared_errors: By bits, for each module: ‖D − D'‖² of each adapter with 0, 1, …, r components, (n, r + 1).
         costs: By bits, for each module: bytes of one component.
         ranks: For each module: rank of each adapter, (n,).
-        total: ‖D‖² over all modules.
+        totals: For each module: ‖D‖² of each adapter, (n,).
     """
 
     squared_errors: Mapping[int, list[Float[Tensor, "n _"]]]
     costs: Mapping[int, list[int]]
     ranks: list[Tensor]
-    total: Float[Tensor, " n"]
+    totals: list[Float[Tensor, " n"]]
+
+    @property
+    def total(self) -> Float[Tensor, " n"]:
+        """‖D‖² over all modules."""
+        return torch.stack(self.totals).sum(0)
+
+    def of_module(self, index: int) -> "Tables":
+        """Return the tables of one module."""
+        return Tables(
+            {bits: [by_module[index]] for bits, by_module in self.squared_errors.items()},
+            {bits: [by_module[index]] for bits, by_module in self.costs.items()},
+            [self.ranks[index]],
+            [self.totals[index]],
+        )
 
 
 def tables(modules: Mapping[str, ModuleBatch], bits: Sequence[int] = BITS) -> Tables:
@@ -100,7 +114,7 @@ def tables(modules: Mapping[str, ModuleBatch], bits: Sequence[int] = BITS) -> Ta
         for width in bits:
             squared_errors[width].append(torch.cat([table[width] for _, _, table in chunks]))
             costs[width].append(pair_bytes(n_out, n_in, width))
-    return Tables(squared_errors, costs, ranks, torch.stack(totals).sum(0))
+    return Tables(squared_errors, costs, ranks, totals)
 
 
 def singular_rows(

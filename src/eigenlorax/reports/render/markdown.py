@@ -27,6 +27,7 @@ def render(report: ReportData) -> str:
             near=report.similarity,
             sizes=facts.size_range(report),
             similarity_summary=facts.similarity_summary(report.similarity),
+            sampling=facts.sampling(report),
             marks=_MARKS,
             max_rows=MAX_ADAPTERS,
             tables=tables,

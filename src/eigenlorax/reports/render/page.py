@@ -111,6 +111,7 @@ def _context(report: ReportData) -> dict[str, Any]:
         "at_equal_error": at_equal_error,
         "on_task": on_task,
         "similarity_summary": facts.similarity_summary(report.similarity),
+        "sampling": facts.sampling(report),
         "has_angles": any(side.angles for side in sides),
         "halves_overlap": list(_halves_overlap(report)),
         "has_spectra": any(side.spectrum for side in sides),

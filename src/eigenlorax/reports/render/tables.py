@@ -10,6 +10,8 @@ from ..frontier import METHODS
 from ..history_data import HistoryFigures, VersionFigures
 from .table import Field, Table, make_table
 
+_STANDARD_ERROR = "standard error of the mean error, from the sample of modules"
+
 
 def adapters(report: ReportData, max_rows: int | None = None) -> Table:
     """Return errors and nearest neighbours of all adapters, or of the `max_rows` worst, the worst first."""
@@ -118,6 +120,7 @@ def baselines(report: ReportData) -> Table:
     fields: list[Field[Baseline]] = [
         Field("method", lambda b: b.label, numeric=False),
         Field("mean error", lambda b: b.errors.mean, numbers.error),
+        Field("±", lambda b: b.errors.standard_error or None, numbers.error, _STANDARD_ERROR),
         Field("worst error", lambda b: b.errors.worst, numbers.error),
         Field("worst adapter", lambda b: b.errors.worst_adapter, numeric=False),
         Field("bytes", lambda b: b.stored_bytes, numbers.size, "of all adapters together", exact=True),
@@ -179,8 +182,15 @@ def sizes(report: ReportData) -> Table:
     fields: list[Field[SizePoint]] = [
         Field("k", lambda p: p.k, numbers.count),
         Field("mean error", lambda p: p.mean, numbers.error),
+        Field("± mean", lambda p: p.standard_error or None, numbers.error, _STANDARD_ERROR),
         Field("worst error", lambda p: p.worst, numbers.error),
         Field("left out", lambda p: p.left_out, numbers.error, "mean error of adapters left out of the fit"),
+        Field(
+            "± left out",
+            lambda p: p.left_out_standard_error or None,
+            numbers.error,
+            "standard error of this mean, from the sample of modules",
+        ),
         Field(
             "random",
             lambda p: p.random,
