@@ -43,7 +43,7 @@ GOALS = (
     Goal(
         "See whether adapters share a subspace",
         ("eigenlorax report pack/ -a adapters/ -o report.html",),
-        "Needs the original adapters. Fits some of them again, which takes longer than the first fit.",
+        "Needs the original adapters. Measures a sample of the modules of a large collection (`--full`: all).",
     ),
     Goal(
         "Keep every checkpoint of a training",
