@@ -1,22 +1,23 @@
 """Export of adapters from a pack as ordinary LoRAs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
 import torch
 
 from .. import formats
+from ..codec.storage.coded import CodedCoefficients
 from ..core import atomic_files, dtypes, keys, metrics, narrowing, staging
-from ..core.adapter import LazyMapping, LoRAFactors
+from ..core.adapter import Adapter, LazyMapping, LoRAFactors
 from ..core.progress import Progress
 from ..errors import AdapterNameError
 from . import writer
 from .contents import PackContents
 from .packed_adapter import PackedAdapter, unpack
 
-HELD_BYTES = 2**26
+HELD_BYTES = 2**28
 """Maximum bytes of adapters that stay in memory between check and writing. Others are read and decoded twice."""
 
 
@@ -74,49 +75,65 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
     with atomic_files.defer_folder_syncs():
         for done, (name, target) in enumerate(targets.items()):
             progress("exporting adapters", done, len(targets))
-            if name in pack.history_store:
-                adapter = pack.adapter(name, plan.dtype)
-            else:
-                packed = held.pop(name) if name in held else pack.packed(name)
-                adapter = unpack(packed, pack.subspace, factor_dtype(pack, packed, plan.dtype))
+            adapter = held.pop(name) if name in held else _unpacked(pack, name, plan.dtype)
             formats.write_adapter(adapter, target, format=plan.formats[name], overwrite=plan.overwrite)
     progress("exporting adapters", len(targets), len(targets))
     return targets
 
 
-def _check_all_writable(pack: PackContents, plan: ExportPlan, progress: Progress) -> dict[str, PackedAdapter]:
+def _unpacked(pack: PackContents, name: str, dtype: torch.dtype | None) -> Adapter:
+    """Return an adapter or a version in the dtype of its export."""
+    if name in pack.history_store:
+        return pack.adapter(name, dtype)
+    packed = pack.packed(name)
+    return unpack(packed, pack.subspace, factor_dtype(pack, packed, dtype))
+
+
+def _check_all_writable(pack: PackContents, plan: ExportPlan, progress: Progress) -> dict[str, Adapter]:
     """Check that every adapter can be written, and return those that fit into `HELD_BYTES`, or the only one."""
-    held: dict[str, PackedAdapter] = {}
+    held: dict[str, Adapter] = {}
     held_bytes = 0
     for done, (name, target_format) in enumerate(plan.formats.items()):
         progress("checking adapters", done, len(plan.formats))
         if name in pack.history_store:
             _check_version_writable(pack, name, target_format, plan.dtype)
             continue
-        packed = _check_writable(pack, name, target_format, plan.dtype)
-        held_bytes += _memory(packed)
+        adapter, size = _check_writable(pack, name, target_format, plan.dtype)
+        held_bytes += size
         if held_bytes <= HELD_BYTES or len(plan.formats) == 1:
-            held[name] = packed
+            held[name] = adapter
     progress("checking adapters", len(plan.formats), len(plan.formats))
     return held
 
 
-def _memory(packed: PackedAdapter) -> int:
-    """Estimate the bytes of an adapter in memory: two float32 numbers per element, other tensors, and its config."""
-    others = packed.record.head_bytes + packed.record.carried_bytes + len(packed.source_config)
-    return 8 * packed.record.lora_numbers + others
+def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> tuple[Adapter, int]:
+    """Check that the format can name all modules and the dtype can represent all numbers.
 
-
-def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> PackedAdapter:
-    """Check that the format can name all modules and the dtype can represent all numbers; return the packed adapter."""
+    Returns:
+        The adapter as it is exported, and its bytes in memory.
+    """
     packed = pack.packed(name)
     chosen = factor_dtype(pack, packed, dtype)
-    if torch.promote_types(chosen, pack.lossless_dtype) != chosen:
-        exact = unpack(packed, pack.subspace, torch.float64).modules
-        for _ in narrowing.narrow_adapter(name, LazyMapping(packed.subspace_names, exact.__getitem__), chosen):
-            pass
-    formats.check_writable(unpack(packed, pack.subspace, chosen), format)
-    return packed
+    adapter = unpack(packed, pack.subspace, chosen)
+    formats.check_writable(adapter, format)
+    others = packed.record.head_bytes + packed.record.carried_bytes
+    if torch.promote_types(chosen, pack.lossless_dtype) == chosen:
+        return adapter, _coefficient_memory(packed) + others
+    exact = unpack(packed, pack.subspace, torch.float64).modules
+    narrowed = dict(narrowing.narrow_adapter(name, LazyMapping(packed.subspace_names, exact.__getitem__), chosen))
+    if chosen != torch.float16:
+        return adapter, _coefficient_memory(packed) + others
+    # the factors that `unpack` would compute again
+    modules = LazyMapping(adapter.specs, lambda module: narrowed.get(module) or adapter.modules[module])
+    return replace(adapter, modules=modules), packed.record.lora_numbers * chosen.itemsize + others
+
+
+def _coefficient_memory(packed: PackedAdapter) -> int:
+    """Return the bytes of an adapter's coefficients in memory. Integers of a coded one take at most four bytes each."""
+    payload = sum(tensor.nbytes for tensor in (packed.payload or {}).values())
+    if isinstance(packed.coefficients, CodedCoefficients):
+        return payload + 4 * packed.record.lora_numbers
+    return payload + sum(module.stored_bytes for module in packed.coefficients.values())
 
 
 def _check_version_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> None:
