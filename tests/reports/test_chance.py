@@ -24,7 +24,7 @@ from planted import normal, of_spectrum, orthonormal
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
 
 EVEN, STEEP = [1.0, 1.0, 1.0], [1.0, 0.2, 0.05, 0.01]
 SMALL = {"m": (61, 64)}

@@ -16,7 +16,7 @@ from eigenlorax.errors import FormatError, OptionError, PackExistsError, Skipped
 from eigenlorax.reports import data, files, history_data, json_document, originals, stored
 from planted import random_adapter, random_collection, shared_collection
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
 
 OBJECTS = [
     kind

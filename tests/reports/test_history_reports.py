@@ -20,7 +20,7 @@ from eigenlorax.reports.render import markdown, page
 from made import one_start, with_a_mean
 from planted import normal
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
 
 SHAPES = {"layer.0.query": (61, 43), "layer.0.value": (47, 59)}
 RUN = Path(__file__).parents[3] / "shared" / "zoo" / "lineages" / "roberta-portuguese"

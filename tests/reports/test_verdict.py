@@ -13,7 +13,7 @@ from eigenlorax.errors import UntrainedAdapterWarning
 from eigenlorax.reports import numbers
 from made import gauged, of_one_subspace, one_start, random, with_a_mean
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install '.[report]'")
+pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
 
 
 def without(collection, place, factor=0.0):

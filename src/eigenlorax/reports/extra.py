@@ -4,12 +4,12 @@ from importlib.util import find_spec
 
 from ..errors import MissingExtraError
 
-HOW = "A report needs matplotlib and scikit-learn: pip install 'eigenlorax[report]'."
+HOW = "A report needs matplotlib and SciPy: pip install 'eigenlorax[report]'."
 
 
 def is_installed() -> bool:
     """Return whether the packages are installed. They are not imported, because that takes a second."""
-    return all(find_spec(name) is not None for name in ("matplotlib", "scipy", "sklearn"))
+    return all(find_spec(name) is not None for name in ("matplotlib", "scipy"))
 
 
 def require() -> None:

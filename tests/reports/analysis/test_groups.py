@@ -428,3 +428,18 @@ class TestRealAdapters:
         clusters = groups.clustering(*beyond_chance(pairs.subset(several))).clusters
         assert sorted(clusters) == sorted(expected.values())
         assert groups.outliers(beyond_chance(pairs.subset(several))[0], []) == []
+
+
+class TestSilhouette:
+    def test_is_that_of_scikit_learn(self):
+        metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed: pip install '.[test]'")
+        random = np.random.default_rng(1)
+        points = random.normal(size=(17, 3))
+        distance = np.linalg.norm(points[:, None] - points[None], axis=2)
+        # the last cluster has one point
+        labels = np.array([*random.integers(1, 4, size=16), 9])
+        expected = metrics.silhouette_score(distance, labels, metric="precomputed")
+        assert groups.mean_silhouette(distance, labels) == pytest.approx(float(expected))
+
+    def test_of_equal_points_is_0(self):
+        assert groups.mean_silhouette(np.zeros((4, 4)), np.array([1, 1, 2, 2])) == 0.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ...errors import MissingExtraError
@@ -91,16 +91,13 @@ def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) ->
         deviation: Their standard deviation by chance.
 
     Raises:
-        MissingExtraError: scikit-learn is not installed.
+        MissingExtraError: SciPy is not installed.
     """
     try:
         from scipy.cluster import hierarchy
         from scipy.spatial.distance import squareform
-        from sklearn.metrics import silhouette_score
     except ImportError as error:
-        raise MissingExtraError(
-            "A report needs scikit-learn and matplotlib: pip install 'eigenlorax[report]'."
-        ) from error
+        raise MissingExtraError("A report needs SciPy and matplotlib: pip install 'eigenlorax[report]'.") from error
     n = len(beyond)
     if n < 2:
         return Clustering(np.zeros((0, 4)), list(range(n)), [], None)
@@ -112,7 +109,7 @@ def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) ->
     for k in range(2, min(_MAX_CLUSTERS, n - 1) + 1):
         labels = hierarchy.fcluster(tree, k, "maxclust")
         if 1 < len(set(labels)) < n:
-            score = float(silhouette_score(distance, labels, metric="precomputed"))
+            score = mean_silhouette(distance, labels)
             if best is None or score > best[0] + 1e-12:
                 best = score, labels
     if best is None or best[0] <= _SILHOUETTE:
@@ -122,6 +119,24 @@ def clustering(beyond: Float[Tensor, "n n"], deviation: Float[Tensor, "n n"]) ->
     pairs = [(within(beyond, group), between(beyond, group), _max_by_chance(deviation, group)) for group in clusters]
     apart = all(inside > 2 * outside and inside - outside > by_chance for inside, outside, by_chance in pairs)
     return Clustering(tree, order, clusters if apart and len(clusters) > 1 else [], best[0])
+
+
+def mean_silhouette(distance: Float[np.ndarray, "n n"], labels: Int[np.ndarray, " n"]) -> float:
+    """Return the mean silhouette of a division into clusters (Rousseeuw, 1987); a cluster of one counts as 0.
+
+    Args:
+        distance: Distances of all pairs, 0 on the diagonal.
+        labels: Cluster of each point, at least two.
+    """
+    clusters, sizes = np.unique(labels, return_counts=True)
+    sums = np.stack([distance[:, labels == cluster].sum(1) for cluster in clusters], axis=1)
+    is_own = labels[:, None] == clusters[None, :]
+    own_size = (is_own * sizes).sum(1)
+    within = (is_own * sums).sum(1) / np.maximum(own_size - 1, 1)
+    nearest = np.where(is_own, np.inf, sums / sizes).min(1)
+    largest = np.maximum(within, nearest)
+    silhouettes = np.divide(nearest - within, largest, out=np.zeros(len(labels)), where=(largest > 0) & (own_size > 1))
+    return float(silhouettes.mean())
 
 
 def _max_by_chance(deviation: Float[Tensor, "n n"], group: Sequence[int]) -> float:
