@@ -111,6 +111,17 @@ class TestStart:
             torch.testing.assert_close(trained[key], tensor, atol=1e-5, rtol=1e-4)
             assert not torch.equal(tensor, start[key])
 
+    def test_that_is_a_version_has_the_same_update_in_mixed_rows(self, place, users):
+        train(users, classify(place, reference="members@common", **UNCHANGED), place / "out", add=False)
+        decoded, start = ex.Pack.open(users)["members@common"], ex.read_adapter(place / "out")
+        for name, factors in start.modules.items():
+            version = decoded.modules[name]
+            torch.testing.assert_close(factors.up @ factors.down, version.up @ version.down, atol=1e-6, rtol=1e-5)
+            # the rows of the version are orthogonal
+            products = [each.down @ each.down.T for each in (version, factors)]
+            shares = [(product - product.diag().diag()).norm() / product.norm() for product in products]
+            assert shares[0] < 0.01 < 0.1 < shares[1]
+
     def test_with_a_module_of_zeros_is_trained_everywhere(self, place, common):
         """A version within an error bound has lost the A of a module with B = 0, and no gradient reaches two zeros."""
         module = "base_model.model.bert.encoder.layer.1.attention.self.value"

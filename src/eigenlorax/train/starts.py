@@ -3,9 +3,11 @@
 import statistics
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from .. import formats
 from ..core import keys
@@ -280,9 +282,28 @@ def from_reference(path: Path | None, training: Training) -> ReferenceStart:
                 f"reference={training.reference!r} (--reference) is no name of a version in {path}, such as "
                 f"members@{keys.COMMON}. To train from a LoRA in a folder, do not pass a pack."
             )
-        adapter = pack.adapter(training.reference)
         version = PackVersion(path, *pack.history_store.find(training.reference))
+        adapter = pack.adapter(training.reference, torch.float32)
+        if not version.record.lossless:
+            adapter = _mix_rows(adapter)
     return ReferenceStart(adapter, checks.scan(adapter).content_hash, training, version)
+
+
+def _mix_rows(adapter: Adapter) -> Adapter:
+    """Return a LoRA of the same updates whose rows each have a share of every singular component.
+
+    A decoded version may have one singular component per row. What AdamW changes from there takes 1.4 times as many
+    bytes as from mixed rows, at the same relative error (experiments/LOG.md).
+    """
+    generator = torch.Generator().manual_seed(0)
+    modules = {}
+    for module in sorted(adapter.modules):
+        factors = adapter.modules[module]
+        rank = factors.spec.rank
+        rotation = torch.linalg.qr(torch.randn(rank, rank, generator=generator, dtype=torch.float64)).Q
+        down, up = rotation @ factors.down.double(), factors.up.double() @ rotation.T
+        modules[module] = replace(factors, down=down.to(factors.down.dtype), up=up.to(factors.up.dtype))
+    return replace(adapter, modules=modules)
 
 
 def _reset_zero_modules(model: Any) -> None:
