@@ -60,6 +60,7 @@ def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], No
     """
     try:
         from matplotlib import style
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
@@ -70,10 +71,20 @@ def draw(name: str, size: tuple[int, int], label: str, paint: Callable[[Any], No
     with style.context(["default", _style(name)]), warnings.catch_warnings():
         # matplotlib's font lacks some scripts, but only measures the text: the browser draws it with its own fonts
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained", facecolor="none")
+        canvas = FigureCanvasSVG(figure)
         paint(figure)
+        for axis in figure.axes:
+            axis.set_facecolor("none")
+        # `savefig` would draw the figure once more, to lay it out
+        layout, image_dpi = figure.get_layout_engine(), figure.dpi
+        assert layout is not None
+        layout.execute(figure)
+        figure.set_layout_engine("none")
+        # the layout has set the resolution of SVG, which heat maps would have then
+        figure.set_dpi(image_dpi)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True)
+        canvas.print_svg(file)
     return _inline(file.getvalue(), name, size, label)
 
 
