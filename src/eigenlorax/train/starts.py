@@ -245,45 +245,56 @@ class PackVersion:
     record: VersionRecord
 
 
-def from_subspace(path: Path, training: Training) -> SubspaceStart:
-    """Return coefficients in the subspace of a pack as the start of a training.
+def open_start(pack: Path | None, training: Training) -> Start:
+    """Return the adapter that a training starts from.
 
     Warns with `RankWarning` if an entropy-coded pack has fewer components than the rank.
 
     Args:
-        path: Folder of the pack.
+        pack: Folder of the pack, which has the subspace, or the reference as a version; None for a reference in a
+            folder.
         training: Options of the training.
+
+    Raises:
+        OptionError: There is neither a pack nor a reference, or the reference is no name of a version.
+        PackMissingError: The folder is not a pack.
+        AdapterNameError: The pack has no such version.
+        FormatError, NonFiniteError: The folder has no LoRA of PEFT, or one with NaN or Inf.
     """
+    if training.reference is not None:
+        return _reference_start(pack, training.reference, training)
+    if pack is None:
+        raise OptionError("there is neither a pack nor a reference to train from. Pass one of them.")
+    return _subspace_start(pack, training)
+
+
+def _subspace_start(path: Path, training: Training) -> SubspaceStart:
     pack = Pack.open(path)
     if few_components := _few_components(pack, training):
-        warnings.warn(few_components, RankWarning, stacklevel=3)
+        warnings.warn(few_components, RankWarning, stacklevel=4)
     return SubspaceStart(path, pack, training)
 
 
-def from_reference(path: Path | None, training: Training) -> ReferenceStart:
+def _reference_start(path: Path | None, reference: str, training: Training) -> ReferenceStart:
     """Return a trained LoRA as the start of a training.
 
     Args:
         path: Folder of the pack that has the LoRA as a version; None for a LoRA in a folder.
-        training: Options of the training. `reference` is the name of the version, or the folder.
-
-    Raises:
-        AdapterNameError: The pack has no such version.
-        FormatError, NonFiniteError: The folder has no LoRA of PEFT, or one with NaN or Inf.
+        reference: Name of the version, or the folder.
+        training: Options of the training.
     """
-    assert training.reference is not None
     version = None
     if path is None:
-        adapter = formats.read_adapter(training.reference, format=formats.PEFT)
+        adapter = formats.read_adapter(reference, format=formats.PEFT)
     else:
         pack = Pack.open(path)
-        if keys.split_version(training.reference) is None:
+        if keys.split_version(reference) is None:
             raise OptionError(
-                f"reference={training.reference!r} (--reference) is no name of a version in {path}, such as "
+                f"reference={reference!r} (--reference) is no name of a version in {path}, such as "
                 f"members@{keys.COMMON}. To train from a LoRA in a folder, do not pass a pack."
             )
-        version = PackVersion(path, *pack.history_store.find(training.reference))
-        adapter = pack.adapter(training.reference, torch.float32)
+        version = PackVersion(path, *pack.history_store.find(reference))
+        adapter = pack.adapter(reference, torch.float32)
         if not version.record.lossless:
             adapter = _mix_rows(adapter)
     return ReferenceStart(adapter, checks.scan(adapter).content_hash, training, version)

@@ -67,12 +67,7 @@ def train(
         NonFiniteError: The training diverges.
     """
     started, report = time.perf_counter(), progress or (lambda stage, done, total: None)
-    if training.reference is not None:
-        start: Start = starts.from_reference(pack, training)
-    elif pack is not None:
-        start = starts.from_subspace(pack, training)
-    else:
-        raise OptionError("there is neither a pack nor a reference to train from. Pass one of them.")
+    start = starts.open_start(pack, training)
     name = name if name is not None else output.absolute().name
     keys.check_name(name)
     if add and pack is not None:
@@ -84,26 +79,15 @@ def train(
     with models.quiet(), models.preserved_random_state():
         run = _prepare(start, training, output, train_table, evaluation_table)
         result = _finished_result(output, run) if resume else None
-        if result is None:
-            result = _train_and_save(training, output, run, resume, report)
-            # written before adding, so that a failure to add can be resumed without training again
-            training_record.write(output, run.settings, run.labels, result)
-            if not training.keeps_checkpoints:
-                atomic_files.remove(output / CHECKPOINTS)
+        result = result or _train_and_record(training, output, run, resume, report)
         if not result.baseline.better:
             warnings.warn(result.baseline.sentence(training.reference), BaselineWarning, stacklevel=2)
         stored = None
         if add and pack is not None and (result.baseline.better or force):
             with _mention_adapter_folder(output):
                 stored = start.store(output, name)
-    result = replace(
-        result,
-        name=stored.name if stored else name,
-        added=stored is not None,
-        delta_error=stored.delta_error if stored else None,
-        rounding_error=stored.rounding_error if stored else None,
-        seconds=time.perf_counter() - started,
-    )
+    in_pack = {"name": name, "delta_error": None, "rounding_error": None, **(asdict(stored) if stored else {})}
+    result = replace(result, **in_pack, added=stored is not None, seconds=time.perf_counter() - started)
     training_record.write(output, run.settings, run.labels, result)
     return result
 
@@ -203,6 +187,15 @@ def _load_model(run: _Run) -> Any:
         # the embeddings are frozen, so without this no gradient would reach the first checkpointed block
         model.enable_input_require_grads()
     return model
+
+
+def _train_and_record(training: Training, output: Path, run: _Run, resume: bool, report: Progress) -> TrainingResult:
+    """Train, save the adapter, and write the record. What failed after that can be resumed without training again."""
+    result = _train_and_save(training, output, run, resume, report)
+    training_record.write(output, run.settings, run.labels, result)
+    if not training.keeps_checkpoints:
+        atomic_files.remove(output / CHECKPOINTS)
+    return result
 
 
 def _train_and_save(training: Training, output: Path, run: _Run, resume: bool, report: Progress) -> TrainingResult:
