@@ -15,6 +15,7 @@ from adapters import change_tensors, make_adapter, make_adapters
 from eigenlorax.core import keys
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import PackDamagedError, RoundingWarning
+from eigenlorax.pack import export
 from hostile import change_json
 from planted import random_factors, shared_collection
 from signing import signed_again
@@ -27,6 +28,23 @@ REFERENCE_PACKS = Path(__file__).parents[1] / "data" / "packs"
 def dtypes_of(folder):
     """The dtypes in an adapter's file."""
     return {tensor.dtype for tensor in load_file(folder / keys.ADAPTER_WEIGHTS).values()}
+
+
+@pytest.mark.parametrize("dtype", [*NARROW, torch.float32])
+@pytest.mark.parametrize("size", [{"n_components": 3}, {"max_error": 0.2}])
+def test_adapters_that_are_held_have_the_bytes_of_those_that_are_read_twice(size, dtype, tmp_path, monkeypatch):
+    make_adapters(tmp_path / "in", "a b c", shared=4)
+    pack = ex.fit(tmp_path / "in", **size, warn_above=1.0)
+    opened = ex.Pack.open(pack.save(tmp_path / "pack"))
+    held = opened.export(tmp_path / "held", dtype=dtype)
+    monkeypatch.setattr(export, "HELD_BYTES", 0)
+    for name, path in opened.export(tmp_path / "read", dtype=dtype).items():
+        for file in (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS):
+            assert (path / file).read_bytes() == (held[name] / file).read_bytes()
+        plain = opened.adapter(name, dtype)
+        tensors = load_file(path / keys.ADAPTER_WEIGHTS)
+        for module, factors in plain.modules.items():
+            assert torch.equal(tensors[keys.lora_key(module, "up")], factors.up)
 
 
 class TestDtype:
