@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import FormatError
 from .class_tables import ALL_CLASSES, PRECISION, TOTAL, class_table
+from .stream_tables import StreamTables, check_classes
 
 LANE_BYTES = 512
 """Bytes that a lane writes on average. Its last state takes 4 of them, so that lanes cost less than one per cent."""
@@ -53,7 +54,7 @@ def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
             f"integers from {integers.min():,} to {integers.max():,} are beyond 32 bits: ask for a larger max_error."
         )
     classes = [np.asarray(stream_classes, dtype=np.int64) for _, stream_classes in streams]
-    tables = _StreamTables.of(np.concatenate(classes))
+    tables = StreamTables.of(np.concatenate(classes))
     symbols, escaped = tables.symbols(integers)
     lanes = _Lanes.of(classes)
     states, words, word_lanes = _encode_symbols(symbols, tables, lanes)
@@ -73,7 +74,7 @@ def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
 
 
 def _encode_symbols(
-    symbols: np.ndarray, tables: "_StreamTables", lanes: "_Lanes"
+    symbols: np.ndarray, tables: StreamTables, lanes: "_Lanes"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the final states of the lanes, all words in the order in which they are read, and the lane of each."""
     states = np.full(len(lanes.stream), _MIN_STATE, dtype=np.uint64)
@@ -118,7 +119,7 @@ def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
     lanes = _Lanes.of(classes)
     states, words, first_words = _split_streams([data for data, _ in streams], lanes)
     # after the lanes, whose states show with little memory whether the bytes can be so many integers
-    tables = _StreamTables.of(np.concatenate(classes))
+    tables = StreamTables.of(np.concatenate(classes))
     symbols, next_words = _decode_symbols(states, words, first_words, tables, lanes)
     return [
         _restore_integers(data[4 * count + 2 * int(stop - start) :], tables, symbols[span], span)
@@ -129,7 +130,7 @@ def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
 
 
 def _decode_symbols(
-    states: np.ndarray, words: np.ndarray, first_words: np.ndarray, tables: "_StreamTables", lanes: "_Lanes"
+    states: np.ndarray, words: np.ndarray, first_words: np.ndarray, tables: StreamTables, lanes: "_Lanes"
 ) -> tuple[np.ndarray, np.ndarray]:
     """Decode the symbols of all streams.
 
@@ -158,7 +159,7 @@ def _decode_symbols(
     return symbols, next_words
 
 
-def _decode_one_stream(states: np.ndarray, words: np.ndarray, tables: "_StreamTables", symbols: np.ndarray) -> int:
+def _decode_one_stream(states: np.ndarray, words: np.ndarray, tables: StreamTables, symbols: np.ndarray) -> int:
     """Decode the symbols of one stream into `symbols`, and return the number of words that were read.
 
     The integers of a step are consecutive, and so are the words that its lanes read, so that a step takes half the time
@@ -190,7 +191,7 @@ def _decode_streams(
     states: np.ndarray,
     words: np.ndarray,
     first_words: np.ndarray,
-    tables: "_StreamTables",
+    tables: StreamTables,
     lanes: "_Lanes",
     symbols: np.ndarray,
 ) -> np.ndarray:
@@ -224,92 +225,6 @@ def _decode_streams(
                 next_words[lane_streams] += totals - before
         states[active] = state
     return next_words
-
-
-class _StreamTables:
-    """The tables of the classes that occur, as rows of arrays, and the row of each integer of all streams.
-
-    Args:
-        class_indices: Classes that occur, ascending.
-        rows: Row of each integer, as an index into `class_indices`, (n,).
-    """
-
-    def __init__(self, class_indices: np.ndarray, rows: np.ndarray) -> None:
-        tables = [class_table(int(class_index)) for class_index in class_indices]
-        widest = max((len(table.bounds) for table in tables), default=2)
-        self._rows = rows
-        # shorter tables are padded with intervals of width zero
-        self._bounds = np.full((len(tables), widest), TOTAL, dtype=np.int64)
-        for row, table in enumerate(tables):
-            self._bounds[row, : len(table.bounds)] = table.bounds
-        self._first = np.array([table.first for table in tables], dtype=np.int64)
-        self._escape = np.array([table.escape for table in tables], dtype=np.int64)
-        self._raw_bits = np.array([table.raw_bits for table in tables], dtype=np.int64)
-        self._slots: np.ndarray | None = None
-        self._low, self._frequencies = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
-
-    @classmethod
-    def of(cls, classes: np.ndarray) -> "_StreamTables":
-        """Build the tables for the class of each integer."""
-        _check_classes(classes)
-        # one byte per integer, where the inverse of `np.unique` takes eight
-        narrow = classes.astype(np.uint8)
-        class_indices = np.flatnonzero(np.bincount(narrow, minlength=ALL_CLASSES))
-        row = np.zeros(ALL_CLASSES, dtype=np.uint8)
-        row[class_indices] = np.arange(len(class_indices))
-        return cls(class_indices, row[narrow])
-
-    def raw_bits(self, span: slice) -> np.ndarray:
-        """Return the number of low bits of each integer that are written without a model."""
-        counts: np.ndarray = self._raw_bits[self._rows[span]]
-        return counts
-
-    def symbols(self, integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the symbol of each integer, and whether that is the escape."""
-        symbols = (integers >> self.raw_bits(slice(None))) - self._first[self._rows]
-        escape = self._escape[self._rows]
-        escaped = (symbols < 0) | (symbols >= escape)
-        return np.where(escaped, escape, symbols), escaped
-
-    def escaped(self, symbols: np.ndarray, span: slice) -> np.ndarray:
-        """Return which of the integers are escaped."""
-        escaped: np.ndarray = symbols == self._escape[self._rows[span]]
-        return escaped
-
-    def integers(self, symbols: np.ndarray, span: slice) -> np.ndarray:
-        """Return the integers of symbols, with zeros for their raw bits."""
-        rows = self._rows[span]
-        integers: np.ndarray = (symbols + self._first[rows]) << self._raw_bits[rows]
-        return integers
-
-    def intervals(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lower cumulative frequency and the frequency of the symbol of every integer, uint64."""
-        bounds = self._bounds.astype(np.uint64)
-        at = self._rows.astype(np.intp) * bounds.shape[1] + symbols
-        low = bounds.ravel()[at]
-        return low, bounds.ravel()[at + 1] - low
-
-    def symbol_at(self, at: np.ndarray | slice, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the symbols whose intervals contain these slots, their lower bounds, and their frequencies.
-
-        Args:
-            at: Indices of the integers, (n,).
-            slots: Cumulative frequencies, (n,).
-
-        Returns:
-            The symbols, (n,) int16; lower bounds and frequencies, (n,) uint64.
-        """
-        if self._slots is None:
-            # table look-ups in place of a binary search; int16 keeps the largest one small
-            self._slots = np.concatenate(
-                [np.repeat(np.arange(len(row) - 1, dtype=np.int16), np.diff(row)) for row in self._bounds]
-            )
-            self._low = self._bounds.astype(np.uint64).ravel()
-            self._frequencies = np.diff(self._bounds, axis=1, append=TOTAL).astype(np.uint64).ravel()
-        rows = self._rows[at].astype(np.intp)
-        symbols = self._slots.take(rows * TOTAL + slots)
-        index = rows * self._bounds.shape[1] + symbols
-        return symbols, self._low.take(index), self._frequencies.take(index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,11 +274,6 @@ class _Lanes:
         ]
 
 
-def _check_classes(classes: np.ndarray) -> None:
-    if len(classes) and not (classes.min() >= 0 and classes.max() < ALL_CLASSES):
-        raise FormatError(f"classes are 0 to {ALL_CLASSES - 1}, got up to {classes.max()}.")
-
-
 def _lane_count(classes: np.ndarray) -> int:
     """Return the number of lanes of a stream, from the expected size of its integers in bytes.
 
@@ -371,7 +281,7 @@ def _lane_count(classes: np.ndarray) -> int:
     """
     if not len(classes):
         return 0
-    _check_classes(classes)
+    check_classes(classes)
     counts = np.bincount(classes.astype(np.uint8), minlength=ALL_CLASSES)
     hundredths = sum(int(counts[index]) * _hundredths_of_bits(int(index)) for index in np.flatnonzero(counts))
     lanes = max(hundredths // (100 * 8 * LANE_BYTES), len(classes) // LANE_INTEGERS, 1)
@@ -422,7 +332,7 @@ _BLOCK = 1 << 16
 """Integers whose raw bits are unpacked at a time: each bit takes some thirty bytes meanwhile."""
 
 
-def _restore_integers(data: bytes, tables: _StreamTables, symbols: np.ndarray, span: slice) -> np.ndarray:
+def _restore_integers(data: bytes, tables: StreamTables, symbols: np.ndarray, span: slice) -> np.ndarray:
     """Return the integers of a stream, int32, from their symbols and the bytes that follow its words."""
     blocks = [slice(start, min(start + _BLOCK, span.stop)) for start in range(span.start, span.stop, _BLOCK)]
     integers = np.zeros(len(symbols), dtype=np.int32)
