@@ -163,6 +163,9 @@ class TestFromAReference:
         line = [*shlex.split(self.ASKED), "--reference", "common", "--epochs", 1, "--eval", "eval.jsonl"]
         found = json_of(cli(*line, "--learning-rate", 0.03, "--json"))
         assert (found["pack"], found["name"], found["added"], found["numbers"]) == (None, "out", False, 4 * 2 * 24 * 3)
+        shown = succeeded(cli(*line, "--learning-rate", 0.03, "--resume")).out
+        assert re.search(r"trained from +common", shown)
+        assert "added to the pack" not in shown
         out = succeeded(cli("fit", "out", "--reference", "common", "-o", "users")).out
         assert "members" in out
         assert ex.Pack.open("users").histories["members"].labels == ["common", "out"]

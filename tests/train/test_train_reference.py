@@ -290,6 +290,11 @@ class TestResuming:
         ({"labels": ("a", "b", "c")}, OptionError, "3 labels are named, and the adapter's head has 2"),
         ({"task": "causal-lm", "labels": None}, OptionError, "has the task type 'SEQ_CLS': it is not for causal-lm"),
         ({"reference": "nowhere"}, FormatError, "nowhere"),
+        (
+            {"reference": "users"},
+            OptionError,
+            "reference='users' (--reference) is a pack. To train from a version of it",
+        ),
         ({"pack": "users"}, OptionError, "reference='common' (--reference) is no name of a version in"),
         (
             {"pack": "users", "reference": "members@none"},

@@ -260,7 +260,7 @@ def train(
     if json:
         console.print_json({**asdict(trained), "folder": str(output), "pack": str(pack) if pack is not None else None})
     else:
-        console.print_rows(f"adapter {trained.name}", _rows(trained, reference))
+        console.print_rows(f"adapter {trained.name}", _rows(trained, reference, pack))
         if len(trained.history) > 1:
             _print_history(trained.history)
         if trained.figures is not None:
@@ -285,7 +285,7 @@ def _check_without_pack(reference: str | None, **options: Any) -> None:
             )
 
 
-def _rows(trained: "TrainingResult", reference: str | None) -> list[tuple[str, str]]:
+def _rows(trained: "TrainingResult", reference: str | None, pack: Path | None) -> list[tuple[str, str]]:
     added = "not added to the pack"
     if trained.delta_error is not None:
         added = f"added to the pack; delta error {console.format_error(trained.delta_error)}"
@@ -302,7 +302,7 @@ def _rows(trained: "TrainingResult", reference: str | None) -> list[tuple[str, s
         *(figure_rows(trained.figures) if trained.figures else []),
         *_baseline_rows(trained, reference),
         ("folder", str(trained.folder)),
-        ("pack", added),
+        *([("pack", added)] if pack is not None else []),
         ("seconds", f"{trained.seconds:.1f}"),
     ]
 

@@ -285,6 +285,11 @@ def _reference_start(path: Path | None, reference: str, training: Training) -> R
     """
     version = None
     if path is None:
+        if (Path(reference) / keys.MANIFEST).is_file():
+            raise OptionError(
+                f"reference={reference!r} (--reference) is a pack. To train from a version of it, pass the pack, and "
+                f"as reference the name of the version, such as members@{keys.COMMON}."
+            )
         adapter = formats.read_adapter(reference, format=formats.PEFT)
     else:
         pack = Pack.open(path)
