@@ -367,3 +367,16 @@ def test_on_minilm(tmp_path):
         assert record.change_error <= 0.2
         assert record.file_bytes < record.source_file_bytes / 10
         assert ex.verify(pack, {f"members@{name}": ex.read_adapter(folder)}).holds
+    # served, each row has its own member
+    names = ["members@bob", "members@common", "members@ann"]
+    exported = pack.export(tmp_path / "loras", names)
+    base = AutoModelForSequenceClassification.from_pretrained(demo.model_folder(), num_labels=2)
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_folder())
+    batch = tokenizer(["my order is late"] * 3, return_tensors="pt")
+    with torch.no_grad():
+        served = ex.AdapterBank(base.eval(), tmp_path / "users")(**batch, adapter_names=names).logits
+        for row, name in enumerate(names):
+            base = AutoModelForSequenceClassification.from_pretrained(demo.model_folder(), num_labels=2)
+            alone = PeftModel.from_pretrained(base, exported[name]).eval()(**batch).logits[row]
+            torch.testing.assert_close(served[row], alone, atol=5e-5, rtol=0)
+    assert (served[0] - served[2]).abs().max() > 0.1
