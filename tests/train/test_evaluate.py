@@ -81,7 +81,7 @@ class TestClassification:
         names = ["good", "bad", "ugly"]
         named = trainable.write_jsonl(place / "named.jsonl", [{**row, "label": names[row["label"]]} for row in rows])
         with pytest.raises(
-            OptionError, match="labels such as 'good', and a pack does not store .* adapter's 3 .*--labels"
+            OptionError, match="labels such as 'good', and an adapter does not store .* its 3 .*--labels"
         ):
             evaluate(classifier, "c", named, task="text-classification")
         got = evaluate(classifier, "c", named, task="text-classification", labels=names).figures
