@@ -13,7 +13,7 @@ from runs import make_run, write_states
 NAMES = [name for name in eigenlorax.__all__ if name != "__version__"]
 # methods that PEFT or other packages of this project call
 NOT_FOR_USERS = {"EigenLoraxConfig.check_saving", "EigenLoraxModel.inject_adapter"}
-NOT_FOR_USERS |= {"Pack.adapter_folder", "Pack.codes", "Pack.digest"}
+NOT_FOR_USERS |= {"Pack.adapter_folder", "Pack.codes", "Pack.digest", "Pack.from_folder"}
 NOT_FOR_USERS |= {f"VersionCallback.on_{event}" for event in ("save", "step_end", "train_begin")}
 PIPELINE, REPORT = "load_into", ("Report", "Report.save", "report")
 
