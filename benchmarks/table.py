@@ -14,6 +14,7 @@ import bytes_tables
 import error_tables
 import history_tables
 import measured
+import profile_tables
 import recorded
 import vllm_tables
 from markdown_table import table
@@ -23,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
     RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm", "sdxl")
 )
-BYTES, CORES, HISTORIES = (RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories"))
+BYTES, CORES, HISTORIES, PROFILE = (RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile"))
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -51,6 +52,7 @@ def main() -> int:
         (ROOT / "benchmarks" / "README.md", "bytes"): bytes_tables.markdown(stored),
         (ROOT / "benchmarks" / "README.md", "histories"): history_tables.markdown(histories),
         (docs / "benchmarks.md", "results"): measured.page(run),
+        (docs / "benchmarks.md", "profile"): profile_tables.markdown(json.loads(PROFILE.read_text(encoding="utf-8"))),
         (docs / "histories.md", "results"): history_tables.page(histories),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),

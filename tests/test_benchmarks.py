@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from children import python
+from eigenlorax.codec import entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 # at the end: nothing there may hide a module of another name
@@ -20,6 +21,8 @@ import bytes_tables  # noqa: E402
 import collection  # noqa: E402
 import growth  # noqa: E402
 import measured  # noqa: E402
+import profile_parts  # noqa: E402
+import profile_tables  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -234,3 +237,57 @@ def test_the_picture_is_the_same_each_time(tmp_path):
 def test_the_tables_are_those_of_the_results():
     checked = run("table.py", "--check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+class TestProfile:
+    @pytest.mark.parametrize(
+        ("path", "function", "part"),
+        [
+            ("formats/peft.py", "read", "reading"),
+            ("formats/peft.py", "to_files", "writing"),
+            ("codec/entropy.py", "decode", "coding"),
+            ("codec/encoder.py", "encode", "mathematics"),
+            ("pack/folder_tensors.py", "read_adapter", "reading"),
+            ("formats/safetensors_file.py", "to_bytes", "writing"),
+            ("pack/pack.py", "export", None),
+        ],
+    )
+    def test_a_function_belongs_to_a_part(self, path, function, part):
+        assert (ROOT / "src/eigenlorax" / path).is_file()
+        assert profile_parts.part_of(path, function) == part
+
+    def test_every_listed_module_exists(self):
+        modules = [path.relative_to(ROOT / "src/eigenlorax").as_posix() for path in (ROOT / "src").rglob("*.py")]
+        for prefix in [*profile_parts.MODULES, *(path for path, _ in profile_parts.FUNCTIONS)]:
+            assert any(module.startswith(prefix) for module in modules), prefix
+
+    def test_processor_time_is_divided_among_the_parts(self):
+        with profile_parts.PartTimes() as times:
+            classes = np.full(400_000, 20)
+            (data,) = entropy.encode([(np.zeros(400_000, int), classes)])
+            entropy.decode([(data, classes)])
+        total = sum(times.seconds.values())
+        assert times.seconds["coding"] > total / 2
+        assert times.seconds["mathematics"] == times.seconds["reading"] == 0
+
+    def test_operations_of_products_and_decompositions_are_counted(self):
+        left, right = torch.randn(2, 5, 7), torch.randn(2, 7, 3)
+        with profile_parts.OperationCount() as counted:
+            left @ right
+            torch.linalg.qr(torch.randn(11, 4, dtype=torch.float64))
+            torch.linalg.eigh(torch.eye(6, dtype=torch.float64))
+        assert counted.operations["float32"] == 2 * 2 * 5 * 7 * 3
+        assert counted.operations["float64"] == int(4 * 11 * 16 - 4 / 3 * 64) + 9 * 216
+
+    def test_the_table_divides_seconds_by_both_limits(self):
+        figures = {
+            "processor_seconds": 6.0,
+            "parts": dict.fromkeys(profile_tables.PARTS, 1.2),
+            "read_bytes": 2e9,
+            "written_bytes": 1e9,
+            "operations": {"float64": 5e10},
+            "load": 1.5,
+        }
+        machine = {"read": 2e9, "write": 1e9, "operations": {"float64": 5e10}}
+        row = profile_tables.row("fit", figures, machine)
+        assert row == ["`fit`", "6.0", *["1.2"] * 5, "2.0", "1.0", "2.0"]
