@@ -32,8 +32,8 @@ def version(chain):
 
 
 def values(block):
-    """The numbers of (whole numbers, levels, classes) of rows."""
-    integers, levels, _ = block
+    """The numbers of (whole numbers, levels, step levels, classes) of rows."""
+    integers, levels, _, _ = block
     return integers * steps(levels)[:, None]
 
 
@@ -73,46 +73,54 @@ def rows_of(block, order):
     """The rows of a block in another order, -1 for a row of zeros."""
     if block is None or order is None:
         return block
-    integers, levels, classes = block
+    integers, levels, step_levels, classes = block
     return (
         np.array([integers[i] if i >= 0 else 0 * integers[0] for i in order]),
         np.array([levels[i] if i >= 0 else 0 for i in order]),
+        np.array([step_levels[i] if i >= 0 else 0 for i in order]),
         np.array([classes[i] if i >= 0 else UNCHANGED for i in order]),
     )
 
 
 def read_blocks(listed, parts, *, one_level):
-    """Name → (whole numbers, levels, classes) of blocks, from the (name, shape, predicting rows) of each."""
-    level_bytes, class_bytes = (inflated(next(parts)) for _ in range(2))
-    levels, classes = np.frombuffer(level_bytes, "<i2").tolist(), list(class_bytes)
+    """Name → (whole numbers, levels, step levels, classes) of blocks, from (name, shape, predicting rows) of each."""
+    levels, classes = np.frombuffer(inflated(next(parts)), "<i2").tolist(), list(inflated(next(parts)))
+    gains = [0] * len(classes) if one_level else np.frombuffer(inflated(next(parts)), "i1").tolist()
     blocks = []
     for name, (rows, width), predicting in listed:
         differences = [levels.pop(0)] * rows if one_level else [levels.pop(0) for _ in range(rows)]
-        block_levels = np.array(differences) + (predicting[1] if predicting else 0)
-        block_classes = (np.array([classes.pop(0) for _ in range(rows)]) + (predicting[2] if predicting else 0)) % 256
-        integers = np.zeros((rows, width), np.int64)
-        if predicting:
-            ratios = steps(predicting[1] - block_levels)
-            integers += np.rint(predicting[0] * ratios[:, None]).astype(np.int64)
-        blocks.append((name, integers, block_levels, block_classes))
+        step_levels = np.array(differences) + (predicting[2] if predicting else 0)
+        block_classes = (np.array([classes.pop(0) for _ in range(rows)]) + (predicting[3] if predicting else 0)) % 256
+        block_gains = [gains.pop(0) for _ in range(rows)]
+        integers, block_levels = np.zeros((rows, width), np.int64), step_levels.copy()
+        for i in range(rows):
+            if predicting and predicting[0][i].any():
+                k, m, g = int(predicting[1][i]), int(step_levels[i]), block_gains[i]
+                if (m - k) % 8 == 0 and g == 0:
+                    block_levels[i] = max(min(m, k), m - 32)
+                factor = steps(np.array([k - block_levels[i]]))[0] / 64
+                integers[i] = np.rint(predicting[0][i] * (64 + g) * factor).astype(np.int64)
+        blocks.append((name, integers, block_levels, step_levels, block_classes))
     assert not levels
     assert not classes
     for pieces in divided(blocks):
-        kinds = [np.repeat(block[3][rows], width) for block, rows, width, _ in pieces]
+        kinds = [np.repeat(block[4][rows], width) for block, rows, width, _ in pieces]
         numbers = stream(next(parts), np.concatenate(kinds))
         for block, rows, width, in_groups in pieces:
             coded, numbers = numbers[: len(rows) * width], numbers[len(rows) * width :]
             if in_groups:
                 coded = (coded[:, None] // 3 ** np.arange(4) % 3 - 1).reshape(len(rows), -1)
-            block[1][rows] += coded.reshape(len(rows), -1)[:, : block[1].shape[1]]
-    return {name: (integers, block_levels, block_classes) for name, integers, block_levels, block_classes in blocks}
+            _, integers, block_levels, step_levels, _ = block
+            counts = 2 ** ((step_levels - block_levels)[rows] // 8)
+            integers[rows] += counts[:, None] * coded.reshape(len(rows), -1)[:, : integers.shape[1]]
+    return {name: block for name, *block in blocks}
 
 
 def divided(blocks):
     """For each stream, its pieces: block, rows, coded numbers of a row, and whether these are groups."""
     streams, size = [], MOST_TOGETHER
     for block in blocks:
-        _, integers, _, classes = block
+        _, integers, _, _, classes = block
         width = integers.shape[1]
         at_once = max(1, MOST_TOGETHER // width)
         for in_groups in (False, True):

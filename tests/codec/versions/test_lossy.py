@@ -176,6 +176,36 @@ def test_an_equal_version_takes_almost_no_bytes():
     assert len(again.data) < 0.2 * len(first.data)
 
 
+def test_an_update_that_grows_as_a_whole_is_predicted_with_gains():
+    first = replace(start(), tensors={}, tensor_bounds={})
+    modules = {name: replace(factors, up=2 * factors.up) for name, factors in first.modules.items()}
+    encoded = encode_all([first, replace(first, modules=modules)])
+    for module in encoded[1].decoded.module_rows.values():
+        gains = (64 + module.up.labels.gains.astype(float)) * (64 + module.down.labels.gains.astype(float)) / 64**2
+        assert gains == pytest.approx(2, abs=0.1)
+    assert encoded[1].lora_bytes < 0.6 * encoded[0].lora_bytes
+    assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[-1].decoded)
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.3, 0.8])
+def test_encoding_again_without_every_other_version_takes_fewer_bytes(growth):
+    versions = [
+        replace(
+            version,
+            modules={
+                name: replace(factors, up=growth**number * factors.up) for name, factors in version.modules.items()
+            },
+        )
+        for number, version in enumerate(run(8, size=0.1))
+    ]
+    encoded = encode_all(versions)
+    thinned, earlier = 0, None
+    for each in encoded[1::2]:
+        thinned += len(lossy.encode_again(each.decoded, earlier).data)
+        earlier = each.decoded
+    assert thinned < 0.95 * sum(len(each.data) for each in encoded)
+
+
 def test_an_unrelated_version_is_not_predicted():
     first, other = start(seed=1), start(seed=2)
     alone, after = lossy.encode(other, None), lossy.encode(other, lossy.encode(first, None).decoded)

@@ -5,10 +5,10 @@ import pytest
 
 from eigenlorax.codec import class_tables, entropy
 from eigenlorax.codec.versions import increments, rate_rounding
-from eigenlorax.codec.versions.blocks import Block
+from eigenlorax.codec.versions.blocks import Block, Quantisation
 from eigenlorax.codec.versions.increments import RowShape
-from eigenlorax.codec.versions.lattice import ZERO_CLASS, LatticeRows, step_sizes
-from eigenlorax.codec.versions.search import Quantisation, search
+from eigenlorax.codec.versions.lattice import ZERO_CLASS, LatticeRows, RowLabels, step_sizes
+from eigenlorax.codec.versions.search import search
 from eigenlorax.errors import OptionError
 
 ROWS, WIDTH = 6, 500
@@ -76,18 +76,19 @@ def test_the_search_uses_the_error_that_is_allowed(bound: float, has_reference: 
     if has_reference:
         levels = np.full(ROWS, -40, np.int16)
         integers = np.rint((numbers + normal(5, 0.5)) / step_sizes(levels)[:, None]).astype(np.int32)
-        reference = LatticeRows(integers, levels, np.zeros(ROWS, np.uint8))
+        labels = RowLabels(levels, np.zeros(ROWS, np.int8), np.zeros(ROWS, np.uint8))
+        reference = LatticeRows(integers, levels, labels)
     block = Block(numbers, weights, reference)
 
     def attempt(quantisation: Quantisation) -> tuple[float, float]:
-        quantised = block.quantise(quantisation.level, quantisation.multiplier)
-        errors = np.square(quantised.values - numbers).sum(1)
+        quantised = block.quantise(quantisation)
+        errors = np.square(quantised.rows.values - numbers).sum(1)
         return quantised.bits, float(errors @ np.square(weights))
 
     coarsest = search([block], bound**2 * square, -40 if has_reference else None, attempt)
     # levels are an eighth of an octave apart, and rounding fills that where integers are small
     assert (0.95 if bound > 0.01 else 0.91) * bound < np.sqrt(coarsest.square / square) <= bound
-    finer = block.quantise(coarsest.quantisation.level - 8, 0.0)
+    finer = block.quantise(Quantisation(coarsest.quantisation.level - 8, 0.0))
     assert coarsest.rows < finer.bits
 
 

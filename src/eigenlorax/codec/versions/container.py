@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from jaxtyping import Int16, Int64, UInt8
+from jaxtyping import Int64
 
 from ...core.json_dataclasses import from_json
 from ...core.limits import MAX_JSON_BYTES, check_coded_count, check_expansion, check_growth
@@ -19,7 +19,7 @@ from ..class_tables import ALL_CLASSES
 from . import increments
 from .decoded import ModuleLayout, TensorLayout
 from .increments import RowShape
-from .lattice import MAX_LEVEL, ZERO_CLASS
+from .lattice import MAX_LEVEL, ZERO_CLASS, RowLabels
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +45,6 @@ class Header:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockLabels:
-    """Levels and classes of the rows of a block (`LatticeRows`)."""
-
-    levels: Int16[np.ndarray, " rows"]
-    classes: UInt8[np.ndarray, " rows"]
-
-    def reordered(self, order: Int64[np.ndarray, " count"] | None) -> "BlockLabels":
-        """Return the labels in another order, as `LatticeRows.reordered` does."""
-        if order is None:
-            return self
-        present = order >= 0
-        return BlockLabels(
-            np.where(present, self.levels[order], 0).astype(np.int16),
-            np.where(present, self.classes[order], ZERO_CLASS).astype(np.uint8),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Labels:
     """Layouts and labels of all rows of a version. Blocks are up and down of each module, then each tensor.
 
@@ -74,7 +56,7 @@ class Labels:
 
     modules: Mapping[str, ModuleLayout]
     tensors: Mapping[str, TensorLayout]
-    blocks: Sequence[BlockLabels]
+    blocks: Sequence[RowLabels]
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -165,38 +147,34 @@ def to_bytes(parsed: ParsedVersion, earlier: Labels | None) -> tuple[bytes, int]
     """
     labels, lora_blocks = parsed.labels, parsed.labels.lora_blocks
     text = json.dumps(asdict(parsed.header), separators=(",", ":"), sort_keys=True).encode()
-    levels, classes = _label_differences(labels, parsed.references, earlier)
-    lora = [_deflate(text)] + [_deflate(b"".join(part[:lora_blocks])) for part in (levels, classes)]
-    tensors = [_deflate(b"".join(part[lora_blocks:])) for part in (levels, classes)]
-    parts = [*lora, *parsed.lora_streams, *tensors, *parsed.tensor_streams, parsed.exact]
+    expected = _expected_labels(labels.shapes, parsed.references, earlier)
+    lora = _label_parts(labels.blocks[:lora_blocks], expected[:lora_blocks], has_one_level=False)
+    tensors = _label_parts(labels.blocks[lora_blocks:], expected[lora_blocks:], has_one_level=True)
+    parts = [_deflate(text), *lora, *parsed.lora_streams, *tensors, *parsed.tensor_streams, parsed.exact]
     sized = [varint.encode(len(part)) + part for part in parts]
-    lora_bytes = sum(map(len, sized[: len(lora) + len(parsed.lora_streams)]))
+    lora_bytes = sum(map(len, sized[: 1 + len(lora) + len(parsed.lora_streams)]))
     return b"".join(sized), lora_bytes
 
 
-def _label_differences(labels: Labels, references: Orders, earlier: Labels | None) -> tuple[list[bytes], list[bytes]]:
-    """Return the levels and the classes of each block as differences to those of the rows that predict it."""
-    levels, classes = [], []
-    for number, (block, expected) in enumerate(
-        zip(labels.blocks, _expected_labels(labels.shapes, references, earlier), strict=True)
-    ):
-        is_tensor = number >= labels.lora_blocks
-        difference = block.levels.astype(np.int32) - expected.levels
-        # all rows of a tensor have one level
-        levels.append(difference[: 1 if is_tensor else None].astype("<i2").tobytes())
-        classes.append((block.classes.astype(np.int32) - expected.classes).astype(np.uint8).tobytes())
-    return levels, classes
+def _label_parts(blocks: Sequence[RowLabels], expected: Sequence[RowLabels], *, has_one_level: bool) -> list[bytes]:
+    """Return levels, classes and, unless each block has one level, gains, as differences to those of the reference."""
+    levels, classes, gains = b"", b"", b""
+    for block, earlier in zip(blocks, expected, strict=True):
+        difference = block.step_levels.astype(np.int32) - earlier.step_levels
+        levels += difference[: 1 if has_one_level else None].astype("<i2").tobytes()
+        classes += (block.classes.astype(np.int32) - earlier.classes).astype(np.uint8).tobytes()
+        gains += block.gains.tobytes()
+    return [_deflate(part) for part in (levels, classes) + (() if has_one_level else (gains,))]
 
 
-def _expected_labels(
-    shapes: Sequence[tuple[int, int]], references: Orders, earlier: Labels | None
-) -> list[BlockLabels]:
+def _expected_labels(shapes: Sequence[tuple[int, int]], references: Orders, earlier: Labels | None) -> list[RowLabels]:
     expected = []
     for (count, _), reference in zip(shapes, references, strict=True):
         if reference is None or earlier is None:
-            expected.append(BlockLabels(np.zeros(count, np.int16), np.zeros(count, np.uint8)))
+            expected.append(RowLabels.zeros(count))
         else:
-            expected.append(earlier.blocks[reference[0]].reordered(reference[1]))
+            number, order = reference
+            expected.append(earlier.blocks[number] if order is None else earlier.blocks[number].reordered(order))
     return expected
 
 
@@ -247,21 +225,24 @@ def parse(data: bytes, earlier: Labels | None) -> ParsedVersion:
 
 
 def _read_labels(
-    reader: "_Reader", shapes: Sequence[tuple[int, int]], expected: Sequence[BlockLabels], *, has_one_level: bool
-) -> list[BlockLabels]:
+    reader: "_Reader", shapes: Sequence[tuple[int, int]], expected: Sequence[RowLabels], *, has_one_level: bool
+) -> list[RowLabels]:
     counts = [count for count, _ in shapes]
     level_counts = [1] * len(counts) if has_one_level else counts
     levels = np.frombuffer(reader.inflate(2 * sum(level_counts), exact=True), "<i2")
     classes = np.frombuffer(reader.inflate(sum(counts), exact=True), np.uint8)
+    gains = np.zeros(sum(counts), np.int8)
+    if not has_one_level:
+        gains = np.frombuffer(reader.inflate(sum(counts), exact=True), np.int8)
     blocks, row, level = [], 0, 0
     for count, level_count, labels in zip(counts, level_counts, expected, strict=True):
-        block_levels = labels.levels.astype(np.int32) + levels[level : level + level_count]
+        block_levels = labels.step_levels.astype(np.int32) + levels[level : level + level_count]
         block_classes = (labels.classes + classes[row : row + count]).astype(np.uint8)
         if np.abs(block_levels).max(initial=0) > MAX_LEVEL:
             raise FormatError("a level is out of range.")
         if ((block_classes >= ALL_CLASSES) & (block_classes != ZERO_CLASS)).any():
             raise FormatError("a class is out of range.")
-        blocks.append(BlockLabels(block_levels.astype(np.int16), block_classes))
+        blocks.append(RowLabels(block_levels.astype(np.int16), gains[row : row + count], block_classes))
         row, level = row + count, level + level_count
     return blocks
 
@@ -296,7 +277,7 @@ class _Reader:
             raise FormatError(f"a version has {len(inflated)} bytes of labels, not {limit}.")
         return inflated
 
-    def streams(self, shapes: Sequence[tuple[int, int]], labels: Sequence[BlockLabels]) -> list[bytes]:
+    def streams(self, shapes: Sequence[tuple[int, int]], labels: Sequence[RowLabels]) -> list[bytes]:
         """Return the streams of blocks."""
         row_shapes = [RowShape(width, block.classes) for (_, width), block in zip(shapes, labels, strict=True)]
         return [self.part() for _ in range(increments.count_streams(row_shapes))]

@@ -136,8 +136,8 @@ class TensorRows:
 
     @property
     def level(self) -> int:
-        """Level of all rows."""
-        return int(self.rows.levels[0])
+        """Level of the step size of all rows."""
+        return int(self.rows.labels.step_levels[0])
 
     @property
     def tensor(self) -> Tensor:
@@ -197,11 +197,21 @@ class LossyVersion:
         blocks = [rows for module in self.module_rows.values() for rows in (module.up, module.down)]
         return blocks + [tensor.rows for tensor in self.tensor_rows.values()]
 
+    @property
+    def module_layouts(self) -> dict[str, ModuleLayout]:
+        """Layouts of `module_rows`."""
+        return {name: module.layout for name, module in self.module_rows.items()}
+
+    @property
+    def tensor_layouts(self) -> dict[str, TensorLayout]:
+        """Layouts of `tensor_rows`."""
+        return {key: tensor.layout for key, tensor in self.tensor_rows.items()}
+
     def with_rows(self, blocks: Sequence[LatticeRows]) -> "LossyVersion":
         """Return the version with other rows, in the order of `all_rows`."""
-        modules = {name: module.layout for name, module in self.module_rows.items()}
-        tensors = {key: tensor.layout for key, tensor in self.tensor_rows.items()}
-        return LossyVersion.from_rows(self.level, modules, tensors, blocks, self.exact_modules, self.exact)
+        return LossyVersion.from_rows(
+            self.level, self.module_layouts, self.tensor_layouts, blocks, self.exact_modules, self.exact
+        )
 
     @classmethod
     def from_rows(

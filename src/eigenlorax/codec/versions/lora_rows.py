@@ -11,10 +11,11 @@ from jaxtyping import Int64
 from ...core.adapter import LoRAFactors, delta_square
 from ...errors import OptionError
 from . import gauge
-from .blocks import Block
+from .blocks import Block, Quantisation
 from .decoded import LossyVersion, ModuleLayout, ModuleRows
-from .lattice import step_sizes
-from .search import Quantisation, SampledRows, SearchResult, search
+from .gains import choose_gains
+from .lattice import LatticeRows, step_sizes
+from .search import SampledRows, SearchResult, search
 
 _CANCELLATION = 1e-10
 """Share of its terms below which a squared error in float64 has too few digits."""
@@ -119,7 +120,7 @@ def _quantise_untrained(modules: Mapping[str, LoRAFactors], max_error: float) ->
     def attempt(quantisation: Quantisation) -> tuple[dict[str, ModuleRows], float]:
         quantised, square = {}, 0.0
         for name, module in prepared.items():
-            up, down = (block.quantise(quantisation.level, quantisation.multiplier) for block in module.blocks)
+            up, down = (block.quantise(quantisation) for block in module.blocks)
             quantised[name] = ModuleRows(module.layout, up.rows, down.rows)
             decoded = quantised[name].factors
             square += float((decoded.up.double() - module.factors.up.double()).square().sum())
@@ -159,18 +160,25 @@ def _prepare(factors: LoRAFactors, reference: ModuleRows | None, noise: float) -
     # the error of a row counts with the norm of the row that it is multiplied by
     scale = abs(layout.scaling)
     blocks = (
-        Block(up, scale * np.linalg.norm(down, axis=1), up_reference),
-        Block(down, scale * np.linalg.norm(up, axis=1), down_reference),
+        _block(up, scale * np.linalg.norm(down, axis=1), up_reference, noise),
+        _block(down, scale * np.linalg.norm(up, axis=1), down_reference, noise),
     )
     return _Module(factors, layout, blocks, order)
+
+
+def _block(values: np.ndarray, weights: np.ndarray, reference: LatticeRows | None, noise: float) -> Block:
+    gains = None
+    if reference is not None:
+        gains = choose_gains(values, reference, noise / np.maximum(np.square(weights), 1e-300))
+    return Block(values, weights, reference, gains)
 
 
 def _attempt(prepared: Mapping[str, _Module], quantisation: Quantisation) -> tuple[dict[str, ModuleRows], float]:
     """Quantise all modules, and return their rows and their squared error."""
     quantised, square = {}, 0.0
     for name, module in prepared.items():
-        up, down = (block.quantise(quantisation.level, quantisation.multiplier) for block in module.blocks)
-        square += _error_square(module.factors, module.layout.factors(up.values, down.values))
+        up, down = (block.quantise(quantisation) for block in module.blocks)
+        square += _error_square(module.factors, module.layout.factors(up.rows.values, down.rows.values))
         quantised[name] = ModuleRows(module.layout, up.rows, down.rows)
     return quantised, square
 

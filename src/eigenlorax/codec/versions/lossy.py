@@ -15,12 +15,13 @@ from ...core.limits import PARSE_FAILURES
 from ...errors import FormatError, OptionError, reason
 from ..quantised_tensor import MAX_NORM, MIN_NORM
 from . import container, gauge, increments, lossless
-from .container import BlockLabels, Header, Labels, Orders, ParsedVersion
+from .container import Header, Labels, Orders, ParsedVersion
 from .decoded import LossyVersion, ModuleLayout
 from .increments import Increments
-from .lattice import LatticeRows
+from .lattice import LatticeRows, Prediction
 from .lora_rows import QuantisedModules, quantise_modules
 from .rate_rounding import classes_and_bits
+from .relabelling import relabel
 from .tensor_rows import QuantisedTensors, quantise_tensors
 from .version import DecodedVersion, EncodedVersion, Version
 
@@ -46,10 +47,10 @@ def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion
     tensors = quantise_tensors(version.tensors, version.tensor_bounds, reference)
     decoded = _join(quantised, exact_modules, tensors)
     encoded = _to_bytes(decoded, reference, quantised.orders)
-    if not _can_be_read(encoded, reference):
-        encoded = _to_bytes(decoded, None, {})
-        if not _can_be_read(encoded, None):
-            return _to_bytes(_exact(modules, version.tensors), reference, {})
+    if encoded is None or not _can_be_read(encoded, reference):
+        encoded = _key_version(decoded)
+        if encoded is None:
+            return _exact(modules, version.tensors)
     return replace(encoded, delta_error=quantised.error, tensor_error=tensors.error)
 
 
@@ -69,9 +70,37 @@ def _join(
     )
 
 
-def _exact(modules: Mapping[str, LoRAFactors], tensors: Mapping[str, Tensor]) -> LossyVersion:
-    """Return a version whose parts are all stored exactly."""
-    return _join(QuantisedModules(0, {}, {}, 0.0), modules, QuantisedTensors({}, tensors, 0.0))
+def _exact(modules: Mapping[str, LoRAFactors], tensors: Mapping[str, Tensor]) -> EncodedVersion:
+    """Return a key version whose parts are all stored exactly."""
+    decoded = _join(QuantisedModules(0, {}, {}, 0.0), modules, QuantisedTensors({}, tensors, 0.0))
+    encoded = _to_bytes(decoded, None, {})
+    assert encoded is not None
+    return encoded
+
+
+def _key_version(decoded: LossyVersion) -> EncodedVersion | None:
+    """Encode the numbers of a version without a reference; None if that cannot be read."""
+    relabelled = _relabel(decoded, None, {})
+    encoded = _to_bytes(relabelled, None, {}) if relabelled is not None else None
+    return encoded if encoded is not None and _can_be_read(encoded, None) else None
+
+
+def _relabel(
+    decoded: LossyVersion, reference: LossyVersion | None, orders: Mapping[str, Int64[np.ndarray, " rank"]]
+) -> LossyVersion | None:
+    """Return the same numbers as another reference predicts them; None if the differences are too large."""
+    header, earlier = _header(decoded, reference, orders)
+    sources = container.find_references(header, earlier, decoded.module_layouts, decoded.tensor_layouts)
+    lora_blocks = 2 * len(decoded.module_rows)
+    blocks = []
+    for number, (rows, predicting) in enumerate(
+        zip(decoded.all_rows, _predicting_rows(reference, sources), strict=True)
+    ):
+        relabelled = relabel(rows, predicting, has_one_level=number >= lora_blocks)
+        if relabelled is None:
+            return None
+        blocks.append(relabelled)
+    return decoded.with_rows(blocks)
 
 
 def _can_be_read(encoded: EncodedVersion, reference: LossyVersion | None) -> bool:
@@ -106,9 +135,9 @@ def encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> E
     """
     if not isinstance(decoded, LossyVersion):
         raise OptionError("a lossless version cannot be encoded within an error bound again.")
-    key_version = _to_bytes(decoded, None, {})
-    if not _can_be_read(key_version, None):
-        key_version = _to_bytes(_exact(decoded.modules, decoded.tensors), None, {})
+    key_version = _key_version(decoded)
+    if key_version is None:
+        key_version = _exact(decoded.modules, decoded.tensors)
     if not isinstance(reference, LossyVersion):
         return key_version
     orders = {}
@@ -116,24 +145,18 @@ def encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> E
         earlier = reference.module_rows.get(name)
         if earlier is not None and earlier.layout.rank != module.layout.rank:
             orders[name] = gauge.match_rows(module.down.values, earlier.up.values, earlier.down.values)
-    predicted = _to_bytes(decoded, reference, orders)
-    if not (predicted.has_reference and _can_be_read(predicted, reference)):
+    relabelled = _relabel(decoded, reference, orders)
+    predicted = _to_bytes(relabelled, reference, orders) if relabelled is not None else None
+    if predicted is None or not _can_be_read(predicted, reference):
         return key_version
     return min(predicted, key_version, key=lambda encoded: len(encoded.data))
 
 
-def _to_bytes(
+def _header(
     decoded: LossyVersion, reference: LossyVersion | None, orders: Mapping[str, Int64[np.ndarray, " rank"]]
-) -> EncodedVersion:
-    """Return a version as bytes, with errors of 0; without the reference if a difference to it is beyond 32 bits.
-
-    Args:
-        decoded: The version. The classes of its rows are not used.
-        reference: Version that predicts it; None for none.
-        orders: Rows of the reference that predict a module's rows, where these are not all of them in their order.
-    """
-    modules = {name: module.layout for name, module in decoded.module_rows.items()}
-    tensors = {key: tensor.layout for key, tensor in decoded.tensor_rows.items()}
+) -> tuple[Header, Labels | None]:
+    """Return the header of a version, and the labels of its reference."""
+    modules, tensors = decoded.module_layouts, decoded.tensor_layouts
     earlier = labels_of(reference) if reference is not None else None
     header = Header(
         has_reference=reference is not None,
@@ -143,27 +166,38 @@ def _to_bytes(
         orders={name: order.tolist() for name, order in orders.items()},
         exact_modules=dict(decoded.exact_modules),
     )
-    sources = container.find_references(header, earlier, modules, tensors)
+    return header, earlier
+
+
+def _to_bytes(
+    decoded: LossyVersion, reference: LossyVersion | None, orders: Mapping[str, Int64[np.ndarray, " rank"]]
+) -> EncodedVersion | None:
+    """Return a version as bytes, with errors of 0; None if a difference to the reference is beyond 32 bits.
+
+    Args:
+        decoded: The version, with labels for this reference. Their classes are not used.
+        reference: Version that predicts it; None for none.
+        orders: Rows of the reference that predict a module's rows, where these are not all of them in their order.
+    """
+    header, earlier = _header(decoded, reference, orders)
+    sources = container.find_references(header, earlier, decoded.module_layouts, decoded.tensor_layouts)
     blocks, changes = [], []
     for rows, predicting in zip(decoded.all_rows, _predicting_rows(reference, sources), strict=True):
-        change = rows.integers
-        if predicting is not None:
-            difference = change - predicting.predict(rows.levels)
-            if np.abs(difference).max(initial=0) >= 2**31:
-                return _to_bytes(decoded, None, {})
-            change = difference.astype(np.int32)
-        classes, _ = classes_and_bits(change)
-        blocks.append(LatticeRows(rows.integers, rows.levels, classes))
+        change = rows.increments(predicting)
+        if np.abs(change).max(initial=0) >= 2**31:
+            return None
+        change = change.astype(np.int32)
+        blocks.append(rows.with_classes(classes_and_bits(change)[0]))
         changes.append(change)
     decoded = decoded.with_rows(blocks)
-    labels, lora_blocks = labels_of(decoded), 2 * len(modules)
+    labels = labels_of(decoded)
     exact_before = reference.exact if reference is not None else None
     parsed = ParsedVersion(
         header=header,
         labels=labels,
         references=sources,
-        lora_streams=increments.encode(labels.row_shapes[:lora_blocks], changes[:lora_blocks]),
-        tensor_streams=increments.encode(labels.row_shapes[lora_blocks:], changes[lora_blocks:]),
+        lora_streams=increments.encode(labels.row_shapes[: labels.lora_blocks], changes[: labels.lora_blocks]),
+        tensor_streams=increments.encode(labels.row_shapes[labels.lora_blocks :], changes[labels.lora_blocks :]),
         exact=lossless.encode(decoded.exact, exact_before) if decoded.exact else b"",
     )
     data, lora_bytes = container.to_bytes(parsed, earlier)
@@ -179,12 +213,8 @@ def _to_bytes(
 
 
 def labels_of(version: LossyVersion) -> Labels:
-    """Return the layouts, levels and classes of a version."""
-    return Labels(
-        {name: module.layout for name, module in version.module_rows.items()},
-        {key: tensor.layout for key, tensor in version.tensor_rows.items()},
-        [BlockLabels(rows.levels, rows.classes) for rows in version.all_rows],
-    )
+    """Return the layouts and labels of a version."""
+    return Labels(version.module_layouts, version.tensor_layouts, [rows.labels for rows in version.all_rows])
 
 
 def _predicting_rows(reference: LossyVersion | None, sources: Orders) -> Iterator[LatticeRows | None]:
@@ -246,12 +276,12 @@ def _apply(
     for labels, shape, predicting, parts in zip(
         parsed.labels.blocks, parsed.labels.shapes, predicting_rows, changes, strict=True
     ):
-        integers = predicting.predict(labels.levels) if predicting is not None else np.zeros(shape, np.int64)
+        prediction = Prediction.of(labels, shape[1], predicting)
         for part in parts:
-            integers[part.rows] += part.integers
-        if np.abs(integers).max(initial=0) >= 2**31:
+            prediction.add(part.integers, part.rows)
+        if np.abs(prediction.integers).max(initial=0) >= 2**31:
             raise FormatError("an integer is beyond 32 bits.")
-        blocks.append(LatticeRows(integers.astype(np.int32), labels.levels, labels.classes))
+        blocks.append(LatticeRows(prediction.integers.astype(np.int32), prediction.levels, labels))
     exact_before = reference.exact if reference is not None else None
     exact = lossless.decode(parsed.exact, exact_before) if parsed.exact else {}
     for module, layout in parsed.header.exact_modules.items():

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from ...errors import OptionError
-from .blocks import Block, QuantisedBlock, join
+from .blocks import Block, Quantisation, QuantisedBlock, join
 from .lattice import LEVELS_PER_OCTAVE, MAX_LEVEL
 
 T = TypeVar("T")
 
 MAX_MULTIPLIER = 1.2
 """Largest Lagrange multiplier of `round_by_rate`. Greater ones save nothing."""
+WASTEFUL_MULTIPLIER = 0.5
+"""Multiplier from which steps of whole octaves may be so much finer than necessary that others take fewer bits."""
 SAMPLE_NUMBERS = 1 << 16
 """About how many numbers of a version are looked at to choose its level."""
 MIN_COLUMNS = 16
@@ -29,20 +31,7 @@ MAX_ATTEMPTS = 12
 """Maximum number of attempts to meet the error."""
 MAX_REFINEMENTS = 4
 """Number of attempts after which one that meets the error ends the search, however far below it is."""
-_BISECTIONS = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Quantisation:
-    """Step size and rounding of the rows of a version.
-
-    Attributes:
-        level: Level of rows of weight 1: a step size of 2^(level / 8).
-        multiplier: Lagrange multiplier of `round_by_rate`.
-    """
-
-    level: int
-    multiplier: float
+_BISECTIONS = 8
 
 
 class SampledRows:
@@ -72,7 +61,7 @@ class SampledRows:
         return sum(each.bits for each in self._quantise(quantisation))
 
     def _quantise(self, quantisation: Quantisation) -> list[QuantisedBlock]:
-        return [block.quantise(quantisation.level, quantisation.multiplier) for block in self._blocks]
+        return [block.quantise(quantisation) for block in self._blocks]
 
     def choose(self, limit: float, earlier_level: int | None) -> Quantisation:
         """Return the quantisation that is estimated to take the fewest bits within an error.
@@ -84,19 +73,28 @@ class SampledRows:
         # uniform noise of a step size s has the mean square s² / 12
         noise = math.sqrt(12 * limit / max(self._numbers, 1))
         start = math.floor(LEVELS_PER_OCTAVE * math.log2(noise)) if earlier_level is None else earlier_level
-        highest = self._highest_level(max(-MAX_LEVEL, min(start, MAX_LEVEL)), limit)
-        levels = {highest, highest - 1}
-        if earlier_level is not None and earlier_level < highest:
-            # rows that keep their lattice have an exact prediction, whatever the level allows
-            levels |= {earlier_level, (earlier_level + highest) // 2}
-        candidates = [Quantisation(level, self.multiplier(level, limit)) for level in sorted(levels)]
+        start = max(-MAX_LEVEL, min(start, MAX_LEVEL))
+        if earlier_level is None:
+            return self._best(start, limit, (0, 1), is_nested=False)
+        nested = self._best(start, limit, (0, 2, 4), is_nested=True)
+        if nested.multiplier < WASTEFUL_MULTIPLIER:
+            return nested
+        return min(nested, self._best(start, limit, (0, 1), is_nested=False), key=self.bits)
+
+    def _best(self, start: int, limit: float, distances: Sequence[int], *, is_nested: bool) -> Quantisation:
+        """Return the quantisation of the fewest bits whose level is so far below the highest one."""
+        highest = self._highest_level(start, limit, is_nested)
+        candidates = [
+            Quantisation(level, self.multiplier(level, limit, is_nested), is_nested)
+            for level in (highest - below for below in distances)
+        ]
         return min(candidates, key=self.bits)
 
-    def _highest_level(self, start: int, limit: float) -> int:
+    def _highest_level(self, start: int, limit: float, is_nested: bool) -> int:
         """Return about the highest level within an error, without a multiplier."""
         level, is_rising = start, True
         for _ in range(MAX_LEVEL_TURNS):
-            square = self.square(Quantisation(level, 0.0))
+            square = self.square(Quantisation(level, 0.0, is_nested))
             # the squared error grows by two octaves if the level does by one
             change = math.floor(LEVELS_PER_OCTAVE * math.log2(limit / max(square, 1e-300)) / 2)
             if square > limit:
@@ -108,14 +106,15 @@ class SampledRows:
                 break
         return max(-MAX_LEVEL, min(level, MAX_LEVEL))
 
-    def multiplier(self, level: int, limit: float) -> float:
+    def multiplier(self, level: int, limit: float, is_nested: bool) -> float:
         """Return about the largest multiplier within an error, at a level; 0 if there is none."""
-        if self.square(Quantisation(level, MAX_MULTIPLIER)) <= limit:
+        if self.square(Quantisation(level, MAX_MULTIPLIER, is_nested)) <= limit:
             return MAX_MULTIPLIER
         low, high = 0.0, MAX_MULTIPLIER
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.square(Quantisation(level, middle)) <= limit else (low, middle)
+            is_within = self.square(Quantisation(level, middle, is_nested)) <= limit
+            low, high = (middle, high) if is_within else (low, middle)
         return low
 
 
@@ -168,11 +167,11 @@ def search(
         ratio = square / max(sample.square(quantisation), 1e-300)
         if square > limit and not quantisation.multiplier:
             fall = LEVELS_PER_OCTAVE * math.log2(square / limit) / 2 if math.isfinite(square) else LEVELS_PER_OCTAVE
-            quantisation = Quantisation(quantisation.level - math.ceil(max(fall, 1)), 0.0)
+            quantisation = replace(quantisation, level=quantisation.level - math.ceil(max(fall, 1)))
         else:
-            quantisation = Quantisation(
-                quantisation.level, sample.multiplier(quantisation.level, SAMPLED_SHARE * limit / max(ratio, 1e-300))
-            )
+            allowed = SAMPLED_SHARE * limit / max(ratio, 1e-300)
+            multiplier = sample.multiplier(quantisation.level, allowed, quantisation.is_nested)
+            quantisation = replace(quantisation, multiplier=multiplier)
     if best is None:
         raise OptionError("the error bound cannot be met by integers of 31 bits")
     return best

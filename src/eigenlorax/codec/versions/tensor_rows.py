@@ -11,9 +11,9 @@ from torch import Tensor
 from ...core import dtypes
 from ...errors import OptionError
 from ..quantised_tensor import MAX_NORM, MIN_NORM
-from .blocks import Block, QuantisedBlock
+from .blocks import Block, Quantisation, QuantisedBlock
 from .decoded import LossyVersion, TensorLayout, TensorRows
-from .search import Quantisation, search
+from .search import search
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,11 @@ def _quantise(tensor: Tensor, bound: float, reference: TensorRows | None) -> tup
     if not MIN_NORM < norm < MAX_NORM or not limit:
         return None
     earlier = reference if reference is not None and reference.layout.shape == layout.shape else None
-    block = Block(values, np.ones(layout.rows), earlier.rows if earlier is not None else None, has_one_level=True)
+    block = Block(values, np.ones(layout.rows), earlier.rows if earlier else None, has_one_level=True)
 
     def attempt(quantisation: Quantisation) -> tuple[QuantisedBlock, float]:
-        quantised = block.quantise(quantisation.level, quantisation.multiplier)
-        decoded = layout.tensor(quantised.values).to(torch.float64).reshape(values.shape).numpy()
+        quantised = block.quantise(quantisation)
+        decoded = layout.tensor(quantised.rows.values).to(torch.float64).reshape(values.shape).numpy()
         return quantised, float(np.square(decoded - values).sum())
 
     try:
