@@ -125,6 +125,8 @@ class CollectionEncoder:
         size = 8 * sum(module.numbers for module in modules)
         # an SVD of every module in every round would take most of the time
         self._held: dict[tuple[str, int], SvdBatch] | None = {} if size <= MAX_HELD_BYTES else None
+        self._held_statistics: dict[tuple[str, int], ModuleStatistics] = {}
+        self._free_bytes = MAX_HELD_BYTES - size
         self._whole = whole
         self._curve: tuple[np.ndarray, np.ndarray] | None = None
         self.survey = RateSurvey(len(norms), step_sizes)
@@ -138,7 +140,14 @@ class CollectionEncoder:
         self._progress(stage, len(self.modules), len(self.modules))
 
     def _statistics(self, module: ModuleUpdates, updates: SvdBatch) -> ModuleStatistics:
-        return ModuleStatistics.of(updates, 1 / self.norms[module.indices])
+        """Return the statistics of a module, and hold them while there is memory: a decomposition takes long."""
+        if module.key in self._held_statistics:
+            return self._held_statistics[module.key]
+        statistics = ModuleStatistics.of(updates, 1 / self.norms[module.indices])
+        if statistics.nbytes <= self._free_bytes:
+            self._held_statistics[module.key] = statistics
+            self._free_bytes -= statistics.nbytes
+        return statistics
 
     def svd_batch(self, module: ModuleUpdates) -> SvdBatch:
         """Return the singular components of a module's updates, and hold them if all modules' fit in memory."""

@@ -8,6 +8,7 @@ everywhere, in coefficients, residuals and components alike. docs/method.md, "By
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ _COMPONENT_COUNTS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SideStatistics:
     """The leading common components of one side of a module, and how much of each row lies along them.
 
@@ -48,6 +49,12 @@ class SideStatistics:
     components: Float[Tensor, "k d"]
     energies: Float[np.ndarray, "rows k"]
     dimension: int
+
+    @cached_property
+    def row_energies(self) -> Float[np.ndarray, " rows"]:
+        """Sum of the energies of each row."""
+        sums: np.ndarray = self.energies.sum(1)
+        return sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,11 @@ class ModuleStatistics:
         n, rank = lengths.shape
         down, up = (_side_statistics(updates.rows(side), lengths) for side in ("down", "up"))
         return cls(down, up, lengths.flatten().numpy(), np.repeat(np.arange(n), rank), n)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the statistics of both sides take."""
+        return sum(side.components.nbytes + side.energies.nbytes for side in (self.down, self.up))
 
     @property
     def rank(self) -> int:
@@ -178,16 +190,17 @@ class _SideCosts:
         """Estimate the costs of rows of these lengths, in step sizes."""
         counts = component_counts(side.energies.shape[1])
         squares = lengths**2
-        weighted = side.energies * squares[:, None]
-        importance = np.sqrt(weighted.sum(0))
+        squared_importance = squares @ side.energies
+        importance = np.sqrt(squared_importance)
         # the step size of a row is the inverse of its importance (`quantise_basis`), so that its d numbers, of a unit
         # row, have this standard deviation in step sizes
         basis_bits, basis_errors = dead_zone.gaussian_cost(importance / side.dimension**0.5)
         # the quantisation error of a component is an error of everything that its coefficients represent
         noise = np.minimum(side.dimension * basis_errors / np.maximum(importance**2, 1e-300), 1.0)
-        energy = weighted.mean(0)
-        bits, errors = _coefficient_costs(weighted, energy, counts)
-        inside = _sums_of_leading(side.energies * (1 - noise), counts)
+        energy = squared_importance / len(squares)
+        bits, errors = _coefficient_costs(squares * side.row_energies, energy, counts)
+        is_leading = np.arange(len(noise))[:, None] < np.array(counts)
+        inside = side.energies @ ((1 - noise)[:, None] * is_leading)
         residuals = squares[:, None] * np.maximum(1 - inside, 0.0)
         # a residual is modelled as d Gaussian numbers of equal variance
         residual_bits, residual_errors = dead_zone.gaussian_cost(np.sqrt(residuals / side.dimension))
@@ -202,22 +215,20 @@ class _SideCosts:
         )
 
 
-def _coefficient_costs(
-    weighted: np.ndarray, energy: np.ndarray, counts: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def _coefficient_costs(squares: np.ndarray, energy: np.ndarray, counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return bits and squared error of the coefficients of each row, (rows, counts).
 
     Each row is assumed to have the mean distribution of energy over the components. Rows of about the same norm then
     have the same cost, which is looked up once.
 
     Args:
-        weighted: Squared coefficients, (rows, k).
-        energy: Their means over the rows, (k,).
+        squares: Squared norms of the coefficients of each row, (rows,).
+        energy: Mean squares of the coefficients over the rows, (k,).
         counts: Numbers of components.
     """
     if not len(energy):
-        return np.zeros((len(weighted), 1)), np.zeros((len(weighted), 1))
-    norm = np.sqrt(weighted.sum(1) / energy.sum())
+        return np.zeros((len(squares), 1)), np.zeros((len(squares), 1))
+    norm = np.sqrt(squares / energy.sum())
     bins, bin_of_row = np.unique(np.round(BINS * np.log2(np.maximum(norm, 1e-6))), return_inverse=True)
     bits, errors = dead_zone.gaussian_cost(2.0 ** (bins / BINS)[:, None] * np.sqrt(energy)[None])
     return _sums_of_leading(bits, counts)[bin_of_row], _sums_of_leading(errors, counts)[bin_of_row]

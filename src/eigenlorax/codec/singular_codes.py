@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core import linalg
 from . import dead_zone
 from .dead_zone import BITS_PER_SQUARED_ERROR
-from .logistic import classes_of_spread, code_bits
+from .logistic import classes_of_spread, code_bits, row_bits
 from .quantised_basis import QuantisedBasis
 from .svd_batch import SvdBatch
 
@@ -276,12 +276,14 @@ def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Te
     # the mean absolute value depends less on a few large numbers than the mean square; lower classes are tried
     # for vectors that are nearly zero apart from a few numbers
     first = classes_of_spread(scaled.abs().mean(-1) * MEAN_TO_SPREAD)
-    candidates = [(first - lower).clamp_min(0) for lower in LOWER_CLASSES]
-    bits = torch.stack(
-        [code_bits(codes, (classes[..., None] + profile).clamp_min(0)).sum(-1) for classes in candidates]
-    )
+    candidates = torch.stack([(first - lower).clamp_min(0) for lower in LOWER_CLASSES])
+    if profile.any():
+        profiles = [(classes[..., None] + profile).clamp_min(0) for classes in candidates]
+        bits = torch.stack([code_bits(codes, classes).sum(-1) for classes in profiles])
+    else:
+        bits = row_bits(codes, candidates)
     least, best = bits.min(0)
-    return torch.stack(candidates).gather(0, best[None])[0] + 1, least
+    return candidates.gather(0, best[None])[0] + 1, least
 
 
 def dequantise(codes: UpdateCodes, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:

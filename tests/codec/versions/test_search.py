@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from eigenlorax.codec import class_tables, entropy
+from eigenlorax.codec.logistic import bit_table
 from eigenlorax.codec.versions import increments, rate_rounding
 from eigenlorax.codec.versions.blocks import Block, Quantisation
 from eigenlorax.codec.versions.increments import RowShape
@@ -27,7 +28,7 @@ def test_the_integer_with_the_smaller_cost_is_chosen(scale: float) -> None:
     numbers, multiplier = normal(2, scale), 0.3
     rounded = rate_rounding.round_by_rate(numbers, multiplier)
     spread = np.sqrt(np.square(np.rint(numbers)).mean(1))
-    bits = rate_rounding.bit_table()[rate_rounding._class_of_spread(spread)]
+    bits = bit_table().numpy()[rate_rounding._class_of_spread(spread)]
     for row in range(ROWS):
         below = np.floor(np.abs(numbers[row])).astype(int)
         costs = [(np.abs(numbers[row]) - (below + up)) ** 2 + multiplier * bits[row, below + up] for up in range(2)]

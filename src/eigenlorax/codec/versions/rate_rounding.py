@@ -8,26 +8,16 @@ import torch
 from jaxtyping import Float64, Int32, Int64, UInt8
 
 from ..class_tables import CLASSES, GROUP_CLASSES, change_probability
-from ..logistic import code_bits
+from ..logistic import TABLE_SIZE, bit_table, code_bits
 from .lattice import ZERO_CLASS
 
-_TABLE_SIZE = 64
-"""Integers below this have their bits in a table."""
 _MIN_SPREAD = 2.0**-6
-
-
-@cache
-def bit_table() -> Float64[np.ndarray, "classes size"]:
-    """Return about how many bits each absolute integer below the table's size takes in each class."""
-    codes = torch.arange(_TABLE_SIZE, dtype=torch.float64).expand(CLASSES, -1)
-    table: np.ndarray = code_bits(codes, torch.arange(CLASSES)[:, None]).numpy()
-    return table
 
 
 @cache
 def _bit_increases() -> Float64[np.ndarray, "classes size"]:
     """Return how many more bits the integer k + 1 takes than k, in each class; at least 0."""
-    increases: np.ndarray = np.maximum(np.diff(bit_table(), axis=1), 0)
+    increases: np.ndarray = np.maximum(np.diff(bit_table().numpy(), axis=1), 0)
     return increases
 
 
@@ -69,11 +59,11 @@ def classes_and_bits(
     largest = magnitudes.max(1, initial=0)
     classes = _class_of_spread(np.sqrt(np.square(magnitudes, dtype=np.float64).mean(1)))
     bits = np.zeros(len(integers))
-    narrow = largest < _TABLE_SIZE
+    narrow = largest < TABLE_SIZE
     if narrow.any():
-        rows = np.arange(int(narrow.sum()))[:, None] * _TABLE_SIZE
-        histogram = np.bincount((magnitudes[narrow] + rows).ravel(), minlength=len(rows) * _TABLE_SIZE)
-        costs = histogram.reshape(-1, _TABLE_SIZE) @ bit_table().T
+        rows = np.arange(int(narrow.sum()))[:, None] * TABLE_SIZE
+        histogram = np.bincount((magnitudes[narrow] + rows).ravel(), minlength=len(rows) * TABLE_SIZE)
+        costs = histogram.reshape(-1, TABLE_SIZE) @ bit_table().numpy().T
         classes[narrow] = costs.argmin(1)
         bits[narrow] = costs.min(1)
     if not narrow.all():
