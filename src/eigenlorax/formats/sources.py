@@ -137,7 +137,8 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
         if file not in loras:
             warnings.warn(f"{folder.at(file)} was passed over: it is not a LoRA.", SkippedAdapterWarning, stacklevel=2)
     # folders of adapters are not listed, which would be a request for each folder behind a URL
-    for child in (child for child in children if child not in adapters):
+    adapter_folders = {str(child.source) for child in adapters}
+    for child in (child for child in children if str(child.source) not in adapter_folders):
         weights = [file for file in child.files() if file.endswith((".safetensors", ".bin"))]
         if weights:
             reason = "is a pack" if folders.is_pack(child) else f"holds {weights[0]} but no {keys.ADAPTER_CONFIG}"

@@ -261,12 +261,12 @@ class _Related:
 
 
 def _related(sources: _Sources) -> _Related:
-    pack, measured = sources.pack, sources.measured
+    pack, measured, sampled = sources.pack, sources.measured, sources.sampled
     trained = [name for name, adapter in sources.packed.items() if not adapter.record.untrained]
     members = [sources.packed[name] for name in trained]
-    if measured is not None:
-        names, pairs = measured.names, measured.pairs
-        reconstructed = reconstructed_pairs.inner_products(pack, members, sources.progress)
+    if measured is not None and sampled is not None:
+        names, pairs, modules = measured.names, measured.pairs, sampled.sample.modules
+        reconstructed = reconstructed_pairs.inner_products(pack, members, modules, sources.progress)
     else:
         names, pairs = trained, reconstructed_pairs.compare_pairs(pack, members, sources.progress)
         reconstructed = pairs.delta

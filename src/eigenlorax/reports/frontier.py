@@ -20,6 +20,8 @@ from .task_data import TaskFrontier
 
 NUMBERS = 1.5e6
 """Maximum number of elements of all factors for which all modules are measured; else only some modules."""
+HELD_NUMBERS = 2**24
+"""Maximum number of elements of measured modules that are held in memory, in float64."""
 SHARE = 0.02
 """Share of the elements of larger collections that is measured, where that is more than `NUMBERS`."""
 ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -83,8 +85,9 @@ def frontier(
     chosen = _sample(nonempty, sizes, seed)
     scale = sum(sizes.values()) / sum(sizes[module] for module in chosen)
     stacks = LazyMapping(dict.fromkeys(chosen), lambda module: _stack(pack, packed, originals, module))
-    # a small collection stays in memory; the modules of a large one are read each time they are needed
-    modules: Mapping[str, ModuleBatch] = dict(stacks) if scale == 1 else stacks
+    # modules that are not held in memory are read each time they are needed
+    is_held = sum(sizes[module] for module in chosen) <= HELD_NUMBERS
+    modules: Mapping[str, ModuleBatch] = dict(stacks) if is_held else stacks
     records = [pack.records[name] for name in names]
     of_pack = FrontierPoint(
         way=PACK,
