@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import eigenlorax as ex
 from adapters import make_adapter
 from eigenlorax.core import keys
-from eigenlorax.reports import extra, measure
+from eigenlorax.reports import extra, measure, module_sample
 from outcomes import assert_refused, contents, json_of, succeeded
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_shape_checks")]
@@ -63,6 +63,16 @@ class TestReport:
         found = json_of(cli("report", "pack", "-a", "in", "--left-out", asked, "--json"))
         assert found["left_out"]["sampled"] == left_out
 
+    def test_full_measures_all_modules(self, cli, inside, monkeypatch):
+        monkeypatch.setattr(module_sample, "MIN_SECONDS", 0.0)
+        monkeypatch.setattr(module_sample, "MIN_MODULES", 1)
+        sampled = json_of(cli("report", "pack", "-a", "in", "--json"))
+        assert sampled["sampling"]["modules"] == 1
+        assert sampled["sampling"]["of"] == sampled["collection"]["modules"]
+        full = json_of(cli("report", "pack", "-a", "in", "--full", "--json"))
+        assert full["sampling"] is None
+        assert full["left_out"]["sampled"] == 3
+
     def test_the_seed(self, cli, inside):
         found = [json_of(cli("report", "pack", "-a", "in", "--seed", seed, "--json")) for seed in (0, 0, 1)]
         assert found[0] == found[1] != found[2]
@@ -82,6 +92,7 @@ class TestReport:
             ("report pack --evaluate rows.csv", ["--evaluate needs --adapters with the original adapters"]),
             ("report pack --left-out 2", ["--left-out needs --adapters"]),
             ("report pack --seed 1", ["--seed needs --adapters"]),
+            ("report pack --full", ["--full needs --adapters"]),
             ("report pack --labels a,b", ["--labels needs --adapters"]),
             ("report pack --allow-pickle", ["--allow-pickle needs --adapters"]),
             ("report pack -a in --labels a,b", ["--labels needs --evaluate with a file of rows", "remove --labels"]),

@@ -132,7 +132,7 @@ class SampledMeasurements:
     def of(cls, groups: Sequence[Measured], sample: ModuleSample, norms: list[float]) -> "SampledMeasurements":
         """Combine the groups into which the modules of a sample were divided."""
         without = [[*groups[:index], *groups[index + 1 :]] for index in range(len(groups))]
-        replicates = [] if sample.is_whole else [combine(others) for others in without]
+        replicates = [combine(others) for others in without if others and not sample.is_whole]
         return cls(combine(groups), replicates, sample, norms)
 
     def standard_error(self, figures: Sequence[float | None]) -> float:
