@@ -332,7 +332,7 @@ def _fields_of_replicates(sources: _Sources) -> list[dict[str, dict[str, Any]]]:
     if sources.sampled is None:
         return []
     norms = sources.sampled.norms
-    return [rows.measured_fields(sources.pack, replicate, norms) for replicate in sources.sampled.replicates]
+    return [rows.measured_fields(sources.pack, replicate, norms) for replicate in sources.sampled.replicates()]
 
 
 def _baselines(
@@ -345,7 +345,7 @@ def _baselines(
     if sampled is None:
         return []
     others = []
-    for replicate, fields in zip(sampled.replicates, replicated, strict=True):
+    for replicate, fields in zip(sampled.replicates(), replicated, strict=True):
         of_replicate = [replace(each, **fields[each.name]) if each.name in fields else each for each in figures]
         null_of_replicate = alternatives.null(replicate, pack, sources.seed)
         others.append(alternatives.baselines(pack, packed, of_replicate, replicate, null_of_replicate))

@@ -1,7 +1,7 @@
 """Sums over modules of what is measured with the original adapters, and their sampling errors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -118,22 +118,30 @@ class SampledMeasurements:
 
     Attributes:
         whole: Sums over all modules of the sample.
-        replicates: Sums without each group of modules in turn; empty if all modules of the pack were measured.
+        groups: Sums over groups of these modules; empty if all modules of the pack were measured.
         sample: The sample.
         norms: Norm of each adapter over all modules of the subspace, in the order of `Measured.names`.
     """
 
     whole: Measured
-    replicates: list[Measured]
+    groups: Sequence[Measured]
     sample: ModuleSample
     norms: list[float]
 
     @classmethod
     def of(cls, groups: Sequence[Measured], sample: ModuleSample, norms: list[float]) -> "SampledMeasurements":
         """Combine the groups into which the modules of a sample were divided."""
-        without = [[*groups[:index], *groups[index + 1 :]] for index in range(len(groups))]
-        replicates = [combine(others) for others in without if others and not sample.is_whole]
-        return cls(combine(groups), replicates, sample, norms)
+        return cls(combine(groups), [] if sample.is_whole or len(groups) == 1 else groups, sample, norms)
+
+    @property
+    def has_errors(self) -> bool:
+        """True if figures have standard errors."""
+        return bool(self.groups)
+
+    def replicates(self) -> Iterator[Measured]:
+        """Yield the sums without each group in turn. Matrices of all pairs are large: one replicate at a time."""
+        for index in range(len(self.groups)):
+            yield combine([*self.groups[:index], *self.groups[index + 1 :]])
 
     def standard_error(self, figures: Sequence[float | None]) -> float:
         """Return the standard error of a figure from the sampling of modules; 0 if all modules were measured.
@@ -142,7 +150,7 @@ class SampledMeasurements:
         number of modules.
 
         Args:
-            figures: The figure of each of `replicates`; None where it could not be measured.
+            figures: The figure of each of the `replicates`; None where it could not be measured.
         """
         known = [figure for figure in figures if figure is not None]
         g = len(known)

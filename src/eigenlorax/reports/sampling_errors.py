@@ -43,9 +43,9 @@ def _mean_error(sampled: SampledMeasurements, fields: Sequence[Mapping[str, Mapp
 def left_out(sampled: SampledMeasurements | None, figures_of: Callable[[Measured], LeftOut | None]) -> LeftOut | None:
     """Return leave-one-out figures with standard errors."""
     figures = figures_of(sampled.whole) if sampled is not None else None
-    if sampled is None or figures is None or not sampled.replicates:
+    if sampled is None or figures is None or not sampled.has_errors:
         return figures
-    others = [figures_of(replicate) for replicate in sampled.replicates]
+    others = [figures_of(replicate) for replicate in sampled.replicates()]
     of_modules = sampled.standard_error([other.errors.mean if other else None for other in others])
     return replace(
         figures,
@@ -58,9 +58,9 @@ def left_out(sampled: SampledMeasurements | None, figures_of: Callable[[Measured
 def null(sampled: SampledMeasurements | None, figures_of: Callable[[Measured], Null | None]) -> Null | None:
     """Return the null model with standard errors."""
     figures = figures_of(sampled.whole) if sampled is not None else None
-    if sampled is None or figures is None or not sampled.replicates:
+    if sampled is None or figures is None or not sampled.has_errors:
         return figures
-    others = [other for replicate in sampled.replicates if (other := figures_of(replicate)) is not None]
+    others = [other for replicate in sampled.replicates() if (other := figures_of(replicate)) is not None]
 
     def with_error(side: SideEnergy, replicates: Sequence[SideEnergy]) -> SideEnergy:
         differences = [replicate.energy - replicate.null for replicate in replicates]
@@ -96,9 +96,9 @@ def baselines(
 def sizes(sampled: SampledMeasurements | None, figures_of: Callable[[Measured], list[SizePoint]]) -> list[SizePoint]:
     """Return the figures at other numbers of components, with standard errors."""
     points = figures_of(sampled.whole) if sampled is not None else []
-    if sampled is None or not sampled.replicates:
+    if sampled is None or not sampled.has_errors:
         return points
-    others = [figures_of(replicate) for replicate in sampled.replicates]
+    others = [figures_of(replicate) for replicate in sampled.replicates()]
     with_errors = []
     for index, point in enumerate(points):
         at_size = [other[index] for other in others]
@@ -115,12 +115,15 @@ def sizes(sampled: SampledMeasurements | None, figures_of: Callable[[Measured], 
 
 def similarity(sampled: SampledMeasurements | None, figures: Similarity, copies: Sequence[Sequence[int]]) -> Similarity:
     """Return the similarity between adapters with standard errors of its means."""
-    if sampled is None or not sampled.replicates:
+    if sampled is None or not sampled.has_errors:
         return figures
-    pairs = [replicate.pairs for replicate in sampled.replicates]
     distinct = relations.without_copies(len(figures.names), copies)
+    means = [
+        (relations.mean_cosine(cosines(replicate.pairs.delta)), relations.mean_energy(replicate.pairs, distinct))
+        for replicate in sampled.replicates()
+    ]
     return replace(
         figures,
-        mean_cosine_error=sampled.standard_error([relations.mean_cosine(cosines(each.delta)) for each in pairs]),
-        mean_energy_error=sampled.standard_error([relations.mean_energy(each, distinct) for each in pairs]),
+        mean_cosine_error=sampled.standard_error([cosine for cosine, _ in means]),
+        mean_energy_error=sampled.standard_error([energy for _, energy in means]),
     )
