@@ -1,9 +1,8 @@
 """Make the report of a pack, with or without the adapters that it was fitted to."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +21,20 @@ from . import (
     measure,
     module_sample,
     originals,
-    reconstructed_pairs,
     relations,
     rows,
     sampling_errors,
     spreads,
     verdict,
 )
-from .analysis import groups, runs
-from .analysis.pairs import cosines
 from .comparison_data import Baseline, Null
-from .data import AdapterFigures, Collection, Similarity, Verdict
+from .data import AdapterFigures, Collection, Verdict
 from .files import Report
-from .history_data import Run
-from .measured import Measured, SampledMeasurements
+from .measured import SampledMeasurements
 from .module_sample import ModuleSample
 from .originals import Originals
+from .related import Related, ReportSources, find_related
 from .task_data import Evaluation, TaskFrontier
-
-_EQUAL_NORM = 0.02
-"""Maximum difference of the norms of equal updates in a module, relative to the norm over all modules."""
 
 
 def report(
@@ -111,7 +104,7 @@ def report(
         if matched is not None:
             sample = _sample(pack, packed, left_out, full, seed)
             sampled = measure.measure(pack, packed, matched, seed, sample, progress)
-        return _assemble(_Sources(pack, packed, matched, sampled, seed, progress))
+        return _assemble(ReportSources(pack, packed, matched, sampled, seed, progress))
 
 
 def _sample(
@@ -162,36 +155,10 @@ def _report_on_histories(pack: Pack, adapters: Sources | Originals | None, progr
     return replace(report, verdict=verdict.conclude(report))
 
 
-@dataclass(frozen=True, slots=True)
-class _Sources:
-    """Inputs of all figures.
-
-    Attributes:
-        pack: The pack.
-        packed: Its adapters, by name.
-        originals: The original adapters; None for a report of the pack alone.
-        sampled: Measurements with the originals; None for a report of the pack alone.
-        seed: Seed of all random choices.
-        progress: Callback with the arguments (stage, done, total).
-    """
-
-    pack: Pack
-    packed: Mapping[str, PackedAdapter]
-    originals: Originals | None
-    sampled: SampledMeasurements | None
-    seed: int
-    progress: Progress
-
-    @property
-    def measured(self) -> Measured | None:
-        """Sums over all modules of the sample."""
-        return self.sampled.whole if self.sampled is not None else None
-
-
-def _assemble(sources: _Sources) -> Report:
+def _assemble(sources: ReportSources) -> Report:
     pack, packed, matched, measured = sources.pack, sources.packed, sources.originals, sources.measured
     sampled = sources.sampled
-    related = _related(sources)
+    related = find_related(sources)
     figures = _adapter_figures(sources, related)
     replicated = _fields_of_replicates(sources)
     users = Counter(module for adapter in packed.values() for module in adapter.subspace_names.values())
@@ -234,77 +201,7 @@ def _assemble(sources: _Sources) -> Report:
     return replace(report, verdict=verdict.conclude(report))
 
 
-@dataclass(frozen=True, slots=True)
-class _Related:
-    """Relations between the trained adapters.
-
-    Attributes:
-        similarity: Similarity between the adapters.
-        outliers: Names of adapters that share little with the others.
-        duplicates: Groups of adapters with equal updates.
-        runs: Adapters that look like versions of one run.
-        neighbours: Fields of `AdapterFigures` on the nearest adapter, by adapter.
-        positions: Coordinates (x, y) on the map, by adapter.
-    """
-
-    similarity: Similarity
-    outliers: list[str]
-    duplicates: list[list[str]]
-    runs: list[Run]
-    neighbours: Mapping[str, Mapping[str, Any]]
-    positions: Mapping[str, Sequence[float]]
-
-    @property
-    def copies(self) -> set[str]:
-        """Names of the adapters that have a copy in the collection."""
-        return {name for group in self.duplicates for name in group}
-
-
-def _related(sources: _Sources) -> _Related:
-    pack, measured, sampled = sources.pack, sources.measured, sources.sampled
-    trained = [name for name, adapter in sources.packed.items() if not adapter.record.untrained]
-    members = [sources.packed[name] for name in trained]
-    if measured is not None and sampled is not None:
-        names, pairs, modules = measured.names, measured.pairs, sampled.sample.modules
-        reconstructed = reconstructed_pairs.inner_products(pack, members, modules, sources.progress)
-    else:
-        names, pairs = trained, reconstructed_pairs.compare_pairs(pack, members, sources.progress)
-        reconstructed = pairs.delta
-    positions, map_share = groups.on_a_map(cosines(reconstructed))
-    copies = groups.duplicates(pairs)
-    if sources.originals is not None:
-        # updates that are equal in the sampled modules may differ in others
-        copies = [group for group in copies if _have_equal_norms(sources, [names[index] for index in group])]
-    similarity, outliers, cosine, overlap = relations.similarity(measured, pairs, names, copies, map_share)
-    return _Related(
-        similarity=sampling_errors.similarity(sources.sampled, similarity, copies),
-        outliers=outliers,
-        duplicates=[[names[index] for index in group] for group in copies],
-        runs=[
-            Run([names[index] for index in run], float(runs.changes(pairs.delta, run).median()))
-            for run in runs.find_runs(pairs.delta, names)
-        ],
-        neighbours=relations.neighbours(names, cosine, overlap),
-        positions=dict(zip(trained, positions.tolist(), strict=True)),
-    )
-
-
-def _have_equal_norms(sources: _Sources, names: Sequence[str]) -> bool:
-    """Return whether these adapters have equal norms in every module."""
-    assert sources.originals is not None
-    norms = []
-    for name in names:
-        squares, own_names = sources.originals.scans[name].delta_squares, sources.packed[name].subspace_names
-        norms.append({module: math.sqrt(squares[own]) for own, module in own_names.items() if squares[own] > 0})
-    tolerance = _EQUAL_NORM * math.hypot(*norms[0].values())
-    return all(
-        abs(other.get(module, 0.0) - norms[0].get(module, 0.0)) <= tolerance
-        for other in norms
-        for module in norms[0].keys() | other.keys()
-    )
-
-
-def _adapter_figures(sources: _Sources, related: _Related) -> list[AdapterFigures]:
+def _adapter_figures(sources: ReportSources, related: Related) -> list[AdapterFigures]:
     """Return the figures of every adapter, the largest delta error first."""
     measured = (
         {}
@@ -327,7 +224,7 @@ def _adapter_figures(sources: _Sources, related: _Related) -> list[AdapterFigure
     return sorted(figures, key=lambda figures: (-figures.delta_error, figures.name))
 
 
-def _fields_of_replicates(sources: _Sources) -> list[dict[str, dict[str, Any]]]:
+def _fields_of_replicates(sources: ReportSources) -> list[dict[str, dict[str, Any]]]:
     """Return the measured fields of every adapter, for each replicate of the sample of modules."""
     if sources.sampled is None:
         return []
@@ -336,7 +233,7 @@ def _fields_of_replicates(sources: _Sources) -> list[dict[str, dict[str, Any]]]:
 
 
 def _baselines(
-    sources: _Sources,
+    sources: ReportSources,
     figures: Sequence[AdapterFigures],
     null: Null | None,
     replicated: Sequence[Mapping[str, Mapping[str, Any]]],
