@@ -133,8 +133,7 @@ def report(
         bool,
         typer.Option(
             "--full",
-            help="Measure all modules, and leave out each adapter (default: a sample that takes about as long as the "
-            "fit).",
+            help="Measure all modules, and leave out each adapter (default: of a large collection, a sample).",
             rich_help_panel=MEASUREMENTS,
         ),
     ] = False,

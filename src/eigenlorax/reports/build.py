@@ -59,7 +59,7 @@ def report(
         left_out: Number of adapters to leave out of the fit in turn. Default: all, or a random sample of at most 32,
             and of 8 if they take long.
         full: Measure all modules, and leave out each adapter. Default: False, which measures as many modules of a
-            large collection as take about the time of the fit, and states the standard errors.
+            large collection as take about half the time of the fit, and states the standard errors.
         seed: Seed of these samples, of random components and of the division into halves, from 0 to 2**63 - 1.
         progress: Callback with the arguments (stage, done, total).
         **options: Options of `read_adapter`, such as `allow_pickle`.
