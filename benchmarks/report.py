@@ -111,8 +111,8 @@ def make(folder: Path, planted: Planted) -> None:
         (adapter / "adapter_config.json").write_text(json.dumps(config), "utf-8")
 
 
-def run(*arguments: str | Path) -> tuple[float, float]:
-    """Run the command in a process of its own; return its processor seconds and its peak memory in GB."""
+def run(*arguments: str | Path) -> float:
+    """Run the command in a process of its own; return its processor seconds."""
     process = subprocess.Popen(
         [sys.executable, "-m", "eigenlorax", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -122,14 +122,14 @@ def run(*arguments: str | Path) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"eigenlorax {arguments[0]} failed.")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9
+    return usage.ru_utime + usage.ru_stime
 
 
 def measure(adapters: Path, options: Sequence[str], folder: Path) -> Json:
     """Fit and report a folder of adapters, and return seconds, memory and bytes."""
     pack, page, document = folder / "pack", folder / "report.html", folder / "report.json"
-    fit_seconds, _ = run("fit", adapters, "-o", pack, "--overwrite", "--no-report", "--warn-above", "1", *options)
-    report_seconds, peak = run("report", pack, "--adapters", adapters, "-o", page, "-o", document)
+    fit_seconds = run("fit", adapters, "-o", pack, "--overwrite", "--no-report", "--warn-above", "1", *options)
+    report_seconds = run("report", pack, "--adapters", adapters, "-o", page, "-o", document)
     report = json.loads(document.read_text("utf-8"))
     sampling = report["sampling"]
     shutil.rmtree(pack)
@@ -137,7 +137,6 @@ def measure(adapters: Path, options: Sequence[str], folder: Path) -> Json:
         "fit_seconds": round(fit_seconds, 2),
         "report_seconds": round(report_seconds, 2),
         "ratio": round(report_seconds / fit_seconds, 2),
-        "peak_gb": round(peak, 2),
         "page_bytes": page.stat().st_size,
         "json_bytes": document.stat().st_size,
         "measured": sampling["modules"] if sampling else report["collection"]["modules"],

@@ -96,7 +96,6 @@ def report_table(report: Json) -> str:
             f"{figures['fit_seconds']:.1f}",
             f"{figures['report_seconds']:.1f}",
             f"{figures['ratio']:.1f}",
-            f"{figures['peak_gb']:.2f}",
             f"{figures['measured']} of {figures['modules']}",
             f"{figures['left_out']}",
             f"{figures['page_bytes'] / 1e6:.2f}",
@@ -104,7 +103,7 @@ def report_table(report: Json) -> str:
         ]
         for figures in report["collections"]
     ]
-    header = ("collection", "fit, s", "report, s", "ratio", "peak, GB", "modules", "left out", "page, MB", "JSON, MB")
+    header = ("collection", "fit, s", "report, s", "ratio", "modules", "left out", "page, MB", "JSON, MB")
     growth = [
         [
             field,
@@ -117,11 +116,11 @@ def report_table(report: Json) -> str:
         for field, figures in report["growth"].items()
     ]
     return (
-        "Processor seconds of `fit` without a report, and of `report` from the pack to the page and the JSON, "
-        "both with starting Python (1.6 s):\n\n"
+        "Processor seconds of `fit` without a report, and of `report` from the pack to the page and the JSON. Both start\n"
+        "Python and import torch.\n\n"
         f"{table(header, rows)}\n\n"
-        "Growth from 40 planted adapters of 24 modules, 384 wide, r = 8: processor seconds, and in brackets the "
-        "exponent over the upper half of the sizes.\n\n"
+        "Growth from 40 planted adapters of 24 modules, 384 wide, r = 8: processor seconds, and in brackets the exponent\n"
+        "over the upper half of the sizes.\n\n"
         f"{table(('size', 'sizes', 'fit, s', 'report, s'), growth)}\n\n"
         f"`{report['command']}`; {where['processor']}, torch {where['torch']}, one thread."
     )
