@@ -116,11 +116,11 @@ def report_table(report: Json) -> str:
         for field, figures in report["growth"].items()
     ]
     return (
-        "Processor seconds of `fit` without a report, and of `report` from the pack to the page and the JSON. Both start\n"
-        "Python and import torch.\n\n"
+        "Processor seconds of `fit` without a report, and of `report` from the pack to the page and the JSON. Both\n"
+        "start Python and import torch.\n\n"
         f"{table(header, rows)}\n\n"
-        "Growth from 40 planted adapters of 24 modules, 384 wide, r = 8: processor seconds, and in brackets the exponent\n"
-        "over the upper half of the sizes.\n\n"
+        "Growth from 40 planted adapters of 24 modules, 384 wide, r = 8: processor seconds, and in brackets the\n"
+        "exponent over the upper half of the sizes.\n\n"
         f"{table(('size', 'sizes', 'fit, s', 'report, s'), growth)}\n\n"
         f"`{report['command']}`; {where['processor']}, torch {where['torch']}, one thread."
     )
