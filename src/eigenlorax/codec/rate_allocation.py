@@ -228,10 +228,23 @@ def _coefficient_costs(squares: np.ndarray, energy: np.ndarray, counts: Sequence
     """
     if not len(energy):
         return np.zeros((len(squares), 1)), np.zeros((len(squares), 1))
-    norm = np.sqrt(squares / energy.sum())
-    bins, bin_of_row = np.unique(np.round(BINS * np.log2(np.maximum(norm, 1e-6))), return_inverse=True)
-    bits, errors = dead_zone.gaussian_cost(2.0 ** (bins / BINS)[:, None] * np.sqrt(energy)[None])
+    bits, errors, bin_of_row = _gaussian_costs(np.sqrt(squares / energy.sum()), np.sqrt(energy))
     return _sums_of_leading(bits, counts)[bin_of_row], _sums_of_leading(errors, counts)[bin_of_row]
+
+
+def _gaussian_costs(norms: np.ndarray, spread: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return bits and squared errors, (bins, k), of Gaussian numbers whose rows have about the same norm.
+
+    Args:
+        norms: Factor of each row, (rows,).
+        spread: Standard deviations of the numbers of a row, (k,), to be multiplied by its factor.
+
+    Returns:
+        Bits and squared errors, and the bin of each row.
+    """
+    bins, bin_of_row = np.unique(np.round(BINS * np.log2(np.maximum(norms, 1e-6))), return_inverse=True)
+    bits, errors = dead_zone.gaussian_cost(2.0 ** (bins / BINS)[:, None] * spread[None])
+    return bits, errors, bin_of_row
 
 
 def _sums_of_leading(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
@@ -301,8 +314,9 @@ class _ModuleCosts:
         for side, k in zip((self.down, self.up), components.k, strict=True):
             shares.append(side.energy[:k] / max(float(side.energy[:k].sum()), 1e-300))
         spread = np.sqrt(np.outer(*shares)).flatten()
-        bits, errors = (each.sum(1) for each in dead_zone.gaussian_cost(np.sqrt(represented)[:, None] * spread[None]))
-        bits, errors = bits + OVERHEAD, errors + self._by_adapter(squares) - represented
+        bits, errors, bin_of_row = _gaussian_costs(np.sqrt(represented), spread)
+        bits = bits.sum(1)[bin_of_row] + OVERHEAD
+        errors = errors.sum(1)[bin_of_row] + self._by_adapter(squares) - represented
         costs = bits + BITS_PER_SQUARED_ERROR * errors
         with_core = costs < components.bits + BITS_PER_SQUARED_ERROR * components.squared_errors
         return replace(
