@@ -126,13 +126,18 @@ def _truncated(pack: Pack, measured: Measured) -> list[float]:
     spent = pack.info.stored_bytes + sum(record.coefficient_bytes for record in records.values())
     numbers, lora_width = lora_numbers(records), spreads.width(pack)
     costs = [lora_width * numbers_per_component for numbers_per_component, _ in measured.singular]
-    width_of_all = sum(sum(bases.shape) for bases in pack.subspace.modules.values())
-    share = sum(numbers_per_component for numbers_per_component, _ in measured.singular) / max(width_of_all, 1)
-    truncate = losses.truncated if share == 1 else losses.truncated_in_sample
+    widths = [sum(bases.shape) for bases in pack.subspace.modules.values()]
+    share = sum(numbers_per_component for numbers_per_component, _ in measured.singular) / max(sum(widths), 1)
     kept = []
     for index, name in enumerate(measured.names):
-        budget = share * spent * records[name].lora_numbers / numbers
-        kept.append(truncate([squares[index] for _, squares in measured.singular], costs, budget))
+        budget = spent * records[name].lora_numbers / numbers
+        squares = [values[index] for _, values in measured.singular]
+        if share < 1:
+            # bytes that buy no further component of all modules buy none in the sample either
+            budget -= budget % (lora_width * min(widths))
+            kept.append(losses.truncated_in_sample(squares, costs, share * budget))
+        else:
+            kept.append(losses.truncated(squares, costs, budget))
     return spreads.relative(measured.total - torch.tensor(kept, dtype=torch.float64), measured.total)
 
 
