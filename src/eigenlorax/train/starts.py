@@ -325,8 +325,8 @@ def _mix_rows(adapter: Adapter) -> Adapter:
 def _reset_zero_modules(model: Any) -> None:
     """Give each module of the LoRA whose factors are both zero new initial values, with which its update stays zero.
 
-    A version within an error bound has zeros on both sides where its source had B = 0. Both gradients are zero there,
-    so that the module would never be trained.
+    A version within an error bound has zeros on both sides where the update of its source was next to nothing. Both
+    gradients are zero there, so that the module would never be trained.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -286,6 +286,22 @@ def test_special_versions(change):
     assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[1].decoded)
 
 
+@pytest.mark.parametrize("zero", ["up", "down"])
+def test_a_module_that_has_not_moved_keeps_its_other_factor(zero):
+    first, second = run(2)
+    idle = replace(first.modules["layer.1"], **{zero: torch.zeros_like(getattr(first.modules["layer.1"], zero))})
+    versions = [replace(version, modules=version.modules | {"layer.1": idle}) for version in (first, second)]
+    encoded = encode_all([*versions, run(3)[2]])
+    for version, each in zip(versions, encoded[:2], strict=True):
+        assert torch.equal(each.decoded.modules["layer.1"].up, idle.up)
+        assert torch.equal(each.decoded.modules["layer.1"].down, idle.down)
+        assert dense_error(version, each.decoded) <= 0.05
+    # its factors have 768 bytes, which are stored once
+    alone = replace(versions[1], modules={"layer.0": second.modules["layer.0"]})
+    assert len(encoded[1].data) < len(lossy.encode(alone, lossy.encode(first, None).decoded).data) + 300
+    assert_same(lossy.decode_chain([each.data for each in encoded]), encoded[2].decoded)
+
+
 def test_a_training_can_start_from_an_untrained_version():
     version = start()
     modules = {

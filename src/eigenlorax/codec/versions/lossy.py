@@ -30,7 +30,8 @@ def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion
     """Encode a version within its error bounds.
 
     Whatever cannot be encoded within its bound is stored exactly: tensors with a bound of 0, tensors that are not of
-    floats, factors whose update is beyond the range of float64's squares.
+    floats, factors whose update is beyond the range of float64's squares, and factors of which one is zero, beside
+    other updates: the bound of the whole update would allow to lose the other factor, from which a training goes on.
 
     Args:
         version: The version. All numbers are finite.
@@ -39,11 +40,14 @@ def encode(version: Version, reference: DecodedVersion | None) -> EncodedVersion
     """
     reference = reference if isinstance(reference, LossyVersion) else None
     modules = dict(sorted(version.modules.items()))
-    quantised = QuantisedModules(0, {}, {}, 0.0)
-    exact_modules = modules
-    if _is_in_range(modules):
+    idle = {module: factors for module, factors in modules.items() if _is_half_zero(factors)}
+    # before the first step all are, and are quantised as they are
+    idle = idle if len(idle) < len(modules) else {}
+    moved = {module: factors for module, factors in modules.items() if module not in idle}
+    quantised, exact_modules = QuantisedModules(0, {}, {}, 0.0), modules
+    if _is_in_range(moved):
         with suppress(OptionError):
-            quantised, exact_modules = quantise_modules(modules, version.max_error, reference), {}
+            quantised, exact_modules = quantise_modules(moved, version.max_error, reference), idle
     tensors = quantise_tensors(version.tensors, version.tensor_bounds, reference)
     decoded = _join(quantised, exact_modules, tensors)
     encoded = _to_bytes(decoded, reference, quantised.orders)
@@ -119,6 +123,11 @@ def _is_in_range(modules: Mapping[str, LoRAFactors]) -> bool:
     scalings = [abs(factors.scaling) for factors in modules.values()]
     # the update is at most the product of the three, which stays in the range of `quantised_tensor`
     return all(norm == 0 or MIN_NORM ** (1 / 3) < norm < MAX_NORM ** (1 / 3) for norm in norms + scalings)
+
+
+def _is_half_zero(factors: LoRAFactors) -> bool:
+    """Return whether exactly one of two factors is zero."""
+    return bool(factors.up.any()) != bool(factors.down.any())
 
 
 def encode_again(decoded: DecodedVersion, reference: DecodedVersion | None) -> EncodedVersion:
