@@ -38,9 +38,9 @@ class SideCodes:
         return cls(
             levels.numpy(),
             # rows of zeros are neither written nor kept
-            narrow(batch.coefficients[row, :count][levels > 0].numpy()),
+            narrow(batch.coefficients[row, :count][levels > 0].to(torch.int64).numpy()),
             residual_levels.numpy(),
-            narrow(batch.residuals[row, :count][residual_levels > 0].numpy()),
+            narrow(batch.residuals[row, :count][residual_levels > 0].to(torch.int64).numpy()),
         )
 
     @property

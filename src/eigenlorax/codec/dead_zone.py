@@ -34,7 +34,8 @@ def quantise(numbers: Tensor) -> Tensor:
     Returns:
         Integers of the same shape and float dtype.
     """
-    return numbers.sign() * (numbers.abs() + (0.5 - DEAD_ZONE)).floor()
+    magnitudes = numbers.abs().add_(0.5 - DEAD_ZONE).floor_()
+    return magnitudes.copysign_(numbers)
 
 
 @cache

@@ -196,8 +196,7 @@ class CollectionEncoder:
         codes: list[dict[str, ModuleCodes]] = [{} for _ in self.norms]
         for module, updates in self._each_module(WRITING):
             step_sizes = plan.step_sizes[module.indices]
-            for rows in updates.index_batches():
-                batch = singular_codes.encode_updates(updates.select(rows), step_sizes[rows], *plan.bases[module.key])
+            for rows, batch in singular_codes.encode_in_batches(updates, step_sizes, *plan.bases[module.key]):
                 for position, row in enumerate(rows):
                     codes[module.sources[row].index][module.name] = ModuleCodes.of(batch, position)
         adapters = [

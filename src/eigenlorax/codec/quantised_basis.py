@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core import linalg
 from .class_tables import CLASSES
 from .logistic import code_bits
 
@@ -16,6 +17,25 @@ HEADER_BITS = 16
 """Bits of a row beside its codes: its fineness and its profile."""
 # 2^0, 2^¼, 2^½ and 2^¾, each the nearest float64
 _QUARTER_OCTAVES = np.array([1.0, 1.189207115002721, 1.4142135623730951, 1.681792830507429])
+
+
+@dataclass(frozen=True, slots=True)
+class BasisRows:
+    """A basis as numbers, for many updates that are encoded with it.
+
+    Attributes:
+        rows: The rows of `QuantisedBasis`, in float64.
+        dual_rows: Their dual rows (`linalg.dual_rows`): quantised rows are not orthonormal.
+        profile: As in `QuantisedBasis`.
+    """
+
+    rows: Float[Tensor, "k d"]
+    dual_rows: Float[Tensor, "k d"]
+    profile: Int[np.ndarray, " k"]
+
+    @property
+    def k(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +100,11 @@ class QuantisedBasis:
         # the pack's fingerprint is of these rows, and a power function may be off in the last bit on some machines
         step_sizes = np.ldexp(_QUARTER_OCTAVES[-self.fineness % 4], -self.fineness // 4)
         return (self.codes.to(torch.float64) * torch.from_numpy(step_sizes)[:, None]).to(torch.float32)
+
+    def numbers(self) -> BasisRows:
+        """Return the basis as numbers."""
+        rows = self.rows.to(torch.float64)
+        return BasisRows(rows, linalg.dual_rows(rows), self.profile)
 
     def bits(self) -> float:
         """Return about how many bits the basis takes in a file."""

@@ -12,6 +12,7 @@ This module does not know of files; `bitstream` makes bytes of its codes.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..core import linalg
 from . import dead_zone
 from .dead_zone import BITS_PER_SQUARED_ERROR
 from .logistic import classes_of_spread, code_bits, row_bits
-from .quantised_basis import QuantisedBasis
+from .quantised_basis import BasisRows, QuantisedBasis
 from .svd_batch import SvdBatch
 
 SCALES = 8
@@ -41,6 +42,8 @@ OVERHEAD = 16.0
 class BatchSideCodes:
     """One side of the singular components of several updates. A level is a class plus 1, or 0 if all codes are 0.
 
+    Codes are integers in float64, in which they are computed with.
+
     Attributes:
         coefficients: Codes of class level − 1 + profile of the basis.
         coefficient_levels: Level of each vector's coefficients.
@@ -48,17 +51,19 @@ class BatchSideCodes:
         residual_levels: Level of each vector's residual.
     """
 
-    coefficients: Int[Tensor, "n r k"]
+    coefficients: Float[Tensor, "n r k"]
     coefficient_levels: Int[Tensor, "n r"]
-    residuals: Int[Tensor, "n r d"]
+    residuals: Float[Tensor, "n r d"]
     residual_levels: Int[Tensor, "n r"]
 
     def rows(self, basis: Float[Tensor, "k d"]) -> Float[Tensor, "n r d"]:
         """Return the decoded vectors in step sizes, float64, given the rows of the basis."""
-        return self.coefficients.to(torch.float64) @ basis.to(torch.float64) + self.residuals.to(torch.float64)
+        return self.coefficients @ basis.to(torch.float64) + self.residuals
 
     def mask(self, keep: Tensor) -> "BatchSideCodes":
         """Set the codes of components to zero where the mask `keep`, (n, r) or (n, 1), is 0."""
+        if keep.all():
+            return self
         return BatchSideCodes(
             self.coefficients * keep[..., None],
             self.coefficient_levels * keep,
@@ -114,6 +119,20 @@ def encode_updates(
         down: Basis of the down side, possibly without a row.
         up: Basis of the up side, possibly without a row.
     """
+    return _encode(updates, step_sizes, down.numbers(), up.numbers())
+
+
+def encode_in_batches(
+    updates: SvdBatch, step_sizes: Float[Tensor, " n"], down: QuantisedBasis, up: QuantisedBasis
+) -> Iterator[tuple[list[int], UpdateCodes]]:
+    """Yield the indices of some updates, and their codes as `encode_updates` returns them, in bounded memory."""
+    bases = down.numbers(), up.numbers()
+    for indices in updates.index_batches():
+        batch = updates.select(indices) if len(indices) < len(updates) else updates
+        yield indices, _encode(batch, step_sizes[indices], *bases)
+
+
+def _encode(updates: SvdBatch, step_sizes: Tensor, down: BasisRows, up: BasisRows) -> UpdateCodes:
     codes = _encode_components(updates, step_sizes, down, up)
     # a core with many more numbers than the components cannot pay, and would take much memory
     if not 0 < down.k * up.k <= 2 * updates.rank * (down.k + up.k):
@@ -139,13 +158,12 @@ def measure_updates(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Return about how many bits `encode_updates` takes for each update, and the squared error of each."""
     bits, squared_errors = torch.zeros_like(step_sizes), torch.zeros_like(step_sizes)
-    for indices in updates.index_batches():
-        codes = encode_updates(updates.select(indices), step_sizes[indices], down, up)
+    for indices, codes in encode_in_batches(updates, step_sizes, down, up):
         bits[indices], squared_errors[indices] = codes.bits, codes.squared_errors
     return bits, squared_errors
 
 
-def _encode_components(updates: SvdBatch, step_sizes: Tensor, down: QuantisedBasis, up: QuantisedBasis) -> UpdateCodes:
+def _encode_components(updates: SvdBatch, step_sizes: Tensor, down: BasisRows, up: BasisRows) -> UpdateCodes:
     """Encode updates by their singular components, as many of each as pay."""
     lengths = updates.s / step_sizes[:, None]
     scales = (SCALES * lengths.clamp_min(1).log2()).round().clamp(0, MAX_SCALE)
@@ -182,12 +200,10 @@ def _encode_components(updates: SvdBatch, step_sizes: Tensor, down: QuantisedBas
 
 
 def _encode_cores(
-    updates: SvdBatch, step_sizes: Tensor, down: QuantisedBasis, up: QuantisedBasis, cost_limits: Tensor
+    updates: SvdBatch, step_sizes: Tensor, down: BasisRows, up: BasisRows, cost_limits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return cores, levels, bits and squared errors; these are infinite where the bits alone exceed the cost limit."""
-    v_rows, u_rows = down.rows.to(torch.float64), up.rows.to(torch.float64)
-    # quantised rows are not orthonormal: least-squares coefficients take the dual rows
-    v, u = updates.v @ linalg.dual_rows(v_rows).mT, updates.u @ linalg.dual_rows(u_rows).mT
+    v, u = updates.v @ down.dual_rows.mT, updates.u @ up.dual_rows.mT
     exact = (u * (updates.s / step_sizes[:, None])[..., None]).mT @ v
     codes = dead_zone.quantise(exact)
     profile = core_profile(down.profile, up.profile)
@@ -198,7 +214,7 @@ def _encode_cores(
     # most cores cost more by their bits alone: these need no decomposition
     if indices := torch.nonzero(bits < cost_limits)[:, 0].tolist():
         left, right = core_factors(codes[indices], step_sizes[indices], updates.ranks[indices])
-        squared_errors[indices] = _squared_error(updates.select(indices), right @ v_rows, left.mT @ u_rows)
+        squared_errors[indices] = _squared_error(updates.select(indices), right @ down.rows, left.mT @ up.rows)
     return codes.to(torch.int64), levels, bits, squared_errors
 
 
@@ -237,30 +253,29 @@ def _best_up_rows(updates: SvdBatch, step_sizes: Tensor, v_rows: Tensor, rounded
     return rows
 
 
-def _encode_side(rows: Tensor, basis: QuantisedBasis) -> tuple[BatchSideCodes, Tensor, Tensor]:
+def _encode_side(rows: Tensor, basis: BasisRows) -> tuple[BatchSideCodes, Tensor, Tensor]:
     """Encode vectors (n, r, d), in step sizes; return also the bits and the squared error of each vector, (n, r)."""
     n, r, d = rows.shape
-    residual, coefficients = rows, torch.zeros(n, r, basis.k, dtype=torch.int64)
+    residual, coefficients = rows, torch.zeros(n, r, basis.k, dtype=torch.float64)
     levels, bits = torch.zeros(n, r, dtype=torch.int64), torch.zeros(n, r, dtype=torch.float64)
     if basis.k:
-        components = basis.rows.to(torch.float64)
-        exact = rows @ linalg.dual_rows(components).mT
+        exact = rows @ basis.dual_rows.mT
         codes = dead_zone.quantise(exact)
         profile = torch.from_numpy(basis.profile)
         # divided by its profile, every coefficient of a vector has about the same spread
         levels, bits = _cheapest_levels(codes, exact * torch.exp2(-profile / 4.0), profile)
         gain = BITS_PER_SQUARED_ERROR * (exact.square() - (exact - codes).square()).sum(2)
         pays = (codes != 0).any(2) & (gain > bits)
-        coefficients = torch.where(pays[..., None], codes, 0.0).to(torch.int64)
+        coefficients = torch.where(pays[..., None], codes, 0.0)
         levels, bits = torch.where(pays, levels, 0), torch.where(pays, bits, 0.0)
         # of the rounded coefficients: the residual also corrects their rounding errors
-        residual = rows - coefficients.to(torch.float64) @ components
+        residual = rows - coefficients @ basis.rows
     codes = dead_zone.quantise(residual)
     square = residual.square().sum(2)
     residual_levels, residual_bits = _cheapest_levels(codes, residual, torch.zeros(d, dtype=torch.int64))
     error = (residual - codes).square().sum(2)
     pays = (codes != 0).any(2) & (BITS_PER_SQUARED_ERROR * (square - error) > residual_bits)
-    residuals = torch.where(pays[..., None], codes, 0.0).to(torch.int64)
+    residuals = codes if pays.all() else torch.where(pays[..., None], codes, 0.0)
     side = BatchSideCodes(coefficients, levels, residuals, torch.where(pays, residual_levels, 0))
     return side, bits + torch.where(pays, residual_bits, 0.0), torch.where(pays, error, square)
 
