@@ -20,7 +20,7 @@ def version(chain):
 
     All are float64, and not rounded to their dtypes.
     """
-    blocks, header = {}, {"modules": {}, "tensors": {}}
+    blocks, header = {}, None
     for data in chain:
         header, blocks = decoded(data, header, blocks)
     updates = {
@@ -46,16 +46,16 @@ def decoded(data, earlier, known):
     """Header and blocks of a version, from those of the earlier one."""
     parts = iter(split(data))
     header = json.loads(inflated(next(parts)))
-    assert header["has_reference"] == bool(known)
+    assert header["has_reference"] == (earlier is not None)
     header = {**header, **{part: earlier[part] for part in ("modules", "tensors") if header[part] is None}}
+    before = earlier["modules"] if earlier else {}
     modules, tensors = [], []
     for name, layout in header["modules"].items():
         order = header["orders"].get(name)
+        sizes = ("out_features", "in_features") if order is not None else ("rank", "out_features", "in_features")
+        same = name in before and all(before[name][size] == layout[size] for size in sizes)
         for side, width in (("up", layout["out_features"]), ("down", layout["in_features"])):
-            block = known.get((side, name))
-            rows = layout["rank"] if order is None else None
-            if block is not None and (block[0].shape[1] != width or rows not in (None, len(block[0]))):
-                block = None
+            block = known[side, name] if same else None
             modules.append(((side, name), (layout["rank"], width), rows_of(block, order)))
     for key, layout in header["tensors"].items():
         n = math.prod(layout["shape"])

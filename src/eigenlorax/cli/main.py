@@ -180,7 +180,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     # a verb is built alone; the help lists all of them, and so does the error about an unknown one
     names = tuple(passed[:1]) if passed and passed[0] in VERBS else VERBS
     try:
-        _command(names)(args=passed, prog_name="eigenlorax")
+        # click expands wildcards on Windows, but only in the arguments that it reads by itself
+        _command(names)(args=None if arguments is None else passed, prog_name="eigenlorax")
     except SystemExit:
         # a failure to write must change the exit code, so flush before exiting
         if sys.stdout is not None:

@@ -126,7 +126,8 @@ class CollectionEncoder:
         # an SVD of every module in every round would take most of the time
         self._held: dict[tuple[str, int], SvdBatch] | None = {} if size <= MAX_HELD_BYTES else None
         self._held_statistics: dict[tuple[str, int], ModuleStatistics] = {}
-        self._free_bytes = MAX_HELD_BYTES - size
+        # clusters are compared while the whole collection is held
+        self._free_bytes = MAX_HELD_BYTES - size if whole is None else 0
         self._whole = whole
         self._curve: tuple[np.ndarray, np.ndarray] | None = None
         self.survey = RateSurvey(len(norms), step_sizes)

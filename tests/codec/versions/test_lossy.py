@@ -318,6 +318,37 @@ def test_a_training_can_start_from_an_untrained_version():
     assert second.lora_bytes < 0.8 * lossy.encode(version, None).lora_bytes
 
 
+def without_update(version, scale=1.0):
+    """The version with B = 0, and A at another scale."""
+    modules = {
+        name: replace(factors, down=scale * factors.down, up=torch.zeros_like(factors.up))
+        for name, factors in version.modules.items()
+    }
+    return replace(version, modules=modules)
+
+
+@pytest.mark.parametrize("size", [0.001, 0.01, 0.1])
+@pytest.mark.parametrize("bound", [0.003, 0.05, 0.3])
+def test_an_update_of_zero_after_others_is_zero(size, bound):
+    versions = [
+        start(),
+        without_update(moved(start(), size, 1)),
+        replace(without_update(start(), 2.0), max_error=bound),
+        without_update(moved(start(), size, 2)),
+        moved(start(), size, 3),
+    ]
+    encoded = encode_all(versions)
+    for number, (version, each) in enumerate(zip(versions, encoded, strict=True)):
+        assert_same(lossy.decode_chain([one.data for one in encoded[: number + 1]]), each.decoded)
+        if not any(factors.up.any() for factors in version.modules.values()):
+            assert not any(factors.up.any() for factors in each.decoded.modules.values())
+            first, second = (
+                torch.cat([factors.down.flatten() for factors in modules.values()])
+                for modules in (version.modules, each.decoded.modules)
+            )
+            assert relative_error(first, second) <= version.max_error
+
+
 @pytest.mark.parametrize("bound", [0.05, 0.2, 0.5])
 def test_the_bound_of_untrained_factors_holds_in_their_dtype(bound):
     # rounded up, the numbers are infinite
@@ -435,6 +466,13 @@ def test_damaged_bytes_raise_format_errors_only():
             except FormatError:
                 continue
             assert data == bytes(damaged)
+
+
+def test_a_level_out_of_range_is_an_error():
+    decoded = replace(lossy.encode(start(), None).decoded, level=4001)
+    data = lossy._to_bytes(decoded, None, {}).data
+    with pytest.raises(FormatError, match="level"):
+        lossy.decode_chain([data])
 
 
 def test_a_version_needs_its_reference():

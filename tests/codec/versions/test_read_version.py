@@ -1,11 +1,12 @@
 """The reader of docs/read_version.py, written from the page, reads what the library reads."""
 
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from test_lossy import encode_all, moved, run, start
+from test_lossy import encode_all, moved, run, start, without_update
 
 from eigenlorax.codec.versions import increments
 from eigenlorax.codec.versions.version import Version
@@ -38,6 +39,24 @@ def test_other_ranks_modules_and_tensors(read_version: ModuleType) -> None:
     narrow = LoRAFactors(factors.down[1:4], factors.up[:, 1:4], factors.scaling)
     second = Version({"layer.0": narrow, "layer.2": first.modules["layer.1"]}, {}, 0.05, {})
     assert_reads(read_version, [first, moved(first, 0.3, 1), second, first])
+
+
+def test_rows_that_grow_and_shrink(read_version: ModuleType) -> None:
+    versions = run(3)
+    for factor in (2.0, 5.0, 0.3):
+        last = moved(versions[-1], 0.05, len(versions))
+        modules = {name: replace(factors, up=factor * factors.up) for name, factors in last.modules.items()}
+        versions.append(replace(last, modules=modules))
+    labels = [rows.labels for each in encode_all(versions) for rows in each.decoded.all_rows]
+    assert any(each.gains.any() for each in labels)
+    assert_reads(read_version, versions)
+
+
+def test_updates_of_zero_and_references_without_integers(read_version: ModuleType) -> None:
+    first = start()
+    zero = without_update(first)
+    empty = Version({}, {}, 0.05, {})
+    assert_reads(read_version, [first, zero, first, empty, first, zero])
 
 
 def test_several_streams(read_version: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

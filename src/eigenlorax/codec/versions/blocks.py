@@ -92,7 +92,7 @@ class Block:
         steps = self.step_levels(quantisation.level, quantisation.is_nested)
         labels = RowLabels(steps, self.all_gains, np.zeros(len(steps), np.uint8))
         prediction = Prediction.of(labels, self.values.shape[1], self.reference)
-        # a version with such differences to its reference is coded without it
+        # no increments lead from the reference to these rows then, and they are encoded without it
         prediction.integers[np.abs(prediction.integers) >= _MAX_INTEGER] = 0
         exact = self.values - prediction.integers * step_sizes(prediction.levels)[:, None]
         scaled = np.clip(exact / step_sizes(steps)[:, None], -_MAX_INTEGER, _MAX_INTEGER)

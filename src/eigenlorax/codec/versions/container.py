@@ -194,6 +194,8 @@ def parse(data: bytes, earlier: Labels | None) -> ParsedVersion:
     if header.has_reference != (earlier is not None):
         wanted = "an earlier version" if header.has_reference else "no earlier version"
         raise FormatError(f"a version refers to {wanted}.")
+    if abs(header.level) > MAX_LEVEL:
+        raise FormatError("the level of a version is out of range.")
     modules = header.modules if earlier is None or header.modules is not None else earlier.modules
     tensors = header.tensors if earlier is None or header.tensors is not None else earlier.tensors
     if modules is None or tensors is None:

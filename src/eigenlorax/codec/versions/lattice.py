@@ -86,11 +86,17 @@ class LatticeRows:
         """Return the rows with other classes."""
         return replace(self, labels=replace(self.labels, classes=classes))
 
-    def increments(self, reference: "LatticeRows | None") -> Int64[np.ndarray, "rows width"]:
-        """Return the increments that lead to these rows, whose labels belong to this reference; None for none."""
+    def increments(self, reference: "LatticeRows | None") -> Int64[np.ndarray, "rows width"] | None:
+        """Return the increments that lead to exactly these rows; None if no increments with these labels do.
+
+        Args:
+            reference: The rows that predict them; None for none.
+        """
         prediction = Prediction.of(self.labels, self.integers.shape[1], reference)
         increments: np.ndarray = (self.integers - prediction.integers) >> prediction.octaves[:, None]
-        return increments
+        prediction.add(increments)
+        is_exact = np.array_equal(prediction.integers, self.integers) and np.array_equal(prediction.levels, self.levels)
+        return increments if is_exact else None
 
     def columns(self, at: Int64[np.ndarray, " count"]) -> "LatticeRows":
         """Return some columns."""
@@ -121,7 +127,8 @@ class LatticeRows:
         integers = self.integers.astype(np.int64)
         changed = has_gain | (predicts & (new_levels != levels))
         factors = step_sizes(levels - new_levels)[changed, None] / GAIN_UNIT
-        exact = integers[changed] * (GAIN_UNIT + labels.gains[changed, None].astype(np.int64)) * factors
+        with np.errstate(over="ignore"):
+            exact = integers[changed] * (GAIN_UNIT + labels.gains[changed, None].astype(np.int64)) * factors
         # machines convert numbers beyond 64 bits differently; none of these is within the 32 bits of a valid version
         integers[changed] = np.rint(np.clip(exact, -(2.0**62), 2.0**62)).astype(np.int64)
         return Prediction(integers, new_levels.astype(np.int16), (steps - new_levels) // LEVELS_PER_OCTAVE)

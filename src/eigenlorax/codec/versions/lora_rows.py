@@ -17,6 +17,8 @@ from .gains import choose_gains
 from .lattice import LatticeRows, step_sizes
 from .search import SampledRows, SearchResult, search
 
+_MAX_NOISE = 1e300
+"""Largest noise of a row, where its weight is next to nothing."""
 _CANCELLATION = 1e-10
 """Share of its terms below which a squared error in float64 has too few digits."""
 
@@ -70,7 +72,7 @@ def quantise_modules(
     """
     square = sum(delta_square(factors) for factors in modules.values())
     if not square:
-        return _quantise_untrained(modules, max_error)
+        return _quantise_untrained(modules, max_error, has_reference=reference is not None)
     limit = max_error**2 * square
     if not limit:
         raise OptionError("the square of the error bound is below float64's range")
@@ -86,8 +88,7 @@ def quantise_modules(
             prepared, earlier_level = predicted, reference.level
             orders = {name: module.order for name, module in prepared.items() if module.order is not None}
         else:
-            # a reader predicts rows by those of the reference unless it is told otherwise
-            orders = {name: np.full(module.layout.rank, -1) for name, module in prepared.items()}
+            orders = _no_prediction(prepared)
     blocks = [block for module in prepared.values() for block in module.blocks]
     coarsest = search(blocks, limit, earlier_level, lambda quantisation: _attempt(prepared, quantisation))
     return QuantisedModules(
@@ -98,7 +99,9 @@ def quantise_modules(
     )
 
 
-def _quantise_untrained(modules: Mapping[str, LoRAFactors], max_error: float) -> QuantisedModules:
+def _quantise_untrained(
+    modules: Mapping[str, LoRAFactors], max_error: float, *, has_reference: bool
+) -> QuantisedModules:
     """Quantise the factors of an update of zero, as before the first step of a training, in their own gauge.
 
     The bound holds for the factors themselves, so that a training can start from them.
@@ -131,8 +134,14 @@ def _quantise_untrained(modules: Mapping[str, LoRAFactors], max_error: float) ->
         coarsest = search(blocks, limit, None, attempt)
     else:
         coarsest = SearchResult(attempt(Quantisation(0, 0.0))[0], Quantisation(0, 0.0), 0.0)
+    orders = _no_prediction(prepared) if has_reference else {}
     # zeros are exact, so that the update is
-    return QuantisedModules(coarsest.quantisation.level, coarsest.rows, {}, 0.0)
+    return QuantisedModules(coarsest.quantisation.level, coarsest.rows, orders, 0.0)
+
+
+def _no_prediction(prepared: Mapping[str, _Module]) -> dict[str, Int64[np.ndarray, " rank"]]:
+    """Return the orders of rows that a reference does not predict: a reader predicts them unless it is told so."""
+    return {name: np.full(module.layout.rank, -1) for name, module in prepared.items()}
 
 
 def _estimated_bits(prepared: Mapping[str, _Module], limit: float, earlier_level: int | None) -> float:
@@ -169,7 +178,9 @@ def _prepare(factors: LoRAFactors, reference: ModuleRows | None, noise: float) -
 def _block(values: np.ndarray, weights: np.ndarray, reference: LatticeRows | None, noise: float) -> Block:
     gains = None
     if reference is not None:
-        gains = choose_gains(values, reference, noise / np.maximum(np.square(weights), 1e-300))
+        with np.errstate(over="ignore"):
+            row_noise = np.minimum(noise / np.maximum(np.square(weights), 1e-300), _MAX_NOISE)
+        gains = choose_gains(values, reference, row_noise)
     return Block(values, weights, reference, gains)
 
 

@@ -181,7 +181,7 @@ def _header(
 def _to_bytes(
     decoded: LossyVersion, reference: LossyVersion | None, orders: Mapping[str, Int64[np.ndarray, " rank"]]
 ) -> EncodedVersion | None:
-    """Return a version as bytes, with errors of 0; None if a difference to the reference is beyond 32 bits.
+    """Return a version as bytes, with errors of 0; None if no increments of 32 bits lead to it from the reference.
 
     Args:
         decoded: The version, with labels for this reference. Their classes are not used.
@@ -193,7 +193,7 @@ def _to_bytes(
     blocks, changes = [], []
     for rows, predicting in zip(decoded.all_rows, _predicting_rows(reference, sources), strict=True):
         change = rows.increments(predicting)
-        if np.abs(change).max(initial=0) >= 2**31:
+        if change is None or np.abs(change).max(initial=0) >= 2**31:
             return None
         change = change.astype(np.int32)
         blocks.append(rows.with_classes(classes_and_bits(change)[0]))

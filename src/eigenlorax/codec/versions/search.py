@@ -86,7 +86,7 @@ class SampledRows:
         highest = self._highest_level(start, limit, is_nested)
         candidates = [
             Quantisation(level, self.multiplier(level, limit, is_nested), is_nested)
-            for level in (highest - below for below in distances)
+            for level in (max(highest - below, -MAX_LEVEL) for below in distances)
         ]
         return min(candidates, key=self.bits)
 
@@ -167,7 +167,8 @@ def search(
         ratio = square / max(sample.square(quantisation), 1e-300)
         if square > limit and not quantisation.multiplier:
             fall = LEVELS_PER_OCTAVE * math.log2(square / limit) / 2 if math.isfinite(square) else LEVELS_PER_OCTAVE
-            quantisation = replace(quantisation, level=quantisation.level - math.ceil(max(fall, 1)))
+            level = max(quantisation.level - math.ceil(max(fall, 1)), -MAX_LEVEL)
+            quantisation = replace(quantisation, level=level)
         else:
             allowed = SAMPLED_SHARE * limit / max(ratio, 1e-300)
             multiplier = sample.multiplier(quantisation.level, allowed, quantisation.is_nested)
