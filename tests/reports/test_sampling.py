@@ -1,15 +1,19 @@
 """Reports of large collections: a sample of modules and adapters, and standard errors of what is measured on it."""
 
 import dataclasses
+import json
 import math
 import statistics
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+from documents import Document
 from reported import adapters, report_on
 
 import eigenlorax as ex
 from eigenlorax.errors import OptionError
-from eigenlorax.reports import module_sample
+from eigenlorax.reports import module_sample, sampling_errors
 from eigenlorax.reports.measured import SampledMeasurements
 from eigenlorax.reports.module_sample import ModuleSample, ModuleSize
 from eigenlorax.reports.render import markdown, page
@@ -81,7 +85,70 @@ def test_the_jackknife_of_a_mean_is_its_standard_error():
     replicates = [statistics.fmean(figures[:index] + figures[index + 1 :]) for index in range(5)]
     expected = statistics.stdev(figures) / math.sqrt(5) * math.sqrt(1 - 5 / 12)
     assert measured.standard_error(replicates) == pytest.approx(expected)
-    assert measured.standard_error([]) == 0.0
+
+
+@pytest.mark.parametrize("figures", [[], [0.4], [None, 0.4, None]])
+def test_a_standard_error_of_fewer_than_two_replicates_is_unknown(figures):
+    sample = ModuleSample(["a", "b", "c"], of=9, left_out=0, seconds=0.0)
+    assert SampledMeasurements(None, [], sample, []).standard_error(figures) is None
+
+
+class TestGroups:
+    @pytest.mark.parametrize("layers", [24, 32])
+    @pytest.mark.parametrize("kinds", [5, 7, 10])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_kinds_are_spread_over_the_groups(self, layers, kinds, seed):
+        modules = [f"layers.{layer}.kind_{kind}" for layer in range(layers) for kind in "abcdefghij"[:kinds]]
+        for count in range(4, len(modules), 3):
+            groups = module_sample.jackknife_groups(module_sample.systematic(modules, count, seed))
+            n_groups = 1 + max(groups.values())
+            assert 3 <= n_groups <= 5
+            _assert_spread(list(groups.values()), n_groups)
+            for kind in "abcdefghij"[:kinds]:
+                _assert_spread([group for name, group in groups.items() if name.endswith(kind)], n_groups)
+
+    @pytest.mark.parametrize(
+        ("layers", "kinds", "count"),
+        [(32, 5, 20), (32, 5, 40), (24, 5, 15), (24, 5, 25), (24, 7, 28), (32, 7, 35), (24, 10, 50), (32, 10, 80)],
+    )
+    def test_equal_numbers_of_each_kind_are_in_each_group(self, layers, kinds, count):
+        modules = [f"layers.{layer}.kind_{kind}" for layer in range(layers) for kind in range(kinds)]
+        groups = module_sample.jackknife_groups(module_sample.systematic(modules, count, 0))
+        in_groups = Counter((name.rpartition("_")[2], group) for name, group in groups.items())
+        assert len(set(in_groups.values())) == 1
+        assert len(in_groups) == kinds * (1 + max(groups.values()))
+
+    def test_single_modules_of_many_kinds_are_in_five_groups(self):
+        assert set(module_sample.jackknife_groups(["embed", "head", "query", "key", "value", "out"]).values()) == {
+            *range(5)
+        }
+
+    def test_kinds_that_differ_are_no_sampling_error(self, monkeypatch):
+        layers, count = 24, 15
+        monkeypatch.setattr(module_sample, "MIN_SECONDS", 0.0)
+        monkeypatch.setattr(module_sample, "MIN_MODULES", count)
+        of_kind = {
+            kind: of_one_subspace(4, noise=noise, shapes={kind: (13, 11)})
+            for kind, noise in {"query": 0.05, "key": 0.3, "value": 0.6, "up_proj": 1.0, "down_proj": 2.0}.items()
+        }
+        report = report_on(
+            [
+                {f"layers.{layer}.{kind}": of_kind[kind][index][kind] for layer in range(layers) for kind in of_kind}
+                for index in range(4)
+            ],
+            6,
+        )
+        assert (report.sampling.modules, report.sampling.of) == (count, 5 * layers)
+        errors = [module.delta_error for module in report.modules if module.delta_error is not None]
+        assert max(errors) - min(errors) > 0.2
+        assert report.left_out.errors.standard_error == pytest.approx(0, abs=1e-6)
+        assert [point.standard_error for point in report.sizes] == pytest.approx([0] * len(report.sizes), abs=1e-6)
+
+
+def _assert_spread(groups, n_groups):
+    """Check that numbers of modules in any two groups differ by at most one."""
+    counts = [groups.count(group) for group in range(n_groups)]
+    assert max(counts) - min(counts) <= 1
 
 
 class TestSampled:
@@ -117,6 +184,41 @@ class TestSampled:
         assert f"| mean {out.errors.mean:.3f} ± {out.errors.standard_error:.3f}, worst" in document
         assert "4 of 12 modules were measured, drawn at random by kind" in page.section("modules", report)
         assert any("`full=True` (`--full`) measures all modules" in note for note in report.notes)
+
+    def test_the_error_of_a_single_adapter_left_out_is_unknown(self, of_four_modules, planted, tmp_path):
+        report = report_on(planted, 6, left_out=1)
+        mean = f"{report.left_out.errors.mean:.3f}"
+        assert (report.left_out.sampled, report.left_out.standard_error) == (1, None)
+        assert f"{mean} ±" not in report.verdict.headline
+        report.save(tmp_path / "report.json")
+        assert json.loads((tmp_path / "report.json").read_text("utf-8"))["left_out"]["standard_error"] is None
+        assert ex.Report.load(tmp_path / "report.json") == report
+        (row,) = (line for line in markdown.render(report).splitlines() if "1 of 9 adapters left out" in line)
+        assert "mean ±" not in row
+        document = Document(page.render(report))
+        (tile,) = (text for text, _ in document.of_class("tile") if text.startswith("Error when left out"))
+        assert tile.startswith(f"Error when left out, mean{mean}of 1 adapter")
+        assert f"its mean error is <b>{mean}</b>, against" in page.section("newcomers", report)
+
+    def test_unknown_standard_errors_are_not_printed(self, sampled):
+        null = dataclasses.replace(sampled.null, down=dataclasses.replace(sampled.null.down, standard_error=None))
+        errors = dict.fromkeys(sampled.sampling.standard_errors)
+        report = dataclasses.replace(
+            sampled, null=null, sampling=dataclasses.replace(sampled.sampling, standard_errors=errors)
+        )
+        document = markdown.render(report)
+        assert "Standard errors of one adapter's figures" not in document
+        assert f"(with random singular vectors: {null.down.null:.3f})" in document
+        assert f"(with random singular vectors: {null.up.null:.3f} ±" in document
+
+    def test_the_error_of_a_figure_that_no_adapter_has_is_unknown(self):
+        sample = ModuleSample(list(SHAPES)[:4], of=12, left_out=0, seconds=0.0)
+        fields = ("left_out_error", "mean_error", "mean_scaled_error", "random_error", "truncated_error")
+        figures = {"a": {**dict.fromkeys(fields), "int8_error": 0.25, "int4_error": 0.5}}
+        whole = SimpleNamespace(names=["a"])
+        measured = SampledMeasurements(whole, [], sample, [])
+        sampling = sampling_errors.sampling(measured, [figures, figures], seed=0)
+        assert sampling.standard_errors == {**dict.fromkeys(fields), "int8_error": 0.0, "int4_error": 0.0}
 
     def test_updates_that_differ_in_other_modules_are_no_copies(self, of_four_modules):
         made = of_one_subspace(9, noise=0.4, shapes=SHAPES)

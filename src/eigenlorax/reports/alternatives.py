@@ -60,7 +60,7 @@ def left_out(measured: Measured | None, pack: Pack, seed: int, copies: set[str])
             else "refitted without the adapter, and without sweeps for modules with many rows"
         ),
         errors=spread,
-        standard_error=statistics.stdev(errors.values()) / math.sqrt(n) if n > 1 else 0.0,
+        standard_error=statistics.stdev(errors.values()) / math.sqrt(n) if n > 1 else None,
         in_fit=in_fit,
         chance=by_chance.mean,
         kept=spreads.beyond_chance(spread.rms, by_chance.rms),

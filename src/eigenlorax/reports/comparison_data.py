@@ -13,7 +13,8 @@ class Spread:
         rms: Root mean square error.
         worst: Largest error.
         worst_adapter: Name of the adapter with the largest error.
-        standard_error: Standard error of `mean` from the sample of modules; 0 if all modules were measured.
+        standard_error: Standard error of `mean` from the sample of modules; 0 if all modules were measured, None if it
+            is unknown.
     """
 
     adapters: int
@@ -21,7 +22,7 @@ class Spread:
     rms: float
     worst: float
     worst_adapter: str
-    standard_error: float = 0.0
+    standard_error: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +33,14 @@ class Sampling:
         modules: Number of modules in the sample.
         of: Number of modules of the subspace.
         seed: Seed of the sample.
-        standard_errors: Mean standard error of the figures of one adapter, by field of `AdapterFigures`.
+        standard_errors: Mean standard error of the figures of one adapter, by field of `AdapterFigures`; None
+            where it is unknown.
     """
 
     modules: int
     of: int
     seed: int
-    standard_errors: dict[str, float]
+    standard_errors: dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,15 @@ class LeftOut:
         seed: Seed of the sample.
         method: How the fit without the adapter was made, in words.
         errors: Errors of the adapters left out.
-        standard_error: Standard error of errors.mean, from the samples of adapters and of modules.
+        standard_error: Standard error of errors.mean, from the samples of adapters and of modules; None if it is
+            unknown, as with a single adapter.
         in_fit: Errors of the same adapters in the pack.
         chance: Their mean error in equally many random components.
         kept: Share of the squared norm that is kept beyond chance: 1 if all is kept, 0 if no more than random
             components keep.
         kept_spread: Standard deviation of `kept` if the adapters share nothing.
-        kept_standard_error: Standard error of `kept` from the sample of modules; 0 if all modules were measured.
+        kept_standard_error: Standard error of `kept` from the sample of modules; 0 if all modules were measured, None
+            if it is unknown.
         sharing: Names of adapters of which at least half is kept beyond chance, and significantly more than by chance.
     """
 
@@ -66,12 +70,12 @@ class LeftOut:
     seed: int
     method: str
     errors: Spread
-    standard_error: float
+    standard_error: float | None
     in_fit: Spread
     chance: float
     kept: float
     kept_spread: float
-    kept_standard_error: float
+    kept_standard_error: float | None
     sharing: list[str]
 
 
@@ -83,13 +87,14 @@ class SideEnergy:
         energy: Energy of the adapters.
         null: Energy of the null model.
         spread: Standard deviation of `null` between random collections.
-        standard_error: Standard error of energy − null from the sample of modules; 0 if all modules were measured.
+        standard_error: Standard error of energy − null from the sample of modules; 0 if all modules were measured, None
+            if it is unknown.
     """
 
     energy: float
     null: float
     spread: float
-    standard_error: float = 0.0
+    standard_error: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,8 +226,9 @@ class SizePoint:
         stored_bytes: Bytes of basis, coefficients and carried tensors.
         ratio: LoRA bytes ÷ stored_bytes.
         sharing: Adapters that share a subspace, as in `LeftOut`.
-        standard_error: Standard error of `mean` from the sample of modules; 0 if all modules were measured.
-        left_out_standard_error: The same of `left_out`; None if that is None.
+        standard_error: Standard error of `mean` from the sample of modules; 0 if all modules were measured, None if it
+            is unknown.
+        left_out_standard_error: The same of `left_out`; None also if that is None.
     """
 
     k: int
@@ -235,5 +241,5 @@ class SizePoint:
     stored_bytes: int
     ratio: float
     sharing: list[str]
-    standard_error: float = 0.0
+    standard_error: float | None = 0.0
     left_out_standard_error: float | None = None

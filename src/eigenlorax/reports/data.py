@@ -307,7 +307,7 @@ class Similarity:
         mean_cosine: Mean cosine over pairs.
         mean_energy: Mean share of an update's squared norm that the mean of the other adapters explains.
         mean_cosine_error, mean_energy_error: Standard errors of these two from the sample of modules; 0 if all modules
-            were measured.
+            were measured, None if they are unknown.
     """
 
     of: str
@@ -321,8 +321,8 @@ class Similarity:
     chance_overlap: float | None
     mean_cosine: float | None
     mean_energy: float | None
-    mean_cosine_error: float = 0.0
-    mean_energy_error: float = 0.0
+    mean_cosine_error: float | None = 0.0
+    mean_energy_error: float | None = 0.0
 
 
 MATRIX = 200

@@ -39,10 +39,10 @@ def _kind(report: ReportData) -> str:
 
 
 def _energy(side: SideEnergy, name: str) -> str:
-    return (
-        f"{numbers.share(side.energy)} of the energy of {_WORDS[name]} (with random singular vectors: "
-        f"{numbers.share(side.null)} ± {numbers.error(math.hypot(side.spread, side.standard_error))})"
-    )
+    null = numbers.share(side.null)
+    if side.standard_error is not None:
+        null += f" ± {numbers.error(math.hypot(side.spread, side.standard_error))}"
+    return f"{numbers.share(side.energy)} of the energy of {_WORDS[name]} (with random singular vectors: {null})"
 
 
 def _caveats(report: ReportData, above_chance: list[str]) -> str:

@@ -22,8 +22,8 @@ from .analysis import losses, null, per_adapter
 from .analysis.left_out import Kept
 from .analysis.pairs import Pairs
 from .chance import NullSums
-from .measured import GROUPS, Measured, SampledMeasurements
-from .module_sample import ModuleSample, ModuleSize
+from .measured import Measured, SampledMeasurements
+from .module_sample import ModuleSample, ModuleSize, jackknife_groups
 from .originals import Originals
 from .refits import Members, RefitOptions, Side
 
@@ -108,16 +108,16 @@ def measure(
     ]
     weights = [total**-0.5 if total > 0 else 0.0 for total in totals]
     collection = _Collection(pack, packed, originals, options_of(pack), weights)
-    n_groups = 1 if sample.is_whole else min(GROUPS, len(sample.modules))
-    groups = [_empty(collection, sample, seed) for _ in range(n_groups)]
-    chosen, done = set(sample.modules), 0
+    group_of = dict.fromkeys(sample.modules, 0) if sample.is_whole else jackknife_groups(sample.modules)
+    groups = [_empty(collection, sample, seed) for _ in range(1 + max(group_of.values(), default=0))]
+    done = 0
     for index, (module, bases) in enumerate(pack.subspace.modules.items()):
-        if module not in chosen:
+        if module not in group_of:
             continue
         progress("measuring modules", done, len(sample.modules))
         # one generator per module, so that its figures do not depend on the other modules
         generator = torch.Generator().manual_seed(seed + 1 + index)
-        _add_module(groups[done % n_groups], collection, module, bases, generator)
+        _add_module(groups[group_of[module]], collection, module, bases, generator)
         done += 1
     progress("measuring modules", done, done)
     return SampledMeasurements.of(groups, sample, [math.sqrt(total) for total in totals])

@@ -13,9 +13,6 @@ from .chance import NullSums
 from .module_sample import ModuleSample
 from .refits import Side
 
-GROUPS = 5
-"""Number of groups of modules from which standard errors are estimated."""
-
 
 @dataclass(slots=True)
 class Measured:
@@ -143,19 +140,22 @@ class SampledMeasurements:
         for index in range(len(self.groups)):
             yield combine([*self.groups[:index], *self.groups[index + 1 :]])
 
-    def standard_error(self, figures: Sequence[float | None]) -> float:
-        """Return the standard error of a figure from the sampling of modules; 0 if all modules were measured.
+    def standard_error(self, figures: Sequence[float | None]) -> float | None:
+        """Return the standard error of a figure from the sampling of modules.
 
         The delete-a-group jackknife (Kott, 2001, "The delete-a-group jackknife"), with the correction for a finite
         number of modules.
 
         Args:
             figures: The figure of each of the `replicates`; None where it could not be measured.
+
+        Returns:
+            The standard error, or None if fewer than two replicates have the figure.
         """
         known = [figure for figure in figures if figure is not None]
         g = len(known)
         if g < 2:
-            return 0.0
+            return None
         mean = math.fsum(known) / g
         variance = (g - 1) / g * math.fsum((figure - mean) ** 2 for figure in known)
         return math.sqrt(variance * (1 - len(self.sample.modules) / self.sample.of))

@@ -1,5 +1,6 @@
 """The choice of modules and adapters on which a report is measured, in about half the time of the fit."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ SHARE_OF_FIT = 0.5
 """Share of the estimated time of the fit that measuring modules may take; reading and drawing take the rest."""
 MIN_MODULES = 4
 """Minimum number of modules that are measured: standard errors need several."""
+MIN_GROUPS, MAX_GROUPS = 3, 5
+"""Numbers of groups of modules from which standard errors are estimated."""
 LEFT_OUT_MIN, LEFT_OUT_MAX = 8, 32
 """Numbers of adapters that are left out: of modules that take long, and by default."""
 
@@ -126,7 +129,29 @@ def choose(sizes: Mapping[str, ModuleSize], k: int, left_out: int | None, seed: 
 
 def systematic(modules: Sequence[str], count: int, seed: int) -> list[str]:
     """Return `count` modules at equal distances in the order of kinds and layers, from a random start."""
-    ordered = sorted(modules, key=lambda name: module_names.layer_and_kind(name)[1])
+    ordered = sorted(modules, key=_kind)
     start = float(torch.rand(1, generator=torch.Generator().manual_seed(seed)))
     chosen = {ordered[int((start + index) * len(ordered) / count)] for index in range(count)}
     return [name for name in modules if name in chosen]
+
+
+def jackknife_groups(modules: Sequence[str]) -> dict[str, int]:
+    """Return the index of the jackknife group of each sampled module.
+
+    Modules are dealt in the order of kinds, so that the numbers of modules of a kind in two groups differ by at most
+    one. Otherwise groups could be kinds, and the jackknife would measure how much kinds differ, although every kind
+    has its share of the sample. Of `MAX_GROUPS` to `MIN_GROUPS` groups, the number is taken over which most kinds can
+    be dealt evenly; the largest of several.
+
+    Args:
+        modules: Names of the modules of the sample.
+    """
+    counts = Counter(map(_kind, modules)).values()
+    # each group needs a module
+    numbers = range(min(MAX_GROUPS, len(modules)), min(MIN_GROUPS, len(modules)) - 1, -1)
+    n_groups = max(numbers, key=lambda number: sum(count % number == 0 for count in counts))
+    return {name: index % n_groups for index, name in enumerate(sorted(modules, key=_kind))}
+
+
+def _kind(name: str) -> str:
+    return module_names.layer_and_kind(name)[1]

@@ -17,13 +17,13 @@ def error(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.1e}"
 
 
-def estimate(value: float, standard_error: float) -> str:
-    """Format an error, followed by its standard error unless that is 0."""
+def estimate(value: float, standard_error: float | None) -> str:
+    """Format an error, followed by its standard error unless that is 0 or unknown."""
     return f"{error(value)} ± {error(standard_error)}" if standard_error else error(value)
 
 
-def share_estimate(value: float, standard_error: float) -> str:
-    """Format a share, followed by its standard error unless that is 0."""
+def share_estimate(value: float, standard_error: float | None) -> str:
+    """Format a share, followed by its standard error unless that is 0 or unknown."""
     return f"{share(value)} ± {error(standard_error)}" if standard_error else share(value)
 
 

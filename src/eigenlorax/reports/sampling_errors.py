@@ -25,7 +25,7 @@ def sampling(
     """
     if sampled is None or sampled.sample.is_whole:
         return None
-    errors: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
     for field in ("left_out_error", "mean_error", "mean_scaled_error", "random_error", "truncated_error"):
         errors[field] = _mean_error(sampled, fields, field)
     for field in ("int8_error", "int4_error"):
@@ -33,11 +33,14 @@ def sampling(
     return Sampling(len(sampled.sample.modules), sampled.sample.of, seed, errors)
 
 
-def _mean_error(sampled: SampledMeasurements, fields: Sequence[Mapping[str, Mapping[str, Any]]], field: str) -> float:
-    """Return the mean over adapters of the standard error of one of their figures; 0 if no adapter has it."""
+def _mean_error(
+    sampled: SampledMeasurements, fields: Sequence[Mapping[str, Mapping[str, Any]]], field: str
+) -> float | None:
+    """Return the mean over adapters of the standard error of one of their figures; None if no adapter has one."""
     names = [name for name in sampled.whole.names if all(figures[name][field] is not None for figures in fields)]
     errors = [sampled.standard_error([figures[name][field] for figures in fields]) for name in names]
-    return statistics.fmean(errors) if errors else 0.0
+    known = [error for error in errors if error is not None]
+    return statistics.fmean(known) if known else None
 
 
 def left_out(sampled: SampledMeasurements | None, figures_of: Callable[[Measured], LeftOut | None]) -> LeftOut | None:
@@ -50,7 +53,11 @@ def left_out(sampled: SampledMeasurements | None, figures_of: Callable[[Measured
     return replace(
         figures,
         errors=replace(figures.errors, standard_error=of_modules),
-        standard_error=math.hypot(figures.standard_error, of_modules),
+        standard_error=(
+            None
+            if figures.standard_error is None or of_modules is None
+            else math.hypot(figures.standard_error, of_modules)
+        ),
         kept_standard_error=sampled.standard_error([other.kept if other else None for other in others]),
     )
 
