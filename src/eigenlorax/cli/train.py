@@ -218,11 +218,13 @@ def train(
     max_length: arguments.MaxLength = None,
 ) -> None:
     """Train coefficients for a new task in a pack's subspace, or a LoRA from a trained one, and add it to the pack."""
+    if pack is None:
+        _check_without_pack(reference, name=name, no_add=no_add, force=force)
+    else:
+        arguments.check_pack(pack)
     from ..train import train as training
     from ..train import trainer
 
-    if pack is None:
-        _check_without_pack(reference, name=name, no_add=no_add, force=force)
     if core and rank is not None:
         raise OptionError(f"--core trains one k × k matrix per module, whatever --rank says. Remove --rank {rank}.")
     with console.working() as progress:

@@ -138,7 +138,7 @@ def _block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[T
     """Return diag(weights) @ matrix, block by block."""
     if len({weight.shape for weight in weights}) == 1:
         # one batched product: many small ones would mostly be overhead
-        product = torch.stack(list(weights)) @ matrix.reshape(len(weights), -1, matrix.shape[1])
+        product = torch.stack(list(weights)) @ matrix.reshape(len(weights), weights[0].shape[1], matrix.shape[1])
         return product.flatten(0, 1)
     return torch.cat([weight @ matrix[block] for block, weight in zip(blocks, weights, strict=True)])
 
