@@ -48,9 +48,9 @@ class RowLabels:
     classes: UInt8[np.ndarray, " rows"]
 
     @classmethod
-    def zeros(cls, count: int, class_: int = 0) -> "RowLabels":
-        """Return the labels of rows at level 0."""
-        return cls(np.zeros(count, np.int16), np.zeros(count, np.int8), np.full(count, class_, np.uint8))
+    def zeros(cls, count: int) -> "RowLabels":
+        """Return the labels of rows at level 0, of class 0."""
+        return cls(np.zeros(count, np.int16), np.zeros(count, np.int8), np.zeros(count, np.uint8))
 
     def reordered(self, order: Int64[np.ndarray, " count"]) -> "RowLabels":
         """Return the labels in another order; −1 stands for a row of zeros at level 0."""
