@@ -179,18 +179,24 @@ def history(series: Series, saved: Sequence[SavedVersion], bound: float | None, 
         together: If true, all versions are passed at once, otherwise one by one.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        job = {
-            "folders": [str(folder) for folder in series.folders],
-            "max_error": bound,
-            "together": together,
-            "scratch": scratch,
-        }
-        command = [sys.executable, str(HERE / "history_child.py"), json.dumps(job)]
-        figures: Json = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        figures = run_child(series, bound, Path(scratch), together=together)
         exported = [read_version(Path(folder)) for folder in figures.pop("exported")]
     figures |= errors(saved, exported)
     if bound is None:
         figures["is_equal"] = all(equal(old, new) for old, new in zip(saved, exported, strict=True))
+    return figures
+
+
+def run_child(series: Series, bound: float | None, scratch: Path, *, together: bool) -> Json:
+    """Make a history in a process of its own, and return its figures and the folders that it exports to `scratch`."""
+    job = {
+        "folders": [str(folder) for folder in series.folders],
+        "max_error": bound,
+        "together": together,
+        "scratch": str(scratch),
+    }
+    command = [sys.executable, str(HERE / "history_child.py"), json.dumps(job)]
+    figures: Json = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return figures
 
 
@@ -217,14 +223,7 @@ def scores(series: Series, work: Path) -> Json:
     task, cache = series.training["task"], work / "answers"
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        job = {
-            "folders": [str(folder) for folder in series.folders],
-            "max_error": SCORE_BOUND,
-            "together": True,
-            "scratch": scratch,
-        }
-        command = [sys.executable, str(HERE / "history_child.py"), json.dumps(job)]
-        figures: Json = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        figures = run_child(series, SCORE_BOUND, Path(scratch), together=True)
         for folder, exported in zip(series.folders, figures["exported"], strict=True):
             original, answers = history_scores.accuracy(folder, task, cache)
             decoded, decoded_answers = history_scores.accuracy(Path(exported), task, cache)

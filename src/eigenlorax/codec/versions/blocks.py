@@ -90,7 +90,7 @@ class Block:
     def quantise(self, quantisation: Quantisation) -> "QuantisedBlock":
         """Quantise all rows."""
         steps = self.step_levels(quantisation.level, quantisation.is_nested)
-        labels = RowLabels(steps, self.all_gains, np.zeros(len(steps), np.uint8))
+        labels = RowLabels.without_classes(steps, self.gains)
         prediction = Prediction.of(labels, self.values.shape[1], self.reference)
         # no increments lead from the reference to these rows then, and they are encoded without it
         prediction.integers[np.abs(prediction.integers) >= _MAX_INTEGER] = 0

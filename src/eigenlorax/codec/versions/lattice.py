@@ -35,7 +35,7 @@ _FRACTIONS = np.array(
 
 @dataclass(frozen=True, slots=True)
 class RowLabels:
-    """What the bytes of a version say about the rows of a block, beside their increments.
+    """Step sizes, gains and classes of the rows of a block, as a version stores them beside its increments.
 
     Attributes:
         step_levels: Level of the step size of each row's increments.
@@ -48,9 +48,18 @@ class RowLabels:
     classes: UInt8[np.ndarray, " rows"]
 
     @classmethod
+    def without_classes(
+        cls, step_levels: Int[np.ndarray, " rows"], gains: Int8[np.ndarray, " rows"] | None = None
+    ) -> "RowLabels":
+        """Return labels of class 0, for rows that are not encoded yet. Gains are 0 by default."""
+        count = len(step_levels)
+        gains = np.zeros(count, np.int8) if gains is None else gains
+        return cls(step_levels.astype(np.int16), gains, np.zeros(count, np.uint8))
+
+    @classmethod
     def zeros(cls, count: int) -> "RowLabels":
         """Return the labels of rows at level 0, of class 0."""
-        return cls(np.zeros(count, np.int16), np.zeros(count, np.int8), np.zeros(count, np.uint8))
+        return cls.without_classes(np.zeros(count, np.int16))
 
     def reordered(self, order: Int64[np.ndarray, " count"]) -> "RowLabels":
         """Return the labels in another order; −1 stands for a row of zeros at level 0."""

@@ -49,7 +49,7 @@ def relabel(rows: LatticeRows, reference: LatticeRows | None, *, has_one_level: 
         steps[:] = steps.min(initial=MAX_LEVEL)
     if np.abs(steps).max(initial=0) > MAX_LEVEL:
         return None
-    labels = RowLabels(steps.astype(np.int16), gains, np.zeros(count, np.uint8))
+    labels = RowLabels.without_classes(steps, gains)
     prediction = reference.predict(labels)
     integers = _at_levels(rows, prediction.levels.astype(np.int64))
     if integers is None or np.abs(integers).max(initial=0) >= 2**31:
@@ -61,8 +61,8 @@ def _differences(
     rows: LatticeRows, reference: LatticeRows, levels: Int64[np.ndarray, " rows"], gains: Int8[np.ndarray, " rows"]
 ) -> Int64[np.ndarray, "rows width"] | None:
     """Return the differences of rows to their prediction at these levels; None if they are too large."""
-    labels = RowLabels(levels.astype(np.int16), gains, np.zeros(len(levels), np.uint8))
-    integers, predicted = _at_levels(rows, levels), reference.predict(labels).integers
+    predicted = reference.predict(RowLabels.without_classes(levels, gains)).integers
+    integers = _at_levels(rows, levels)
     if integers is None or np.abs(predicted).max(initial=0) >= 2**_MAX_BITS:
         return None
     differences: np.ndarray = integers - predicted
