@@ -45,10 +45,19 @@ def test_integers_that_their_class_does_not_expect_come_back() -> None:
     assert entropy.decode([(data, classes)])[0].tolist() == values.tolist()
 
 
-def test_classes_may_differ_from_integer_to_integer() -> None:
+def test_the_largest_integers_come_back_in_a_class_that_expects_them() -> None:
+    values = np.array([2**31 - 1, -(2**31), 2**31 - 2**26, 0])
+    classes = np.full(4, 127)
+    (data,) = entropy.encode([(values, classes)])
+    assert len(data) < 4 * 5 + 4
+    assert entropy.decode([(data, classes)])[0].tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("n", [5000, 70_001])
+def test_classes_may_differ_from_integer_to_integer(n: int) -> None:
     random = np.random.default_rng(1)
-    classes = random.integers(0, 70, 5000)
-    values = np.rint(random.logistic(size=5000) * 2.0 ** (classes / 4 - 4)).astype(np.int64)
+    classes = random.integers(0, 70, n)
+    values = np.rint(random.logistic(size=n) * 2.0 ** (classes / 4 - 4)).astype(np.int64)
     (data,) = entropy.encode([(values, classes)])
     assert entropy.decode([(data, classes)])[0].tolist() == values.tolist()
 
@@ -91,6 +100,21 @@ def test_tables_are_the_logistic_distribution(number: int) -> None:
         edge = (Decimal(2**table.raw_bits) - Decimal("0.5")) / scale
         below = 1 / (1 + (-edge).exp())
     assert table.bounds[1 - table.first] / (1 << class_tables.PRECISION) == pytest.approx(float(below), abs=0.01)
+
+
+@pytest.mark.parametrize("number", [0, 13, 23, 24, 70, 127])
+def test_tables_are_those_of_an_exponential_for_each_bound(number: int) -> None:
+    table = class_tables.class_table(number)
+    symbols = len(table.bounds) - 2
+    with localcontext() as context:
+        context.prec = 40
+        scale = Decimal(2) ** (Decimal(number) / 4 - 4)
+        edges = [
+            (Decimal((index + table.first) * 2**table.raw_bits) - Decimal("0.5")) / scale for index in range(symbols)
+        ]
+        shares = [(class_tables.TOTAL - symbols - 1) / (1 + (-edge).exp()) for edge in edges[1:]]
+        bounds = [index + int(share + Decimal("0.5")) for index, share in enumerate(shares, start=1)]
+    assert table.bounds.tolist() == [0, *bounds, class_tables.TOTAL - 1, class_tables.TOTAL]
 
 
 @pytest.mark.parametrize("group_class", range(class_tables.GROUP_CLASSES))

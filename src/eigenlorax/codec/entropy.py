@@ -18,18 +18,20 @@ import numpy as np
 
 from ..errors import FormatError
 from .class_tables import ALL_CLASSES, PRECISION, TOTAL, class_table
-from .stream_tables import StreamTables, check_classes
+from .stream_tables import ESCAPED, StreamTables, check_classes
 
 LANE_BYTES = 512
 """Bytes that a lane writes on average. Its last state takes 4 of them, so that lanes cost less than one per cent."""
 LANE_INTEGERS = 1 << 14
 """Maximum number of integers of a lane, approximately. It bounds the number of steps in Python."""
 MAX_LANES = 1 << 14
+_BLOCK = 1 << 16
+"""Integers whose tables are looked up at a time: each takes some fifty bytes meanwhile."""
 _MIN_STATE = 1 << 16
 """Between integers, states are in [2^16, 2^32), so that each integer moves at most one 16-bit word."""
-# of NumPy's types, because a number of Python would be converted at each step
-_SHORT_STATE, _SLOT_MASK = np.uint64(_MIN_STATE), np.uint64(TOTAL - 1)
-_PRECISION_BITS, _WORD_BITS = np.uint64(PRECISION), np.uint64(16)
+# arrays, because a number of Python or NumPy would be converted at each step
+_SHORT_STATE, _SLOT_MASK, _WORD_MASK = (np.array(number, np.uint32) for number in (_MIN_STATE, TOTAL - 1, 0xFFFF))
+_PRECISION_BITS, _WORD_BITS = (np.array(bits, np.uint32) for bits in (PRECISION, 16))
 
 
 def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
@@ -120,19 +122,18 @@ def decode(streams: Sequence[tuple[bytes, np.ndarray]]) -> list[np.ndarray]:
     states, words, first_words = _split_streams([data for data, _ in streams], lanes)
     # after the lanes, whose states show with little memory whether the bytes can be so many integers
     tables = StreamTables.of(np.concatenate(classes))
-    symbols, next_words = _decode_symbols(states, words, first_words, tables, lanes)
-    return [
-        _restore_integers(data[4 * count + 2 * int(stop - start) :], tables, symbols[span], span)
-        for (data, _), span, count, start, stop in zip(
-            streams, lanes.slices, lanes.counts, first_words, next_words, strict=True
-        )
-    ]
+    integers, next_words = _decode_high_bits(states, words, first_words, tables, lanes)
+    for (data, _), span, count, start, stop in zip(
+        streams, lanes.slices, lanes.counts, first_words, next_words, strict=True
+    ):
+        _add_raw_bits(data[4 * count + 2 * int(stop - start) :], tables, integers[span], span)
+    return [integers[span] for span in lanes.slices]
 
 
-def _decode_symbols(
+def _decode_high_bits(
     states: np.ndarray, words: np.ndarray, first_words: np.ndarray, tables: StreamTables, lanes: "_Lanes"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Decode the symbols of all streams.
+    """Decode all streams but for raw bits and escaped integers.
 
     Args:
         states: Last states of the lanes, changed in place.
@@ -142,89 +143,91 @@ def _decode_symbols(
         lanes: Division of the streams into lanes.
 
     Returns:
-        The symbol of every integer, and the index of the first word of each stream that was not read.
+        Every integer, int32, with zeros for its raw bits, or `ESCAPED`; and the index of the first word of each stream
+        that was not read.
 
     Raises:
         FormatError: If the words are too few or do not lead back to the first states.
     """
-    # no table has more than 256 symbols
-    symbols = np.zeros(lanes.slices[-1].stop, dtype=np.uint8)
-    if len(lanes.slices) == 1:
-        next_words = first_words + _decode_one_stream(states, words, tables, symbols)
-    else:
-        next_words = _decode_streams(states, words, first_words, tables, lanes, symbols)
+    integers = np.zeros(lanes.slices[-1].stop, dtype=np.int32)
+    next_words = first_words.copy()
+    for active, steps in lanes.spans():
+        state = states[active]
+        reader = _WordReader(words, next_words, lanes.stream[active])
+        start, stride = lanes.start[active], lanes.stride[active]
+        block = max(_BLOCK // len(active), 1)
+        for first in range(steps.start, steps.stop, block):
+            # look-ups that need no state, for many steps at once
+            at = start + np.arange(first, min(first + block, steps.stop))[:, None] * stride
+            slots = _decode_steps(state, tables.first_slots(at), tables.slots, reader)
+            integers[at] = tables.slot_integers.take(slots)
+        states[active] = state
     # the encoder started from these states: any other end shows damage
     if len(states) and (states != _MIN_STATE).any():
         raise FormatError("the coded bytes do not end where they should.")
-    return symbols, next_words
+    return integers, next_words
 
 
-def _decode_one_stream(states: np.ndarray, words: np.ndarray, tables: StreamTables, symbols: np.ndarray) -> int:
-    """Decode the symbols of one stream into `symbols`, and return the number of words that were read.
+def _decode_steps(state: np.ndarray, slots: np.ndarray, slot_table: np.ndarray, reader: "_WordReader") -> np.ndarray:
+    """Advance all lanes by some steps.
 
-    The integers of a step are consecutive, and so are the words that its lanes read, so that a step takes half the time
-    of one of `_decode_streams`.
+    Args:
+        state: States of the lanes, (lanes,) uint32, changed in place.
+        slots: First slot of the class of each integer in `slot_table`, (steps, lanes), changed in place.
+        slot_table: `StreamTables.slots`.
+        reader: Reader of the lanes' words.
+
+    Returns:
+        The slot of each integer, in the memory of `slots`.
     """
-    next_word = 0
-    for first in range(0, len(symbols), max(len(states), 1)):
-        # the last step may have fewer integers than there are lanes
-        span = slice(first, min(first + len(states), len(symbols)))
-        state = states[: span.stop - first]
-        slot = state & _SLOT_MASK
-        symbol, low, share = tables.symbol_at(span, slot.view(np.int64))
-        symbols[span] = symbol
+    for slot in slots:
+        # the low bits of a state are in the interval of the symbol that was encoded last
+        slot += state & _SLOT_MASK
+        entry = slot_table.take(slot)
         state >>= _PRECISION_BITS
-        state *= share
-        state += slot
-        state -= low
+        state *= entry >> _WORD_BITS
+        state += entry & _WORD_MASK
         (short,) = (state < _SHORT_STATE).nonzero()
         if len(short):
-            read = words[next_word : next_word + len(short)]
-            next_word += len(short)
-            if len(read) < len(short):
+            state[short] = state[short] << _WORD_BITS | reader.read(short)
+    return slots
+
+
+class _WordReader:
+    """Reader of the words of lanes that are sorted by stream.
+
+    The lanes of one stream read consecutive words, in the order of lanes.
+
+    Args:
+        words: Words of all streams.
+        next_words: Index of the next word of each stream, changed in place.
+        lane_streams: Stream of each lane, ascending.
+    """
+
+    __slots__ = ("_is_alone", "_lane_streams", "_next_words", "_order", "_words")
+
+    def __init__(self, words: np.ndarray, next_words: np.ndarray, lane_streams: np.ndarray) -> None:
+        self._words, self._next_words, self._lane_streams = words, next_words, lane_streams
+        self._order = np.arange(len(lane_streams))
+        self._is_alone = len(next_words) == 1
+
+    def read(self, lanes: np.ndarray) -> np.ndarray:
+        """Return the next word of each of these lanes, in ascending order."""
+        if self._is_alone:
+            # half the time of the general case
+            start = int(self._next_words[0])
+            self._next_words[0] = stop = start + len(lanes)
+            if stop > len(self._words):
                 raise FormatError("the coded bytes end too early.")
-            state[short] = state[short] << _WORD_BITS | read
-    return next_word
-
-
-def _decode_streams(
-    states: np.ndarray,
-    words: np.ndarray,
-    first_words: np.ndarray,
-    tables: StreamTables,
-    lanes: "_Lanes",
-    symbols: np.ndarray,
-) -> np.ndarray:
-    """Decode the symbols of several streams into `symbols`; return the first word of each that was not read."""
-    next_words = first_words.copy()
-    for active, steps in lanes.spans():
-        start, stride, state = lanes.start[active], lanes.stride[active], states[active]
-        # lanes are sorted by stream, so the lanes of one stream read consecutive words, in the order of lanes
-        stream = lanes.stream[active]
-        first_lane = np.flatnonzero(np.concatenate([[True], stream[1:] != stream[:-1]]))
-        lane_streams, lane_counts = stream[first_lane], np.diff(np.append(first_lane, len(stream)))
-        last_lane = first_lane + lane_counts - 1
-        for step in steps:
-            at = start + step * stride
-            # the low bits of a state are in the interval of the symbol that was encoded last
-            slot = (state & np.uint64(TOTAL - 1)).astype(np.intp)
-            symbol, low, share = tables.symbol_at(at, slot)
-            symbols[at] = symbol
-            state = share * (state >> np.uint64(PRECISION)) + (slot.astype(np.uint64) - low)
-            is_short = state < _MIN_STATE
-            if is_short.any():
-                reads = np.cumsum(is_short)
-                totals = reads[last_lane]
-                before = np.concatenate([[0], totals[:-1]])
-                at_word = np.repeat(next_words[lane_streams] - before - 1, lane_counts) + reads
-                short = np.flatnonzero(is_short)
-                read = at_word[short]
-                if read.max() >= len(words):
-                    raise FormatError("the coded bytes end too early.")
-                state[short] = (state[short] << np.uint64(16)) | words[read]
-                next_words[lane_streams] += totals - before
-        states[active] = state
-    return next_words
+            return self._words[start:stop]
+        streams = self._lane_streams.take(lanes)
+        counts = np.bincount(streams, minlength=len(self._next_words))
+        before = counts.cumsum() - counts
+        positions = (self._next_words - before).take(streams) + self._order[: len(lanes)]
+        if positions.max() >= len(self._words):
+            raise FormatError("the coded bytes end too early.")
+        self._next_words += counts
+        return self._words.take(positions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,9 +309,9 @@ def _split_streams(blobs: Sequence[bytes], lanes: _Lanes) -> tuple[np.ndarray, n
     for data, count in zip(blobs, lanes.counts, strict=True):
         if len(data) < 4 * count:
             raise FormatError("the coded bytes end too early.")
-        states.append(np.frombuffer(data, "<u4", count).astype(np.uint64))
+        states.append(np.frombuffer(data, "<u4", count).astype(np.uint32))
         after_states = data[4 * count : 4 * count + (len(data) - 4 * count) // 2 * 2]
-        words.append(np.frombuffer(after_states, "<u2").astype(np.uint64))
+        words.append(np.frombuffer(after_states, "<u2").astype(np.uint32))
         first_words.append(end)
         end += len(words[-1])
     return np.concatenate(states), np.concatenate(words), np.array(first_words, dtype=np.int64)
@@ -316,48 +319,52 @@ def _split_streams(blobs: Sequence[bytes], lanes: _Lanes) -> tuple[np.ndarray, n
 
 def _pack_raw_bits(integers: np.ndarray, raw_bits: np.ndarray, escaped: np.ndarray) -> bytes:
     """Return the raw bits of the integers that have some, the highest bit of each first."""
-    owner, shift = _bit_positions(raw_bits, escaped)
-    return np.packbits(((integers[owner] >> shift) & 1).astype(np.uint8)).tobytes()
-
-
-def _bit_positions(raw_bits: np.ndarray, escaped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return, per raw bit, the index of its integer and its bit position."""
-    counts = np.where(escaped, 0, raw_bits)
-    owner = np.repeat(np.arange(len(raw_bits)), counts)
+    counts = np.where(escaped, 0, raw_bits).astype(np.int64)
+    owner = np.repeat(np.arange(len(counts)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return owner, counts[owner] - 1 - within
+    return np.packbits(((integers[owner] >> (counts[owner] - 1 - within)) & 1).astype(np.uint8)).tobytes()
 
 
-_BLOCK = 1 << 16
-"""Integers whose raw bits are unpacked at a time: each bit takes some thirty bytes meanwhile."""
+def _unpack_raw_bits(packed: bytes, start: int, counts: np.ndarray) -> np.ndarray:
+    """Return the raw bits of integers as numbers.
+
+    Args:
+        packed: Bytes of `_pack_raw_bits`.
+        start: First bit of the first integer.
+        counts: Number of raw bits of each integer, 1 to 26.
+    """
+    ends = start % 8 + counts.cumsum(dtype=np.int64)
+    size = -(-int(ends[-1]) // 8) if len(ends) else 0
+    # the eight bytes from every byte on: raw bits that begin in a byte end in the five after it
+    padded = packed[start // 8 : start // 8 + size] + bytes(8)
+    windows = np.ndarray(size + 1, ">u8", padded, strides=(1,)).astype(np.uint64)
+    first = ends - counts
+    words = windows.take(first >> 3) >> (64 - counts - (first & 7)).astype(np.uint64)
+    raw: np.ndarray = words.astype(np.int32) & ((1 << counts.astype(np.int32)) - 1)
+    return raw
 
 
-def _restore_integers(data: bytes, tables: StreamTables, symbols: np.ndarray, span: slice) -> np.ndarray:
-    """Return the integers of a stream, int32, from their symbols and the bytes that follow its words."""
-    blocks = [slice(start, min(start + _BLOCK, span.stop)) for start in range(span.start, span.stop, _BLOCK)]
-    integers = np.zeros(len(symbols), dtype=np.int32)
-    escaped = np.zeros(len(symbols), dtype=bool)
-    bits = 0
-    for block in blocks:
-        within = slice(block.start - span.start, block.stop - span.start)
-        escaped[within] = tables.escaped(symbols[within], block)
-        bits += int(tables.raw_bits(block)[~escaped[within]].sum())
+def _add_raw_bits(data: bytes, tables: StreamTables, integers: np.ndarray, span: slice) -> None:
+    """Add the raw bits to the integers of a stream, and insert the escaped ones.
+
+    Args:
+        data: Bytes that follow the words of the stream.
+        tables: Tables of all streams.
+        integers: Integers of the stream, from `_decode_high_bits`, changed in place.
+        span: Position of the stream among all integers.
+    """
+    (escaped,) = (integers == ESCAPED).nonzero()
+    counts = tables.raw_bits(span)
+    counts[escaped] = 0
     # the sizes are checked before any bit is unpacked
-    size, n_escaped = -(-bits // 8), int(escaped.sum())
-    if len(data) != size + 4 * n_escaped:
-        raise FormatError(f"{len(data)} bytes follow the coded ones; {size + 4 * n_escaped} were expected.")
-    packed, at = np.frombuffer(data, np.uint8, size), 0
-    for block in blocks:
-        within = slice(block.start - span.start, block.stop - span.start)
-        wide = tables.integers(symbols[within], block)
-        owner, shift = _bit_positions(tables.raw_bits(block), escaped[within])
-        first, at = at, at + len(owner)
-        # a block may begin and end in the middle of a byte
-        block_bits = np.unpackbits(packed[first // 8 : -(-at // 8)])[first % 8 :][: len(owner)].astype(np.int64)
-        # unlike `wide[owner] += …`, this adds all bits of an integer
-        np.add.at(wide, owner, block_bits << shift)
-        if (wide >= 2**31).any() or (wide < -(2**31)).any():
-            raise FormatError("a coded integer is beyond 32 bits.")
-        integers[within] = wide
+    size = -(-int(counts.sum(dtype=np.int64)) // 8)
+    if len(data) != size + 4 * len(escaped):
+        raise FormatError(f"{len(data)} bytes follow the coded ones; {size + 4 * len(escaped)} were expected.")
+    start = 0
+    for first in range(0, len(integers), _BLOCK) if size else ():
+        (within,) = counts[first : first + _BLOCK].nonzero()
+        at = first + within
+        # no more than 32 bits: tables end at multiples of 2^(raw bits)
+        integers[at] += _unpack_raw_bits(data, start, counts[at])
+        start += int(counts[at].sum(dtype=np.int64))
     integers[escaped] = np.frombuffer(data[size:], "<i4")
-    return integers

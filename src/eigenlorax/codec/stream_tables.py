@@ -1,9 +1,15 @@
 """Tables of the classes of a stream, which the entropy coder looks symbols up in."""
 
+from functools import cached_property, lru_cache
+
 import numpy as np
 
 from ..errors import FormatError
 from .class_tables import ALL_CLASSES, TOTAL, class_table
+
+ESCAPED = 2**31 - 1
+"""Mark of an integer that is not in the table of its class, in `StreamTables.slot_integers`. No table has this number:
+the low bits of large ones are raw."""
 
 
 class StreamTables:
@@ -15,7 +21,8 @@ class StreamTables:
     """
 
     def __init__(self, class_indices: np.ndarray, rows: np.ndarray) -> None:
-        tables = [class_table(int(class_index)) for class_index in class_indices]
+        self._class_indices = class_indices.tolist()
+        tables = [class_table(class_index) for class_index in self._class_indices]
         widest = max((len(table.bounds) for table in tables), default=2)
         self._rows = rows
         # shorter tables are padded with intervals of width zero
@@ -24,9 +31,7 @@ class StreamTables:
             self._bounds[row, : len(table.bounds)] = table.bounds
         self._first = np.array([table.first for table in tables], dtype=np.int64)
         self._escape = np.array([table.escape for table in tables], dtype=np.int64)
-        self._raw_bits = np.array([table.raw_bits for table in tables], dtype=np.int64)
-        self._slots: np.ndarray | None = None
-        self._low, self._frequencies = np.zeros(0, np.uint64), np.zeros(0, np.uint64)
+        self._raw_bits = np.array([table.raw_bits for table in tables], dtype=np.uint8)
 
     @classmethod
     def of(cls, classes: np.ndarray) -> "StreamTables":
@@ -40,7 +45,7 @@ class StreamTables:
         return cls(class_indices, row[narrow])
 
     def raw_bits(self, span: slice) -> np.ndarray:
-        """Return the number of low bits of each integer that are written without a model."""
+        """Return the number of low bits of each integer that are written without a model, uint8."""
         counts: np.ndarray = self._raw_bits[self._rows[span]]
         return counts
 
@@ -51,17 +56,6 @@ class StreamTables:
         escaped = (symbols < 0) | (symbols >= escape)
         return np.where(escaped, escape, symbols), escaped
 
-    def escaped(self, symbols: np.ndarray, span: slice) -> np.ndarray:
-        """Return which of the integers are escaped."""
-        escaped: np.ndarray = symbols == self._escape[self._rows[span]]
-        return escaped
-
-    def integers(self, symbols: np.ndarray, span: slice) -> np.ndarray:
-        """Return the integers of symbols, with zeros for their raw bits."""
-        rows = self._rows[span]
-        integers: np.ndarray = (symbols + self._first[rows]) << self._raw_bits[rows]
-        return integers
-
     def intervals(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the lower cumulative frequency and the frequency of the symbol of every integer, uint64."""
         bounds = self._bounds.astype(np.uint64)
@@ -69,27 +63,33 @@ class StreamTables:
         low = bounds.ravel()[at]
         return low, bounds.ravel()[at + 1] - low
 
-    def symbol_at(self, at: np.ndarray | slice, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the symbols whose intervals contain these slots, their lower bounds, and their frequencies.
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """The interval of each slot, for all classes one after the other: frequency · 2^16 + slot − lower bound."""
+        return np.concatenate([_slot_table(class_index)[0] for class_index in self._class_indices])
 
-        Args:
-            at: Indices of the integers, (n,).
-            slots: Cumulative frequencies, (n,).
+    @cached_property
+    def slot_integers(self) -> np.ndarray:
+        """The integer of each slot with zeros for its raw bits, or `ESCAPED`, for all classes one after the other."""
+        return np.concatenate([_slot_table(class_index)[1] for class_index in self._class_indices])
 
-        Returns:
-            The symbols, (n,) int16; lower bounds and frequencies, (n,) uint64.
-        """
-        if self._slots is None:
-            # table look-ups in place of a binary search; int16 keeps the largest one small
-            self._slots = np.concatenate(
-                [np.repeat(np.arange(len(row) - 1, dtype=np.int16), np.diff(row)) for row in self._bounds]
-            )
-            self._low = self._bounds.astype(np.uint64).ravel()
-            self._frequencies = np.diff(self._bounds, axis=1, append=TOTAL).astype(np.uint64).ravel()
-        rows = self._rows[at].astype(np.intp)
-        symbols = self._slots.take(rows * TOTAL + slots)
-        index = rows * self._bounds.shape[1] + symbols
-        return symbols, self._low.take(index), self._frequencies.take(index)
+    def first_slots(self, at: np.ndarray) -> np.ndarray:
+        """Return the first slot, in `slots`, of the class of the integers at these indices."""
+        slots: np.ndarray = self._rows[at].astype(np.intp) * TOTAL
+        return slots
+
+
+@lru_cache(maxsize=64)
+def _slot_table(class_index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the entries of a class in `slots`, (TOTAL,) uint32, and in `slot_integers`, (TOTAL,) int32."""
+    table = class_table(class_index)
+    frequencies = np.diff(table.bounds)
+    remainders = np.arange(TOTAL) - np.repeat(table.bounds[:-1], frequencies)
+    integers = (np.arange(len(frequencies)) + table.first) << table.raw_bits
+    # integers beyond 32 bits are not encoded, though tables of wide classes have them
+    integers[table.escape], integers[(integers < -(2**31)) | (integers >= 2**31)] = ESCAPED, ESCAPED
+    entries = (np.repeat(frequencies << 16, frequencies) + remainders).astype(np.uint32)
+    return entries, np.repeat(integers.astype(np.int32), frequencies)
 
 
 def check_classes(classes: np.ndarray) -> None:
