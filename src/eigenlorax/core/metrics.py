@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from . import linalg, projection
 from .adapter import LoRAFactors, delta_square
-from .batch import ModuleBatch, stack_factors
+from .batch import ModuleBatch, project_rows, stack_factors
 from .coefficients import CoefficientBatch, Coefficients
 from .projection import DualComponents
 from .subspace import ModuleBases
@@ -91,19 +91,16 @@ def module_error(
         # coefficients and residual represent the whole update, so all of the error is rounding
         squared_error = _update_difference_square(factors, projection.reconstruct(coefficients, bases))
         return ModuleError(delta_square(factors), squared_error, squared_error)
-    # zero rows change no product, and both sides of a comparison need one rank
-    down, up = _pad_rank(coefficients.down, coefficients.up, factors.spec.rank)
-    stored = CoefficientBatch(down[None], up[None], torch.ones(1, dtype=torch.float64))
-    factor_down, factor_up = _pad_rank(factors.down, factors.up, down.shape[0])
-    factors = replace(factors, down=factor_down, up=factor_up)
+    stored = CoefficientBatch(coefficients.down[None], coefficients.up[None], torch.ones(1, dtype=torch.float64))
     batch = projection.balance_batch(stack_factors([factors], [0.0]), coefficients.down.dtype)
     return module_errors(batch, stored, bases, exact)[0]
 
 
-def _pad_rank(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return factors (…, r, n) and (…, m, r) with zeros for a rank of at least `rank`."""
-    missing = max(rank - down.shape[-2], 0)
-    return pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
+def _pad_rows(rows: Tensor, rank: int) -> Tensor:
+    """Return rows (…, r, n) with zeros for a rank of at least `rank`, which change no product."""
+    missing = rank - rows.shape[-2]
+    # `pad` copies also where nothing is missing
+    return pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
 
 
 def _update_difference_square(left: LoRAFactors, right: LoRAFactors) -> float:
@@ -111,8 +108,8 @@ def _update_difference_square(left: LoRAFactors, right: LoRAFactors) -> float:
     rank = max(left.spec.rank, right.spec.rank)
     factors = []
     for update in (left, right):
-        down, up = _pad_rank(update.down.double(), update.up.double(), rank)
-        factors += [update.scaling * up, down]
+        down, up = _pad_rows(update.down.double(), rank), _pad_rows(update.up.mT.double(), rank)
+        factors += [update.scaling * up.mT, down]
     return float(linalg.difference_square(*factors))
 
 
@@ -133,49 +130,85 @@ def module_errors(
         before: The coefficients before rounding. Default: the projections on the unrounded bases.
     """
     # coefficients may be stored with another rank than the factors, and products need one rank
-    rank, dtype = max(batch.down.shape[1], coefficients.down.shape[1]), batch.down.dtype
-    down, up = _pad_rank(batch.down, batch.up.mT, rank)
-    stored_down, stored_up = _pad_rank(coefficients.down, coefficients.up, rank)
-    rebuilt_down = stored_down.to(dtype) @ bases.down.components.to(dtype)
-    rebuilt_up = (stored_up.mT.to(dtype) @ bases.up.components.to(dtype)).mT
+    rank = max(batch.down.shape[1], coefficients.down.shape[1])
+    rows = {side: _pad_rows(batch.rows(side), rank) for side in ("down", "up")}
+    stored = {"down": _pad_rows(coefficients.down, rank), "up": _pad_rows(coefficients.up.mT, rank)}
+    grams = {side: _ErrorGrams.of(rows[side], stored[side], bases.side(side).components) for side in rows}
     exact = exact or unrounded_bases(bases, bases)
+    down_dual, up_dual = (dual.mT.to(batch.down.dtype) for dual in exact.duals)
     if before is None:
-        down_dual, up_dual = (dual.to(dtype) for dual in exact.duals)
-        exact_down, exact_up = down @ down_dual.mT, up_dual @ up
+        unrounded = project_rows(batch, "down", down_dual), project_rows(batch, "up", up_dual)
     else:
-        exact_down, exact_up = _pad_rank(before.down, before.up, rank)
-    scaling_square = batch.scaling.square()
-    rounding = _rounding_square(
-        (exact_down.double(), exact_up.double()), (stored_down.double(), stored_up.double()), exact
-    )
+        unrounded = before.down, before.up.mT
+    exact_down, exact_up = (_pad_rows(matrices, rank) for matrices in unrounded)
     # the scaling is known exactly, so it enters the squares alone
+    scaling_square = batch.scaling.square()
     squares = (
-        scaling_square * linalg.product_square(up, down),
-        scaling_square * linalg.difference_square(up, down, rebuilt_up, rebuilt_down),
-        scaling_square * rounding,
+        scaling_square * (grams["up"].rows * grams["down"].rows).sum((1, 2)),
+        scaling_square * _difference_square(grams["up"], grams["down"]),
+        scaling_square * _rounding_square((exact_down, exact_up), (stored["down"], stored["up"]), exact),
     )
     return [ModuleError(*adapter) for adapter in zip(*(square.tolist() for square in squares), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _ErrorGrams:
+    """Inner products of the rows R of each adapter on one side and of their errors E, (n, r, r) float64.
+
+    Attributes:
+        rows: R·Rᵀ.
+        mixed: R·Eᵀ.
+        errors: E·Eᵀ.
+    """
+
+    rows: Tensor
+    mixed: Tensor
+    errors: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, coefficients: Tensor, components: Tensor) -> "_ErrorGrams":
+        """Compute the products in the dtype of the rows.
+
+        Args:
+            rows: Original rows, (n, r, d).
+            coefficients: Coefficients of each row as stored, (n, r, k).
+            components: Components as stored, (k, d).
+        """
+        flat, dtype = rows.flatten(0, 1), rows.dtype
+        # one product for all adapters; `addmm` subtracts while it multiplies, so that no second matrix is written
+        errors = torch.addmm(flat, coefficients.flatten(0, 1).to(dtype), components.to(dtype), alpha=-1)
+        errors = errors.view(rows.shape)
+        products = (rows @ rows.mT, rows @ errors.mT, errors @ errors.mT)
+        return cls(*(product.to(torch.float64) for product in products))
+
+
+def _difference_square(up: _ErrorGrams, down: _ErrorGrams) -> Tensor:
+    """Return ‖B·A − B̂·Â‖² of each adapter, with B = B̂ + E_B and A = Â + E_A, as in `linalg.difference_square`.
+
+    B·A − B̂·Â = E_B·A + B̂·E_A. The products with B̂ = B − E_B follow from those with B and E_B, and stand beside E_A, so
+    that their rounding is small relative to what they are added to.
+    """
+    rebuilt_errors = up.mixed.mT - up.errors
+    rebuilt = up.rows - up.mixed - rebuilt_errors
+    square = (up.errors * down.rows + 2 * rebuilt_errors * down.mixed + rebuilt * down.errors).sum((1, 2))
+    return square.clamp_min(0)
 
 
 def _rounding_square(before: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], exact: UnroundedBases) -> Tensor:
     """Return ‖Uᵀ·E_up·E_down·V − U'ᵀ·C_up·C_down·V'‖² of each adapter.
 
-    U, V and the coefficients E (`before`, down and up) are unrounded; U', V' and C (`stored`) are rounded.
+    U, V and the coefficients E (`before`, down and up) are unrounded; U', V' and C (`stored`) are rounded. All
+    coefficients are rows, (n, r, k).
 
-    Both products are written in the unrounded rows and their rounding errors, (n, 2k, r), so that nothing is wider than
+    Both products are written in the unrounded rows and their rounding errors, (n, r, 2k), so that nothing is wider than
     that; and as in `linalg.difference_square`, no two large numbers are subtracted.
     """
-    (e_down, e_up), (c_down, c_up) = before, stored
     # (E_up − C_up)·E_down + C_up·(E_down − C_down), each factor followed by its part along the rows' rounding errors
+    (e_down, e_up), (c_down, c_up) = ((matrix.double() for matrix in pair) for pair in (before, stored))
+    zeros = torch.zeros_like(e_down)
     left = torch.cat([torch.cat([e_up - c_up, c_up], dim=2), torch.cat([c_up, -c_up], dim=2)], dim=1)
-    right = torch.cat(
-        [
-            torch.cat([e_down, torch.zeros_like(e_down)], dim=2),
-            torch.cat([e_down - c_down, c_down], dim=2),
-        ],
-        dim=1,
-    )
-    square = ((left.mT @ exact.up_gram @ left) * (right @ exact.down_gram @ right.mT)).sum((1, 2))
+    right = torch.cat([torch.cat([e_down, zeros], dim=2), torch.cat([e_down - c_down, c_down], dim=2)], dim=1)
+    square = ((left @ exact.up_gram @ left.mT) * (right @ exact.down_gram @ right.mT)).sum((1, 2))
     return square.clamp_min(0)
 
 
