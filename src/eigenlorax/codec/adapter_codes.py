@@ -172,13 +172,16 @@ def dequantise_module(
         up = _in_all_clusters(left[0].mT / up_divisor, rank, layout.widths[1], layout.offsets[1])
         return Coefficients(down, up.mT.contiguous(), scaling, kernel)
     # half of a component's weight on each side keeps the factors of an adapter at about the same norm
-    weight = torch.from_numpy(np.sqrt(step_size * 2.0 ** (-codes.scales / singular_codes.SCALES)))
+    weight = np.sqrt(step_size * 2.0 ** (-codes.scales / singular_codes.SCALES))
     coefficients, residuals = [], []
     for side, (rows, row_weight) in enumerate(((codes.down, weight), (codes.up, weight / up_divisor))):
-        on_basis = _weighted_rows(rows.coefficients, rows.coefficient_levels, row_weight, rank)
-        coefficients.append(_in_all_clusters(on_basis, rank, layout.widths[side], layout.offsets[side]))
-        residual = _weighted_rows(rows.residuals, rows.residual_levels, row_weight, rank)
-        residuals.append(residual.float() if rows.has_residual else None)
+        shape, offset = (rank, layout.widths[side]), layout.offsets[side]
+        coefficients.append(_weighted_rows(rows.coefficients, rows.coefficient_levels, row_weight, shape, offset))
+        shape = rank, layout.dimension(side)
+        residual = (
+            _weighted_rows(rows.residuals, rows.residual_levels, row_weight, shape) if rows.has_residual else None
+        )
+        residuals.append(residual)
     down, up = coefficients
     down_residual, up_residual = residuals
     if up_residual is not None:
@@ -186,13 +189,23 @@ def dequantise_module(
     return Coefficients(down, up.mT.contiguous(), scaling, kernel, down_residual, up_residual)
 
 
-def _weighted_rows(codes: np.ndarray, levels: np.ndarray, weight: Tensor, rank: int) -> Tensor:
-    """Return rows (rank, d), float64: codes times their weights for the components with a level, zeros elsewhere."""
-    coded = torch.from_numpy(np.flatnonzero(levels > 0))
-    rows = torch.zeros(rank, codes.shape[1] if codes.ndim == 2 else 0, dtype=torch.float64)
-    if len(coded):
-        rows[coded] = torch.from_numpy(codes.astype(np.float64)) * weight[coded, None]
-    return rows
+def _weighted_rows(
+    codes: np.ndarray, levels: np.ndarray, weight: np.ndarray, shape: tuple[int, int], offset: int = 0
+) -> Tensor:
+    """Return codes times their weights, float32, as the rows of the components with a level among zeros.
+
+    Args:
+        codes: Codes of the components that have a level, (rows, n).
+        levels: Levels of all components, (r,).
+        weight: Weights of all components, (r,) float64.
+        shape: Shape of the returned rows.
+        offset: First column of the codes among those of the returned rows.
+    """
+    rows = np.zeros(shape, dtype=np.float32)
+    if len(codes):
+        (coded,) = (levels > 0).nonzero()
+        rows[coded, offset : offset + codes.shape[1]] = codes * weight[coded, None]
+    return torch.from_numpy(rows)
 
 
 def _in_all_clusters(rows: Tensor, rank: int, width: int, offset: int) -> Tensor:
