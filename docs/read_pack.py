@@ -23,12 +23,12 @@ def delta_weights(pack, name):
     """
     pack = Path(pack)
     manifest = read_manifest(pack)
-    subspace, entry = manifest["subspace"], entry_of(manifest, name)
+    subspace, entry = whole(manifest["subspace"]), entry_of(manifest, name)
     growth = subspace["growth"] if "growth" in subspace else subspace["augmentations"]
     tensors = load(checked(pack / subspace["file"], subspace["sha256"]))
     files = read_files(pack, name, entry)
     coefficients = load(files["adapter_model.safetensors"])
-    source = source_config(files["source_config.json"], manifest.get("source_fields", {}))
+    source = source_config(files["source_config.json"], manifest.get("source_fields", {}), subspace["modules"])
     found = {}
     config = json.loads(files["adapter_config.json"])
     names = config.get("target_modules", sorted(subspace["modules"]))
@@ -117,7 +117,7 @@ def version_file(folder, entry):
 def training_basis(pack):
     """Module name → components (down, up) of the basis for training of a coded pack, (k, in) and (k, out) float64."""
     manifest = json.loads((Path(pack) / "subspace_config.json").read_bytes())
-    subspace = manifest["basis"]["subspace"]
+    subspace = whole(manifest["basis"]["subspace"])
     tensors = load(checked(Path(pack) / subspace["file"], subspace["sha256"]))
     return {
         module: tuple(
@@ -176,16 +176,28 @@ def from_blob(blob, references):
 
 def entry_of(manifest, name):
     """The fields of an adapter in the manifest, with those that it shares with most others."""
-    return {**manifest.get("shared_fields", {}), **manifest["adapters"][name]}
+    shared, own = manifest.get("shared_fields", {}), manifest["adapters"][name]
+    return {**shared, **own, "files": {**shared.get("files", {}), **own["files"]}}
 
 
-def source_config(data, shared):
-    """The fields of a source's config, from its file and the fields that it shares with most others."""
+def whole(subspace):
+    """The description of a subspace, with all fields of each side in it."""
+    modules = {}
+    for module, fields in subspace["modules"].items():
+        alike = {**subspace.get("shared_fields", {}), **fields}
+        modules[module] = {side: {**alike, **fields.get(side, {})} for side in ("down", "up")}
+    return {**subspace, "modules": modules}
+
+
+def source_config(data, shared, modules):
+    """The fields of a source's config, from its file, the fields that it shares with most others, and the names of
+    all modules of the subspace."""
     fields = json.loads(data)
     if "eigenlorax_changed" not in fields:
         return fields
     kept = {key: value for key, value in shared.items() if key not in fields.get("eigenlorax_removed", [])}
-    return {**kept, **fields["eigenlorax_changed"]}
+    targets = {"target_modules": sorted(modules)} if fields.get("eigenlorax_modules") else {}
+    return {**kept, **fields["eigenlorax_changed"], **targets}
 
 
 def read_files(pack, name, entry):

@@ -50,7 +50,7 @@ def sides(**fields: Any) -> Callable[[Path], None]:
 
     def change(body: Any) -> None:
         for pair in body["subspace"]["modules"].values():
-            pair["down"].update(fields)
+            pair.setdefault("down", {}).update(fields)
 
     return manifest(change)
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from eigenlorax.core import atomic_files, keys
+from versions import unfolded
 
 
 def signed_again(pack: Path) -> None:
@@ -13,6 +14,8 @@ def signed_again(pack: Path) -> None:
     del body["digest"]
     data = (pack / body["subspace"]["file"]).read_bytes()
     body["subspace"]["sha256"] = atomic_files.digest(data)
+    if body["format_version"] >= 8:
+        body = unfolded(body)
     for name, entry in body["adapters"].items():
         entry["files"] = {
             file: atomic_files.digest((pack / "adapters" / name / file).read_bytes()) for file in entry["files"]

@@ -25,7 +25,10 @@ def older(body, version):
         name: {key: value for key, value in entry.items() if key not in of_adapter}
         for name, entry in entries_of(body).items()
     }
-    subspace = dict(body["subspace"])
+    body = unfolded(body)
+    body["subspace"].pop("shared_fields", None)
+    body["shared_fields"].pop("files", None)
+    subspace = body["subspace"]
     if version < 7:
         subspace.pop("reference_bytes", None)
     body = {**body, "adapters": adapters, "format_version": version, "fit": fit, "subspace": subspace}
@@ -45,9 +48,29 @@ def older(body, version):
     return {**body, "subspace": subspace}
 
 
+def unfolded(body):
+    """The content of a manifest of version 8 with all fields in each side, and all files in each adapter's entry."""
+    subspace, files = body["subspace"], body.get("shared_fields", {}).get("files", {})
+    shared = subspace.get("shared_fields", {})
+    modules = {
+        name: {
+            side: {**shared, **{k: v for k, v in fields.items() if k not in ("down", "up")}, **fields.get(side, {})}
+            for side in ("down", "up")
+        }
+        for name, fields in subspace["modules"].items()
+    }
+    adapters = {name: {**entry, "files": {**files, **entry["files"]}} for name, entry in body["adapters"].items()}
+    return {
+        **body,
+        "subspace": {**subspace, "modules": modules},
+        "adapters": adapters,
+        "shared_fields": dict(body.get("shared_fields", {})),
+    }
+
+
 def entries_of(body):
     """The entries of a manifest, with what adapters have in common."""
-    complete = {name: {**body.get("shared_fields", {}), **entry} for name, entry in body["adapters"].items()}
+    complete = {name: {**body.get("shared_fields", {}), **entry} for name, entry in unfolded(body)["adapters"].items()}
     return {name: {"rounding_error": entry["delta_error"], **entry} for name, entry in complete.items()}
 
 
@@ -62,7 +85,11 @@ def write_older(folder, version):
         fields = json.loads(config.read_text())
         if "eigenlorax_changed" in fields:
             kept = {k: v for k, v in body["source_fields"].items() if k not in fields.get("eigenlorax_removed", [])}
-            config.write_text(json.dumps({**kept, **fields["eigenlorax_changed"]}, indent=2, sort_keys=True))
+            if "eigenlorax_modules" in fields:
+                kept["target_modules"] = sorted(body["subspace"]["modules"])
+            indent, end = fields.get("eigenlorax_indent", 2), fields.get("eigenlorax_end", "")
+            whole = json.dumps({**kept, **fields["eigenlorax_changed"]}, indent=indent, sort_keys=True) + end
+            config.write_text(whole)
             entry["files"]["source_config.json"] = sha256(config.read_bytes()).hexdigest()
     canonical = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
     manifest["digest"] = sha256(canonical.encode()).hexdigest()

@@ -21,7 +21,7 @@ from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
 from outcomes import contents
 from planted import normal, random_adapter, random_collection, shared_collection
-from versions import older
+from versions import older, unfolded
 
 pytestmark = pytest.mark.slow
 
@@ -467,6 +467,7 @@ def changed(pack, pattern, change):
     body = json.loads(manifest.read_text())
     del body["digest"]
     body["subspace"]["sha256"] = atomic_files.digest((pack / body["subspace"]["file"]).read_bytes())
+    body = unfolded(body)
     for name, entry in body["adapters"].items():
         entry["files"] = {
             file: atomic_files.digest((pack / "adapters" / name / file).read_bytes()) for file in entry["files"]

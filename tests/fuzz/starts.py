@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 import eigenlorax as ex
 import lora_files
 from adapters import change_config, make_adapter
-from eigenlorax.core import keys, module_patterns
+from eigenlorax.core import atomic_files, keys, module_patterns
 from eigenlorax.errors import EigenloraxWarning
 from make_reference_packs import PACKS
 from reports import synthetic
 from runs import make_run
+from versions import unfolded
 
 from .changes import Tree, write
 
@@ -49,7 +50,8 @@ def _made(make: Callable[[Path], object]) -> Tree:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", EigenloraxWarning)
         make(Path(folder))
-        return tree_of(Path(folder))
+        tree = tree_of(Path(folder))
+        return _unfolded(tree) if f"pack/{keys.MANIFEST}" in tree else tree
 
 
 def _below(name: str, tree: Tree) -> Tree:
@@ -64,7 +66,20 @@ def packs() -> Mapping[str, Tree]:
 
 
 def _frozen(name: str) -> Tree:
-    return _below("pack", tree_of(PACKS / name))
+    return _unfolded(_below("pack", tree_of(PACKS / name)))
+
+
+def _unfolded(tree: Tree) -> Tree:
+    """A pack whose manifest has each field of its sides and adapters where changes look for it."""
+    path = f"pack/{keys.MANIFEST}"
+    body = json.loads(tree[path])
+    if body["format_version"] < 8:
+        return tree
+    body = unfolded(body)
+    del body["digest"]
+    canonical = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    body["digest"] = atomic_files.digest(canonical.encode())
+    return {**tree, path: json.dumps(body, indent=1, sort_keys=True).encode()}
 
 
 @cache

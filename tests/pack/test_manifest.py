@@ -10,8 +10,8 @@ import eigenlorax as ex
 from eigenlorax.core import atomic_files, keys
 from eigenlorax.errors import PackDamagedError, PackVersionError
 from eigenlorax.pack import card, manifest_json
-from planted import random_collection
-from versions import older
+from planted import random_adapter, random_collection
+from versions import older, unfolded
 
 PATH = Path("pack", keys.MANIFEST)
 
@@ -250,6 +250,12 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
         (("subspace", "reference_bytes"), -1, "reference_bytes is not 0 to stored_bytes"),
         (("subspace", "reference_bytes"), 10**9, "reference_bytes is not 0 to stored_bytes"),
         (("shared_fields", "ranks"), [3] * 65, "more than 64 ranks"),
+        (("shared_fields", "files"), {"adapter_model.safetensors": "0" * 64}, "may have .*source_config.json"),
+        (("adapters", "a0", "files"), {}, "an adapter's files"),
+        (("subspace", "shared_fields", "square"), 1.0, r"subspace.shared_fields has the fields .*'square'"),
+        (("subspace", "shared_fields", "grown"), [0] * 65, "more than 64 steps"),
+        (("subspace", "shared_fields", "k"), 1000, "k is out of range"),
+        (("subspace", "modules", "encoder.0.query", "sideways"), {}, "modules.encoder.0.query.down has the fields"),
         (("coefficient_dtype",), "complex64", "dtype"),
         (
             ("format_version",),
@@ -305,3 +311,20 @@ def test_what_else_may_be_there(data, path, value):
     found = manifest_json.parse(changed(data, path, put(value)), PATH)
     assert card.render(found)
     assert manifest_json.parse(manifest_json.to_bytes(found), PATH) == found
+
+
+def test_fields_that_sides_have_alike_are_stated_once(tmp_path):
+    adapters = [random_adapter(f"a{n}", 100 * n) for n in range(3)]
+    path = ex.fit(adapters, max_error=0.5).save(tmp_path / "pack") / keys.MANIFEST
+    body = json.loads(path.read_bytes())
+    # bases of a coded pack that has no use for them have the same `square` on both sides
+    assert body["subspace"]["shared_fields"] == {"energy": 0.0, "grown": [], "k": 0, "shortfall": 0.0}
+    assert body["subspace"]["modules"]["encoder.0.query"].keys() == {"square", "down", "up"}
+    assert body["subspace"]["modules"]["encoder.0.query"]["down"].keys() == {"dimension"}
+    # adapters with one config have one file of it, and one digest
+    assert body["shared_fields"]["files"].keys() == {keys.ADAPTER_CONFIG, keys.SOURCE_CONFIG}
+    assert body["adapters"]["a1"]["files"].keys() == {keys.ADAPTER_WEIGHTS}
+    found = manifest_json.parse(path.read_bytes(), path)
+    assert found.subspace == ex.Pack.open(path.parent).info
+    assert all(len(entry.files) == 3 for entry in found.adapters.values())
+    assert manifest_json.parse(signed(unfolded(body)), PATH) == found

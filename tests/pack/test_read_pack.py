@@ -232,7 +232,7 @@ def test_carried_modules_and_heads_are_passed_over(tmp_path):
 
 def test_an_adapter_in_its_spare_place(tmp_path):
     folder = fitted(tmp_path)
-    entry = json.loads((folder / "subspace_config.json").read_text())["adapters"]["b"]
+    entry = entries_of(json.loads((folder / "subspace_config.json").read_text()))["b"]
     content = "".join(file + digest for file, digest in sorted(entry["files"].items()))
     spare = sha256(content.encode()).hexdigest()[:8]
     (folder / "adapters" / "b").rename(folder / "adapters" / f"b@{spare}")
@@ -388,7 +388,7 @@ class TestSpecification:
         assert data == written.encode()
 
     def test_of_the_fingerprint(self, everything):
-        subspace = json.loads((everything / "subspace_config.json").read_text())["subspace"]
+        subspace = read_pack.whole(json.loads((everything / "subspace_config.json").read_text())["subspace"])
         tensors = load_file(everything / subspace["file"])
         assert sha256((everything / subspace["file"]).read_bytes()).hexdigest()[:8] == subspace["file"][9:17]
         digest = sha256()
@@ -415,7 +415,7 @@ class TestSpecification:
 
     def test_of_the_fingerprint_of_a_coded_pack(self, tmp_path):
         folder = ex.fit(in_groups(12, 2), max_error=0.3).save(tmp_path / "pack")
-        subspace = json.loads((folder / "subspace_config.json").read_text())["subspace"]
+        subspace = read_pack.whole(json.loads((folder / "subspace_config.json").read_text())["subspace"])
         tensors = load_file(folder / subspace["file"])
         bases = read_pack.coded_bases(tensors, subspace["modules"], joined=True)
         digest = sha256()

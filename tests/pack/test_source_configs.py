@@ -43,9 +43,14 @@ def text_of(**fields):
 
 
 class TestOneConfig:
-    @given(FIELDS, FIELDS, st.sampled_from([{"indent": 2, "sort_keys": True}, {"indent": 2}, {}]))
-    def test_comes_back_to_the_byte(self, fields, shared, form):
-        text = json.dumps(fields, **form)
+    @given(
+        FIELDS,
+        FIELDS,
+        st.sampled_from([{"indent": n, "sort_keys": True} for n in (1, 2, 8, 9)] + [{"indent": 2}, {}]),
+        st.sampled_from(["", "\n", "\n\n", " "]),
+    )
+    def test_comes_back_to_the_byte(self, fields, shared, form, end):
+        text = json.dumps(fields, **form) + end
         found, parsed = source_configs.from_bytes(source_configs.to_bytes(text, shared), shared)
         assert found == text
         assert json.dumps(parsed) == json.dumps(json.loads(text))
@@ -73,11 +78,33 @@ class TestOneConfig:
             {"eigenlorax_changed": []},
             {"eigenlorax_changed": {}, "eigenlorax_removed": "r"},
             {"eigenlorax_changed": {}, "r": 8},
+            {"eigenlorax_changed": {}, "eigenlorax_indent": 0},
+            {"eigenlorax_changed": {}, "eigenlorax_indent": 10**9},
+            {"eigenlorax_changed": {}, "eigenlorax_indent": True},
+            {"eigenlorax_changed": {}, "eigenlorax_end": " "},
+            {"eigenlorax_changed": {}, "eigenlorax_modules": 1},
+            # a history is in no subspace
+            {"eigenlorax_changed": {}, "eigenlorax_modules": True},
         ],
     )
     def test_differences_of_another_form_are_refused(self, fields):
         with pytest.raises(ValueError, match="differences of an unknown form"):
             source_configs.from_bytes(json.dumps(fields).encode(), PEFT)
+
+    def test_layouts_and_modules_are_not_repeated(self):
+        text = json.dumps({**PEFT, "target_modules": ["k", "q", "v"]}, indent=1, sort_keys=True) + "\n"
+        shared = source_configs.shared_fields([text] * 2, modules="vqk")
+        assert shared == PEFT
+        data = source_configs.to_bytes(text, shared, "vqk")
+        assert json.loads(data) == {
+            "eigenlorax_changed": {},
+            "eigenlorax_end": "\n",
+            "eigenlorax_indent": 1,
+            "eigenlorax_modules": True,
+        }
+        assert source_configs.from_bytes(data, shared, "vqk")[0] == text
+        # some modules, or another order of them, are listed
+        assert b'"target_modules":["k","q","v"]' in source_configs.to_bytes(text, shared, "vqkx")
 
 
 def test_what_is_shared_is_what_most_have_in_any_order():

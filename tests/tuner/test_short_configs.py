@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftModel
 import eigenlorax as ex
 from coded import coded_adapters
 from eigenlorax.core.adapter import from_factors
+from eigenlorax.errors import FormatError
 from eigenlorax.pack.adapter_files import DEFAULTS
 from eigenlorax.tuner import EigenLoraxConfig
 from tiny import BERT, IN, make_bert
@@ -47,3 +48,14 @@ def test_peft_loads_them_from_their_folder(ids, tmp_path, options):
         ours.save_pretrained(tmp_path / "saved" / name, selected_adapters=["second"])
         saved = json.loads((tmp_path / "saved" / name / "second" / "adapter_config.json").read_text())
         assert sorted(saved["target_modules"]) == sorted(BERT)
+
+
+@pytest.mark.parametrize("digits", ["3", "3334", "333a", "３" * len(BERT)])
+def test_digits_of_residuals_that_do_not_fit_the_modules(tmp_path, digits):
+    folder = ex.fit(coded_adapters(SHAPES, "nothing", n=2), max_error=0.3).save(tmp_path / "pack") / "adapters" / "a0"
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["residual_sides"] == "3" * len(BERT)
+    path.write_text(json.dumps({**config, "residual_sides": digits}))
+    with pytest.raises(FormatError, match="a digit from 0 to 3 for each of the adapter's modules"):
+        PeftModel.from_pretrained(make_bert(), folder)

@@ -76,6 +76,8 @@ PARENT = "parent"
 RESIDUALS = {"down": "eigenlorax_down_rest", "up": "eigenlorax_up_rest"}
 # Config field: the sides that have a residual, by module
 RESIDUAL_SIDES = "rests"
+# Config field of coded packs in place of that: a digit for each module
+RESIDUAL_DIGITS = "residual_sides"
 # Config field: the storage of the coefficients in a pack, where that is not a float dtype
 COEFFICIENT_DTYPE = "coefficient_dtype"
 # Config field: the dtype that the LoRA factors of an adapter had before they were packed

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from safetensors.torch import save as to_safetensors
@@ -17,11 +17,10 @@ from ..core import dtypes, keys, limits
 from ..core.adapter import is_valid_kernel
 from ..core.json_dataclasses import from_json
 from ..core.keys import Kind
-from ..core.origin import Origin
 from ..core.subspace import Subspace
 from ..formats import files as lora_files
 from ..formats import lora_config, peft, safetensors_file
-from . import source_configs
+from . import origin_json, source_configs
 from .manifest import Entry
 from .outside_tensors import file_tensors, from_file
 from .packed_adapter import PackedAdapter
@@ -87,12 +86,12 @@ def to_files(packed: PackedAdapter, context: WritingContext) -> dict[str, bytes]
     files = {
         keys.ADAPTER_CONFIG: _to_json(adapter_config(packed, context)),
         keys.ADAPTER_WEIGHTS: _to_safetensors({**file_tensors(packed.heads, keys.CODED_HEADS), **stored}),
-        keys.SOURCE_CONFIG: source_configs.to_bytes(packed.source_config, context.source_fields),
+        keys.SOURCE_CONFIG: source_configs.to_bytes(packed.source_config, context.source_fields, context.modules),
     }
     if packed.carried:
         files[keys.CARRIED] = _to_safetensors(file_tensors(packed.carried, keys.CODED_CARRIED))
     if packed.origin is not None:
-        files[keys.SOURCE_FILE] = _to_json(asdict(packed.origin))
+        files[keys.SOURCE_FILE] = origin_json.to_bytes(packed.origin)
     return files
 
 
@@ -104,12 +103,11 @@ def adapter_config(packed: PackedAdapter, context: WritingContext) -> dict[str, 
     source = json.loads(packed.source_config)
     metadata = coefficient_metadata(packed.coefficients)
     kernels = {module: list(each.kernel) for module, each in metadata.items() if each.kernel}
-    residuals = {module: list(each.residual_sides) for module, each in metadata.items() if each.residual_sides}
     has_all_modules = packed.subspace_names == {module: module for module in context.modules}
     config = {
         **{field: source[field] for field in KEPT_FIELDS if field in source},
         **({keys.KERNELS: kernels} if kernels else {}),
-        **({keys.RESIDUAL_SIDES: residuals} if residuals else {}),
+        **_residual_fields({module: each.residual_sides for module, each in metadata.items()}, context.storage),
         **({} if context.storage.is_float else {keys.COEFFICIENT_DTYPE: context.storage.name}),
         **({keys.SOURCE_DTYPE: dtypes.name(packed.source_dtype)} if packed.source_dtype is not None else {}),
         **({} if packed.parent is None else {keys.PARENT: _parent_fields(packed)}),
@@ -122,6 +120,17 @@ def adapter_config(packed: PackedAdapter, context: WritingContext) -> dict[str, 
         "carried": bool(packed.carried),
     }
     return {name: value for name, value in config.items() if name not in DEFAULTS or DEFAULTS[name] != value}
+
+
+def _residual_fields(sides: Mapping[str, Collection[str]], storage: Storage) -> dict[str, Any]:
+    """Return the field with the sides of each module that have a residual; none if there are no residuals."""
+    if not any(sides.values()):
+        return {}
+    if storage.is_coded:
+        # most modules of a coded adapter have residuals, so that their names would be most of its config
+        bits = [sum(1 << bit for bit, side in enumerate(keys.SIDES) if side in sides[name]) for name in sorted(sides)]
+        return {keys.RESIDUAL_DIGITS: "".join(map(str, bits))}
+    return {keys.RESIDUAL_SIDES: {module: list(each) for module, each in sides.items() if each}}
 
 
 def _parent_fields(packed: PackedAdapter) -> dict[str, Any]:
@@ -197,7 +206,7 @@ def from_files(
     carried: Mapping[str, Tensor] = {}
     if keys.CARRIED in files:
         carried = _decoded(safetensors_file.from_bytes(files[keys.CARRIED], keys.CARRIED), keys.CODED_CARRIED, context)
-    source_config, source = source_configs.from_bytes(files[keys.SOURCE_CONFIG], context.source_fields)
+    source_config, source = source_configs.from_bytes(files[keys.SOURCE_CONFIG], context.source_fields, context.modules)
     lora_files.check_config(source, keys.SOURCE_CONFIG)
     config = from_json(_Config, _read_fields(files[keys.ADAPTER_CONFIG], context.modules), keys.ADAPTER_CONFIG)
     in_config = config.parent.get("name")
@@ -227,22 +236,11 @@ def from_files(
         source_config=source_config,
         record=entry.record,
         subspace=fingerprint,
-        origin=_origin(files),
+        origin=origin_json.from_bytes(files[keys.SOURCE_FILE]) if keys.SOURCE_FILE in files else None,
         payload=payload,
         source_dtype=dtypes.parse(config.source_dtype),
         parent=entry.parent,
     )
-
-
-def _origin(files: Mapping[str, bytes]) -> Origin | None:
-    """Return the file of the source, for formats other than PEFT's; None if there is none."""
-    if keys.SOURCE_FILE not in files:
-        return None
-    _, fields = limits.parse_json_object(files[keys.SOURCE_FILE], keys.SOURCE_FILE)
-    origin: Origin = from_json(Origin, fields, keys.SOURCE_FILE)
-    # lone surrogates cannot be exported: this raises an error for them
-    "".join(text for pair in origin.metadata.items() for text in pair).encode("utf-8")
-    return origin
 
 
 def _decoded(tensors: Mapping[str, Tensor], coded_key: str, context: ReadingContext) -> Mapping[str, Tensor]:

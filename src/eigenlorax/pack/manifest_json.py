@@ -5,16 +5,15 @@ docs/pack-format.md describes the fields.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..core import atomic_files, keys
-from ..core.augmentation import Augmentation
 from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
 from ..errors import AdapterNameError, PackDamagedError, PackVersionError
 from ..version import __version__
-from . import history_json, manifest_checks
+from . import history_json, manifest_checks, subspace_json
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .record import Record
 from .shared_fields import most_common
@@ -29,6 +28,10 @@ _SINCE: dict[int, dict[str, Any]] = {
 """Fields of `fit` by the format version that introduced them, with their values in older packs."""
 _SHARED_FIELDS = {"parent", *Record.__dataclass_fields__} - {"delta_error", "rounding_error", "source_sha256"}
 """Fields of an adapter that are often the same for most adapters."""
+_SHARED_FILES = {keys.ADAPTER_CONFIG, keys.SOURCE_CONFIG}
+"""Files whose digest is often the same for most adapters; every adapter has both."""
+_FILES_SHARED_SINCE = 8
+"""Format version that introduced digests which several adapters share."""
 _MAX_SHARED_RANKS = 64
 """Largest number of ranks that entries share, because each entry has a list of its own in memory."""
 _BASIS_FIELDS = {"fit", "coefficient_dtype", "subspace"}
@@ -65,10 +68,16 @@ def _adapter_fields(adapters: Mapping[str, Entry]) -> dict[str, Any]:
     shared = most_common(entries.values(), _SHARED_FIELDS)
     if len(shared.get("ranks", [])) > _MAX_SHARED_RANKS:
         del shared["ranks"]
+    digests = most_common([entry.files for entry in adapters.values()], _SHARED_FILES)
+    if digests:
+        shared["files"] = digests
     return {
         "shared_fields": shared,
         "adapters": {
-            name: {key: value for key, value in fields.items() if not _is_implied(key, fields, shared)}
+            name: {
+                **{key: value for key, value in fields.items() if not _is_implied(key, fields, shared)},
+                "files": {file: value for file, value in fields["files"].items() if digests.get(file) != value},
+            }
             for name, fields in entries.items()
         },
     }
@@ -87,7 +96,7 @@ def _bases_fields(manifest: Manifest) -> dict[str, Any]:
         "fit": asdict(manifest.fit),
         "coefficient_dtype": manifest.coefficient_dtype,
         "subspace": {
-            **asdict(manifest.subspace),
+            **subspace_json.to_json(manifest.subspace),
             "file": manifest.subspace_file,
             "sha256": manifest.subspace_sha256,
         },
@@ -152,21 +161,32 @@ def _entries(body: dict[str, Any]) -> dict[str, Any]:
     entries = dict(from_json(dict, body.get("adapters"), "adapters"))
     if not _shares(body):
         return entries
-    shared = from_json(dict, body.get("shared_fields"), "shared_fields")
+    shared = dict(from_json(dict, body.get("shared_fields"), "shared_fields"))
+    files = _shared_files(shared.pop("files", {}) if body["format_version"] >= _FILES_SHARED_SINCE else {})
     if not shared.keys() <= _SHARED_FIELDS:
         raise JsonTypeError(f"shared_fields has the fields {sorted(shared)}, and may have {sorted(_SHARED_FIELDS)}.")
     if len(from_json(list, shared.get("ranks", []), "shared_fields.ranks")) > _MAX_SHARED_RANKS:
         raise JsonTypeError(f"shared_fields.ranks has more than {_MAX_SHARED_RANKS} ranks.")
     complete = {name: {**shared, **from_json(dict, fields, f"adapters.{name}")} for name, fields in entries.items()}
-    for fields in complete.values():
+    for name, fields in complete.items():
         if "delta_error" in fields:
             fields.setdefault("rounding_error", fields["delta_error"])
+        if files:
+            fields["files"] = {**files, **from_json(dict, fields.get("files"), f"adapters.{name}.files")}
     return complete
+
+
+def _shared_files(value: Any) -> dict[str, str]:
+    """Return the digests that most adapters share, by file; `JsonTypeError` for a file that not every adapter has."""
+    files: dict[str, str] = from_json(dict[str, str], value, "shared_fields.files")
+    if not files.keys() <= _SHARED_FILES:
+        raise JsonTypeError(f"shared_fields.files has the files {sorted(files)}, and may have {sorted(_SHARED_FILES)}.")
+    return files
 
 
 def _without_adapters(body: dict[str, Any]) -> Manifest:
     """Convert the fields of a pack that describe its base model and its bases."""
-    fit, subspace = from_json(FitInfo, _fit(body), "fit"), dict(_subspace(body))
+    fit, subspace = from_json(FitInfo, _fit(body), "fit"), subspace_json.complete(body)
     return Manifest(
         format_version=body["format_version"],
         base_model=from_json(str | None, body.get("base_model_name_or_path", ...), "base_model_name_or_path"),
@@ -202,42 +222,6 @@ def _fit(body: dict[str, Any]) -> Any:
     if early:
         raise JsonTypeError(f"fit has the fields {early}, which version {version} lacks.")
     return {**fit, **lacking}
-
-
-def _subspace(body: dict[str, Any]) -> dict[str, Any]:
-    """Return `subspace` with the fields that earlier formats lack. Those of 1 and 2 grew by augmentations only."""
-    fields = dict(from_json(dict, body.get("subspace"), "subspace"))
-    if body["format_version"] < 7:
-        if "reference_bytes" in fields:
-            raise JsonTypeError(
-                f"subspace has the field reference_bytes, which version {body['format_version']} lacks."
-            )
-        fields["reference_bytes"] = 0
-    if body["format_version"] >= 3:
-        return fields
-    steps = from_json(tuple[Augmentation, ...], fields.pop("augmentations", ...), "subspace.augmentations")
-    modules = from_json(dict[str, dict[str, _EarlySide]], fields.get("modules"), "subspace.modules")
-    if "growth" in fields:
-        raise JsonTypeError(f"subspace has the field growth, which version {body['format_version']} lacks.")
-    grown = [step.n_extra for step in steps]
-    return {
-        **fields,
-        "growth": [{"fingerprint": None, "seed": step.seed} for step in steps],
-        "modules": {
-            name: {side: {**asdict(info), "shortfall": 0.0, "grown": grown} for side, info in pair.items()}
-            for name, pair in modules.items()
-        },
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class _EarlySide:
-    """One side of one module in formats 1 and 2."""
-
-    dimension: int
-    k: int
-    energy: float
-    square: float
 
 
 def _entry(value: Any, where: str, version: int) -> Entry:

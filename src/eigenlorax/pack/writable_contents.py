@@ -33,7 +33,9 @@ class WritableContents(PackContents):
             loaded = share_codes(loaded)
         # files that stay on disk differ from the fields that are in the manifest already
         if not self._source_fields and len(loaded) == len(self):
-            self._source_fields = source_configs.shared_fields(packed.source_config for packed in loaded.values())
+            self._source_fields = source_configs.shared_fields(
+                (packed.source_config for packed in loaded.values()), self.info.modules
+            )
         context = adapter_files.WritingContext(
             self.info.fingerprint, self._coefficient_storage, self.info.modules, self._source_fields
         )

@@ -91,6 +91,9 @@ class EigenLoraxConfig(PeftConfig):
             Written on saving: the kernel size of each convolution.
         rests (`dict`):
             Written on saving: the sides, "down" or "up", on which each module has a residual.
+        residual_sides (`str`):
+            Written by entropy-coded packs in place of `rests`: a digit for each module, in the order of their sorted
+            names. It is 1 for a residual on the "down" side, 2 for "up", 3 for both, and 0 for none.
         coefficient_dtype (`str`, *optional*):
             Written by packs: the storage of coefficients in the file, such as "int8", if they are not floats.
         source_dtype (`str`, *optional*):
@@ -172,6 +175,10 @@ class EigenLoraxConfig(PeftConfig):
     rests: dict[str, list[str]] = field(
         default_factory=dict,
         metadata={"help": "Written on saving: the sides on which each module has a residual."},
+    )
+    residual_sides: str = field(
+        default="",
+        metadata={"help": "Written by packs: the sides with a residual, as a digit for each module in sorted order."},
     )
     coefficient_dtype: str | None = field(
         default=None,

@@ -68,6 +68,7 @@ class EigenLoraxModel(BaseTuner):
         """Complete and check the config. All errors are raised here, before a layer of the model is changed."""
         resolve.check_not_carried(peft_config)
         resolved = resolve.resolve_subspace(peft_config)
+        resolve.expand_residual_sides(peft_config, resolved)
         if peft_config.target_modules is None:
             shared = self._shared_modules(resolved, peft_config)
             if not shared:

@@ -10,7 +10,7 @@ from ..core import basis, convolution, keys, module_names, registry
 from ..core import subspace as spaces
 from ..core.basis import Basis
 from ..core.subspace import ModuleBases, Subspace
-from ..errors import ModuleNameError, OptionError, PackMissingError, ShapeError
+from ..errors import FormatError, ModuleNameError, OptionError, PackMissingError, ShapeError
 from ..formats import checks
 from ..pack.pack import Pack
 from .config import EigenLoraxConfig
@@ -232,6 +232,27 @@ def record_kernels(config: EigenLoraxConfig, kernels: Mapping[str, tuple[int, ..
                 f"has {kernels[module] or 'none: it is a linear layer'}. It belongs to a different base model."
             )
     config.kernels = {module: list(kernel) for module, kernel in kernels.items() if kernel}
+
+
+def expand_residual_sides(config: EigenLoraxConfig, resolved: ResolvedSubspace | EmbeddedSubspace) -> None:
+    """Set `rests` of a config that has `residual_sides` in place of it; `FormatError` if the digits are wrong."""
+    if not config.residual_sides:
+        return
+    names = config.target_modules
+    if names is None and isinstance(resolved, ResolvedSubspace):
+        names = list(resolved.subspace.modules)
+    digits = str(config.residual_sides)
+    if names is None or isinstance(names, str) or len(digits) != len(names) or not set(digits) <= set("0123"):
+        raise FormatError(
+            f"the adapter's config: residual_sides is {digits[:40]!r}; it should have a digit from 0 to 3 for each of "
+            "the adapter's modules. Load it with the target_modules that it was saved with."
+        )
+    config.rests = {
+        name: [side for bit, side in enumerate(keys.SIDES) if int(digit) >> bit & 1]
+        for name, digit in zip(sorted(names), digits, strict=True)
+        if digit != "0"
+    }
+    config.residual_sides = ""
 
 
 def rename_residuals(config: EigenLoraxConfig, modules: Collection[str]) -> None:
