@@ -478,6 +478,7 @@ def _frontier(figures):
     total = sum(one.lora_bytes for one in figures)
     ways = {
         "codec": [("", 80, 0.7), ("", 30, 0.2), ("", 7, 0.02)],
+        "bound": [("", 90, 0.7), ("", 33, 0.2), ("", 8, 0.02)],
         "rounded": [("", 16, 0.48), ("", 8, 0.13), ("", 4, 0.009)],
         "truncated by energy": [("", 12, 0.7), ("", 4, 0.2), ("", 2, 0.02)],
         "truncated and rounded": [("", 60, 0.7), ("", 20, 0.2), ("", 5, 0.02)],

@@ -110,6 +110,15 @@ class TestPackForStorage:
             f"`--max-error 0.3` (`max_error=0.3`) takes about {numbers.size(at[0.3])}."
         )
 
+    def test_says_how_far_the_bytes_are_from_the_gaussian_bound(self, reported):
+        pack, report = reported
+        worst = report.frontier.points[0].worst
+        (bound,) = (point for point in report.frontier.points if (point.way, point.worst) == ("bound", worst))
+        assert 1 < pack.summary.bytes.pack / bound.stored_bytes < 1.4
+        sentence = f"bound of these LoRAs, each by itself, is {numbers.size(bound.stored_bytes)} at this error."
+        assert sentence in report.verdict.findings[0].text
+        assert all(point.way != "bound" or point.mean == point.worst for point in report.frontier.points)
+
     def test_its_page_begins_with_bytes(self, reported):
         document = Document(page.render(reported[1]))
         assert [text for text, _ in document.all("h2")][:3] == ["Findings", "Bytes at an error", "Bytes"]

@@ -10,7 +10,7 @@ from ..core.progress import Progress
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from . import module_sample, numbers
-from .analysis import codec_bytes, per_adapter
+from .analysis import codec_bytes, losses, per_adapter, rate_bound
 from .analysis.per_adapter import BOTH, CUT_BY_ENERGY, ROUNDED, Point, Tables
 from .analysis.shared_basis import SHARED_BASIS, SharedBasis
 from .comparison_data import Frontier, FrontierPoint
@@ -29,7 +29,7 @@ WORST = 0.8
 """Maximum worst error of a point; points with a larger one are left out."""
 ESTIMATED = 1e-5, 0.5
 """Range of error bounds in which estimates of the codec's bytes are accurate to a few per cent."""
-PACK, FIT, CODEC = "pack", "fit", "codec"
+PACK, FIT, CODEC, BOUND = "pack", "fit", "codec", "bound"
 SHARING_METHODS = {
     SHARED_BASIS: "one shared basis",
     # no longer measured, but contained in reports of earlier versions
@@ -39,6 +39,7 @@ SHARING_METHODS = {
 METHODS = {
     PACK: "this pack",
     CODEC: "the codec at other error bounds, estimated",
+    BOUND: "Gaussian bound of each LoRA by itself",
     ROUNDED: "each LoRA rounded to few bits",
     CUT_BY_ENERGY: "each LoRA truncated by SVD, 16 bits",
     BOTH: "each LoRA truncated and rounded",
@@ -104,6 +105,10 @@ def frontier(
         FrontierPoint(CODEC, "", round(scale * point.bytes), point.error, point.error)
         for point in reversed(codec_bytes.rate_points(shapes, packed, originals, bounds, progress))
     ]
+    least = [
+        FrontierPoint(BOUND, "", round(scale * stored_bytes), error, error)
+        for error, stored_bytes in reversed(_least_bytes(modules, shapes, originals, bounds))
+    ]
     progress(BASELINES, 0, 1 + len(_SIZES))
     tables = per_adapter.tables(modules)
     points = [
@@ -111,13 +116,13 @@ def frontier(
         for method, settings, point in _baseline_points(modules, tables, of_pack.worst, lora_float16 / scale, progress)
     ]
     error = _relative_error(tables, [sizes[module] for module in chosen], of_pack.worst, len(nonempty))
-    return Frontier(len(names), len(chosen), len(nonempty), error, lora_float16, [of_pack, *coded, *points])
+    return Frontier(len(names), len(chosen), len(nonempty), error, lora_float16, [of_pack, *coded, *least, *points])
 
 
 def cheapest(frontier: Frontier) -> FrontierPoint | None:
     """Return the smallest baseline whose worst error is at most the pack's; None if there is none."""
     pack, *others = frontier.points
-    candidates = [point for point in others if point.way != CODEC and point.worst <= pack.worst]
+    candidates = [point for point in others if point.way not in (CODEC, BOUND) and point.worst <= pack.worst]
     return min(candidates, key=lambda point: (point.stored_bytes, point.worst), default=None)
 
 
@@ -148,7 +153,17 @@ def at_equal_error(frontier: Frontier) -> str:
         ]
     if coded is not None and coded.stored_bytes < _MUCH_SMALLER * pack.stored_bytes:
         sentences.append(f"{option(coded)} would take about {numbers.size(coded.stored_bytes)}.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *on_bound(frontier)])
+
+
+def on_bound(frontier: Frontier) -> list[str]:
+    """Return a sentence on the Gaussian bound at the pack's worst error; none in reports of earlier versions."""
+    worst = frontier.points[0].worst
+    bound = next((point for point in frontier.points if point.way == BOUND and point.worst == worst), None)
+    if bound is None:
+        return []
+    least = numbers.size(bound.stored_bytes)
+    return [f"The Gaussian rate–distortion bound of these LoRAs, each by itself, is {least} at this error."]
 
 
 def option(coded: FrontierPoint) -> str:
@@ -217,6 +232,19 @@ def _stack(pack: Pack, packed: Mapping[str, PackedAdapter], originals: Originals
         own = own_name(packed[name], module)
         factors.append(adapter.modules[own] if own is not None else None)
     return pad_factors(factors, n_in, n_out)
+
+
+def _least_bytes(
+    modules: Mapping[str, ModuleBatch],
+    shapes: Mapping[str, tuple[int, int]],
+    originals: Originals,
+    errors: Sequence[float],
+) -> list[tuple[float, float]]:
+    """Return the Gaussian bound in bytes at each error. Equal adapters are counted once, as the codec stores them."""
+    rows = {originals.scans[name].content_hash: row for row, name in enumerate(originals.adapters)}
+    distinct = sorted(rows.values())
+    spectra = [(losses.singular_squares(modules[name])[distinct], shapes[name]) for name in modules]
+    return list(zip(errors, rate_bound.least_bytes(spectra, errors), strict=True))
 
 
 def _baseline_points(

@@ -3,7 +3,7 @@
 from ..codec.storage.table import CODED
 from .comparison_data import FrontierPoint, SizePoint
 from .data import Finding, ReportData
-from .frontier import coded_points, coded_within, option
+from .frontier import coded_points, coded_within, on_bound, option
 from .numbers import error, plural, ratio, size
 
 LARGE_ERROR = 0.5
@@ -51,9 +51,10 @@ def storage_finding(report: ReportData) -> Finding:
     if report.in_fit is not None and worst is not None:
         errors = f" The mean error of an adapter is {error(report.in_fit.mean)}, the largest {error(worst)}."
     bounds = [f"{option(point)} takes about {size(point.stored_bytes)}" for point in _other_bounds(report, worst)]
+    least = "".join(f" {text}" for text in on_bound(report.frontier)) if report.frontier is not None else ""
     return Finding(
         "bytes",
-        f"The pack takes {size(pack_bytes(report))}, {_than_loras(report)}.{heads}{errors}",
+        f"The pack takes {size(pack_bytes(report))}, {_than_loras(report)}.{heads}{errors}{least}",
         f"With another error bound, {' and '.join(bounds)}." if bounds else "",
         good=gain.ratio > 1 and (worst is None or worst <= LARGE_ERROR),
     )

@@ -9,7 +9,7 @@ import numpy as np
 
 from ... import numbers
 from ...data import ReportData, SideFigures
-from ...frontier import CODEC, METHODS, SHARING_METHODS, TASK_METHODS
+from ...frontier import BOUND, CODEC, METHODS, SHARING_METHODS, TASK_METHODS
 from ...task_data import TaskFrontier
 from . import module_labels, svg
 from .axes import byte_unit, count_along
@@ -22,6 +22,8 @@ MAX_KINDS = 8
 
 _NULL = "null model"
 
+_LINE_STYLES = {BOUND: ":", **dict.fromkeys(SHARING_METHODS, "--")}
+"""Line styles of methods that are not drawn as a solid line."""
 _MIN_ERROR = 1e-4
 """Smallest error on a logarithmic axis."""
 
@@ -123,7 +125,9 @@ def frontier(report: ReportData) -> str:
     assert measured is not None
     pack, *baselines = measured.points
     # the codec's curve has the colour of the pack
-    methods = sorted(dict.fromkeys(point.way for point in baselines), key=lambda method: method != CODEC)
+    methods = sorted(
+        dict.fromkeys(point.way for point in baselines), key=lambda method: (method != CODEC, method == BOUND)
+    )
     stored = [point.stored_bytes for point in measured.points if point.stored_bytes]
     unit, unit_name = byte_unit(max(*stored, measured.lora_float16))
 
@@ -134,16 +138,17 @@ def frontier(report: ReportData) -> str:
         axis.axhline(
             measured.lora_float16 / unit, color=ink("bad"), linestyle=":", linewidth=1.4, label="LoRAs, 16 bits"
         )
-        for number, method in enumerate(methods, start=0 if CODEC in methods else 1):
+        colours = {method: series(n) for n, method in enumerate(methods, start=0 if CODEC in methods else 1)}
+        for method in methods:
             # zero has no position on a logarithmic scale
             points = [point for point in baselines if point.way == method and point.worst > 0 and point.stored_bytes]
             axis.plot(
                 [point.worst for point in points],
                 [point.stored_bytes / unit for point in points],
-                "--" if method in SHARING_METHODS else "-",
-                marker="o",
+                _LINE_STYLES.get(method, "-"),
+                marker="" if method == BOUND else "o",
                 markersize=3.5,
-                color=series(number),
+                color=ink("muted") if method == BOUND else colours[method],
                 linewidth=2.6 if method == CODEC else 1.6,
                 label=METHODS[method],
             )
