@@ -32,7 +32,7 @@ from torch import Tensor
 import eigenlorax as ex
 import lora_files
 from adapters import make_adapter
-from eigenlorax.core import iterative
+from eigenlorax.core import iterative, krylov
 from eigenlorax.core.adapter import LoRAFactors
 from planted import factors_in, normal, orthonormal, random_factors, tree
 from rests import with_rests
@@ -303,12 +303,12 @@ def remove_all(folder: Path) -> ex.Pack:
 
 def fit_iteratively(folder: Path) -> ex.Pack:
     """Bases that were found by iteration, with a part of their spectra alone."""
-    before = iterative.LARGEST_SIDE, iterative.LARGEST_STACK, iterative.BLOCK
-    iterative.LARGEST_SIDE, iterative.LARGEST_STACK, iterative.BLOCK = 0, 0, 1
+    before = iterative.LARGEST_SIDE, iterative.LARGEST_STACK, krylov.BLOCK
+    iterative.LARGEST_SIDE, iterative.LARGEST_STACK, krylov.BLOCK = 0, 0, 1
     try:
         return ex.fit(sources(folder, "a b c d"), n_components=1)
     finally:
-        iterative.LARGEST_SIDE, iterative.LARGEST_STACK, iterative.BLOCK = before
+        iterative.LARGEST_SIDE, iterative.LARGEST_STACK, krylov.BLOCK = before
 
 
 def written_at(commit: str, folder: Path, code: str) -> ex.Pack:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from eigenlorax.core import iterative
+from eigenlorax.core import iterative, krylov
 from eigenlorax.core.adapter import LoRAFactors, delta_square
 from eigenlorax.core.batch import stack_factors
 from eigenlorax.core.exact_fit import fit_module
@@ -60,7 +60,7 @@ def kept(factors, weights, bases):
 @pytest.fixture
 def narrow(monkeypatch):
     """Blocks of a few columns, as many as such small modules have use for."""
-    monkeypatch.setattr(iterative, "BLOCK", 6)
+    monkeypatch.setattr(krylov, "BLOCK", 6)
 
 
 @pytest.mark.usefixtures("narrow")

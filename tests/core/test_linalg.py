@@ -102,3 +102,21 @@ def test_product_square_is_the_dense_norm():
 def test_planted_rows_have_the_decay_they_say():
     sigma = torch.linalg.svdvals(planted.decaying_rows(6, 11, 4, seed=1))
     assert float(sigma[0] / sigma[-1]) == pytest.approx(1e4, rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 127, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_symmetric_product_is_that_of_all_pairs_of_rows(n, dtype):
+    rows = normal(n, 17, seed=n).to(dtype)
+    product = linalg.symmetric_product(rows)
+    torch.testing.assert_close(product, rows @ rows.mT)
+    assert torch.equal(product, product.mT)
+
+
+def test_graded_root_has_the_digits_of_rows_that_differ_by_many_decades():
+    sizes = torch.logspace(0, -12, 5, dtype=torch.float64)
+    rows = normal(5, 23, seed=8) * sizes[:, None]
+    # the second matrix has a row of zeros
+    grams = torch.stack([rows @ rows.mT, torch.diag(sizes.roll(1) * torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))])
+    root = linalg.graded_root(grams)
+    torch.testing.assert_close(root.mT @ root, grams, rtol=1e-13, atol=0)

@@ -17,6 +17,10 @@ from .linalg import difference_square, psd_root, svd_factors, triangular_factor
 
 BATCH_SIZE = 64
 """Largest number of adapters that a fit holds in one batch."""
+LARGEST_ROUNDING = 1e-5
+"""Rounding of an energy, as a fraction of it, up to which it counts as exact enough for a search."""
+# Squared norms whose products float32 represents
+_SAFE_SQUARES = (1e-20, 1e20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +213,28 @@ def svd_balanced(batch: ModuleBatch) -> ModuleBatch:
 def gram_matrices(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "n r r"]:
     """Return the matrix of inner products of each adapter's rows."""
     return rows @ rows.mT
+
+
+def has_safe_squares(squares: Tensor) -> bool:
+    """Return whether float32 represents products of squared norms; zeros count as safe."""
+    low, high = _SAFE_SQUARES
+    return bool(((squares == 0) | ((squares > low) & (squares < high))).all())
+
+
+def has_exact_energies(weights: Float[Tensor, "n r r"], grams: Float[Tensor, "n r r"], dtype: torch.dtype) -> bool:
+    """Return whether products in a dtype are exact enough for Σ weights · grams, the energy of weighted rows.
+
+    They are not where the products of an adapter's rows and columns nearly cancel.
+
+    Args:
+        weights: Matrix between the rows of each adapter, float64.
+        grams: Inner products of the rows, float64.
+        dtype: Dtype in which inner products are computed.
+    """
+    norms = grams.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    # an inner product is off in proportion to the norms of its two rows, independently of others
+    rounding = torch.linalg.matrix_norm(weights * norms[:, :, None] * norms[:, None, :]).sum()
+    return bool(torch.finfo(dtype).eps * rounding <= LARGEST_ROUNDING * (weights * grams).sum())
 
 
 def gram_roots(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "n r r"]:

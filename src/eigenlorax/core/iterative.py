@@ -1,24 +1,32 @@
 """The fit of a module whose stack of rows is too large for a full spectrum: repeated passes over batches of adapters.
 
 The components of a side are the leading eigenvectors of G = Σ rowsᵀ · inner · rows, a sum over adapters that is never
-formed: a pass multiplies it by a few columns, batch by batch, and adds up (docs/method.md, "Large stacks"). The first
-fit is a Krylov search. In a sweep each side takes one step of subspace iteration from its current basis, which never
-lowers the kept energy, and continues with a search where that step has gained much.
+formed: a pass multiplies it by a few columns, batch by batch, and adds up (docs/method.md, "Large stacks"). Of few
+rows, `gram_search` finds the same components in less time. The first fit is a Krylov search. In a sweep each side
+takes one step of subspace iteration from its current basis, which never lowers the kept energy, and continues with a
+search where that step has gained much.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from hashlib import sha256
 from operator import add
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import krylov, linalg
+from . import gram_search, krylov, linalg
 from .basis import Basis
-from .batch import ModuleBatch, gather_rows, gram_matrices, multiply_gram, project_rows
+from .batch import (
+    ModuleBatch,
+    gather_rows,
+    gram_matrices,
+    has_exact_energies,
+    has_safe_squares,
+    multiply_gram,
+    project_rows,
+)
 from .engine import run_serially
 from .fit_options import FitOptions
 from .subspace import ModuleBases
@@ -27,18 +35,10 @@ LARGEST_SIDE = 384
 """Number of rows, or of dimensions, up to which the full spectrum is computed."""
 LARGEST_STACK = 2**25
 """Number of entries in the rows of one side up to which the full spectrum is computed."""
-BLOCK = 32
-"""Columns per pass of a search; as many as components where that many eigenvalues are nearly equal."""
-EQUAL_WITHIN = 1e-3
-"""Relative difference below which eigenvalues count as equal."""
-TOLERANCE = 5e-5
-"""Fraction of the energy that the first fit may be estimated to lack when its search ends."""
 MIN_GAIN = 1e-3
 """Fraction of the energy that a sweep's step has to gain for a search to continue from it."""
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Eigenvalues below this fraction of the largest one are rounding noise, by dtype of the products."""
-# Squared norms whose products float32 represents
-_SAFE_SQUARES = (1e-20, 1e20)
 
 LoadBatch = Callable[[], ModuleBatch]
 """Function that returns a batch, from memory or read again."""
@@ -62,7 +62,7 @@ def is_suitable(rows: int, n_in: int, n_out: int, options: FitOptions) -> bool:
     spectrum_size = max(min(rows, n_in), min(rows, n_out))
     is_small = spectrum_size <= LARGEST_SIDE and rows * max(n_in, n_out) <= LARGEST_STACK
     # a search pays only if its space is a small part of the stack
-    is_narrow = 4 * (options.n_components + BLOCK) <= min(rows, n_in, n_out)
+    is_narrow = 4 * (options.n_components + krylov.BLOCK) <= min(rows, n_in, n_out)
     return is_narrow and not is_small
 
 
@@ -122,7 +122,7 @@ class _BatchWeights:
         inner: By side, the matrix between the rows of each adapter in G, (n, r, r).
         row_scale: `ModuleBatch.row_scale`.
         square: By side, the squared norm of the weighted rows.
-        fits_float32: True if squares of all rows' norms are far from the limits of float32.
+        fits_float32: True if squares of all rows' norms are far from the limits of float32, which is exact enough.
     """
 
     inner: dict[str, Tensor]
@@ -132,15 +132,9 @@ class _BatchWeights:
 
 
 def _batch_weights(load: LoadBatch, weighting: str, dtype: torch.dtype) -> _BatchWeights:
-    """Compute the weights of one batch, with products in `dtype`, or in float64 where that overflows or underflows."""
+    """Compute the weights of one batch, with products in `dtype`, or in float64 where that is too inexact."""
     batch = load()
     grams = {side: gram_matrices(batch.rows(side).to(dtype)).to(torch.float64) for side in ("down", "up")}
-    square_norms = torch.stack([gram.diagonal(dim1=1, dim2=2) for gram in grams.values()])
-    low, high = _SAFE_SQUARES
-    is_safe = (square_norms > low) & (square_norms < high)
-    # zero rows count as unsafe here: in float64, the result is the same
-    if dtype != torch.float64 and not bool(is_safe.all()):
-        return _batch_weights(load, weighting, torch.float64)
     if weighting == "factors":
         identity = torch.eye(batch.down.shape[1], dtype=torch.float64, device=batch.down.device)
         takes_part = (batch.row_scale > 0).to(torch.float64)[:, None, None] * identity
@@ -149,12 +143,14 @@ def _batch_weights(load: LoadBatch, weighting: str, dtype: torch.dtype) -> _Batc
         # M = w²s²·BᵀB between the rows of A: no matrix root is needed, since only Aᵀ·M·A enters
         scale_square = batch.row_scale.square()[:, None, None]
         inner = {"down": scale_square * grams["up"], "up": scale_square * grams["down"]}
-    return _BatchWeights(
-        inner=inner,
-        row_scale=batch.row_scale,
-        square={side: float((inner[side] * grams[side]).sum()) for side in grams},
-        fits_float32=bool((is_safe | (square_norms == 0)).all()),
+    fits_float32 = all(
+        has_safe_squares(gram.diagonal(dim1=1, dim2=2)) and has_exact_energies(inner[side], gram, torch.float32)
+        for side, gram in grams.items()
     )
+    if dtype != torch.float64 and not fits_float32:
+        return _batch_weights(load, weighting, torch.float64)
+    square = {side: float((inner[side] * gram).sum()) for side, gram in grams.items()}
+    return _BatchWeights(inner, batch.row_scale, square, fits_float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +196,10 @@ def fit(
     """
     assert options.n_components is not None
     k = options.n_components
+    if gram_search.is_suitable(loaders):
+        bases = gram_search.fit(loaders, options, label, dtype)
+        if bases is not None:
+            return bases
     weights: list[_BatchWeights] = list(
         run(partial(_batch_weights, load, options.weighting, dtype) for load in loaders)
     )
@@ -208,6 +208,7 @@ def fit(
     # relative to the total energy, the matrices are in the range of float32 whatever the norms of the factors are
     inner = {name: [batch.inner[name] / total[name] for batch in weights] for name in sides}
     search_dtype = torch.float32 if all(batch.fits_float32 for batch in weights) else torch.float64
+    dtype = torch.promote_types(dtype, search_dtype)
     # each side alone, as the first step of the exact fit
     first = {name: _search(side, inner[name], k, f"{label}.{name}", search_dtype) for name, side in sides.items()}
     last = dict(first)
@@ -225,35 +226,19 @@ def fit(
     return ModuleBases(down, up)
 
 
-def _search(
-    side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.dtype, block: int | None = None
-) -> _Components:
-    """Search for the leading components of one side alone, with `block` columns per pass (default `BLOCK`)."""
-    block = BLOCK if block is None else block
+def _search(side: _Side, inner: list[Tensor], k: int, label: str, dtype: torch.dtype) -> _Components:
+    """Search for the leading components of one side alone."""
     batch = side.loaders[0]()
     dimension, device = batch.rows(side.name).shape[2], batch.down.device
-    start = _random_columns(dimension, block, label).to(device, dtype)
     # `inner` is relative to the total energy, so that the trace of G is 1
-    ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, k, tolerance=TOLERANCE, trace=1.0)
-    if block < k and _has_equal_values(ritz.values[:k], block):
-        # a search finds at most `block` of several equal eigenvalues, and there may be more of them here
-        return _search(side, inner, k, label, dtype, k)
+    ritz = krylov.search(
+        partial(side.multiply, inner), lambda n: krylov.seeded_columns(dimension, n, label).to(device, dtype), k
+    )
     n_resolved = int((ritz.values[:k] > RESOLUTION[dtype] * ritz.values[0]).sum())
     if n_resolved < k and dtype != torch.float64:
-        return _search(side, inner, k, label, torch.float64, block)
+        return _search(side, inner, k, label, torch.float64)
     columns = ritz.vectors[:, :n_resolved]
     return _Components(columns, side.project(columns), ritz.values[:n_resolved], ritz.shortfall)
-
-
-def _has_equal_values(values: Tensor, n: int) -> bool:
-    """Return whether `n` consecutive ones of the descending values are equal within `EQUAL_WITHIN`."""
-    return bool((values[n - 1 :] > (1 - EQUAL_WITHIN) * values[: len(values) - n + 1]).any())
-
-
-def _random_columns(dimension: int, n: int, label: str) -> Tensor:
-    # a cryptographic hash, because `hash()` differs from one process to the next; 7 bytes fit a torch seed
-    seed = int.from_bytes(sha256(label.encode()).digest()[:7], "big")
-    return torch.randn(dimension, n, generator=torch.Generator().manual_seed(seed))
 
 
 def _projected_inner(opposite: _Components, weights: Sequence[_BatchWeights], total: float) -> list[Tensor]:
@@ -276,7 +261,7 @@ def _sweep(side: _Side, inner: list[Tensor], current: _Components) -> _Component
         return stepped
     # where the spectrum is nearly flat, one step improves the columns only a little
     start = stepped.columns
-    ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, start.shape[1], tolerance=TOLERANCE)
+    ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, start.shape[1], tolerance=krylov.TOLERANCE)
     return replace(current, columns=ritz.vectors, projected=side.project(ritz.vectors))
 
 

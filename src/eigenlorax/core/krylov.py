@@ -7,6 +7,7 @@ the search space is spanned by X, G·X, G²·X, …, and Ritz pairs of G in that
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -15,6 +16,13 @@ from .linalg import descending_eigh
 
 Multiply = Callable[[Tensor], Tensor]
 """Function that returns the matrix times some columns, (d, b) → (d, b)."""
+
+BLOCK = 32
+"""Columns per step of `search`; as many as eigenvectors where that many eigenvalues are nearly equal."""
+EQUAL_WITHIN = 1e-3
+"""Relative difference below which eigenvalues count as equal."""
+TOLERANCE = 5e-5
+"""Fraction of the trace that `search` may be estimated to lack when it ends."""
 
 # The part of a block outside the search space is rounding noise below this fraction of the largest eigenvalue.
 _NEGLIGIBLE = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -38,6 +46,35 @@ class RitzPairs:
     values: Tensor
     vectors: Tensor
     shortfall: float
+
+
+def search(multiply: Multiply, start: Callable[[int], Tensor], k: int) -> RitzPairs:
+    """Search for the k leading eigenvectors of a positive semi-definite matrix of trace 1.
+
+    Args:
+        multiply: The matrix, as a function.
+        start: Function that returns a number of random columns.
+        k: Number of eigenvectors.
+    """
+
+    def search_by(block: int) -> RitzPairs:
+        return leading_eigenvectors(multiply, start(block), k, tolerance=TOLERANCE, trace=1.0)
+
+    ritz = search_by(BLOCK)
+    # a search finds at most `BLOCK` of several equal eigenvalues, and there may be more of them
+    return search_by(k) if k > BLOCK and _has_equal_values(ritz.values[:k], BLOCK) else ritz
+
+
+def _has_equal_values(values: Tensor, n: int) -> bool:
+    """Return whether `n` consecutive ones of the descending values are equal within `EQUAL_WITHIN`."""
+    return bool((values[n - 1 :] > (1 - EQUAL_WITHIN) * values[: len(values) - n + 1]).any())
+
+
+def seeded_columns(dimension: int, n: int, label: str) -> Tensor:
+    """Return random columns, (dimension, n) float32, that depend on the label and the shape alone."""
+    # a cryptographic hash, because `hash()` differs from one process to the next; 7 bytes fit a torch seed
+    seed = int.from_bytes(sha256(label.encode()).digest()[:7], "big")
+    return torch.randn(dimension, n, generator=torch.Generator().manual_seed(seed))
 
 
 def leading_eigenvectors(

@@ -17,6 +17,8 @@ from torch import Tensor
 # A Gram matrix squares the condition number, which halves the digits: its singular values below this fraction of the
 # largest one are noise.
 GRAM_RESOLUTION = 1e-5
+# Rows of `symmetric_product` that are multiplied at once: enough for the full speed of a product
+_SYMMETRIC_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,17 @@ class RowBlocks:
         return LeadingVectors(sigma, self.rows @ components.mT, lambda: components)
 
 
+def symmetric_product(rows: Tensor) -> Tensor:
+    """Return rows @ rowsᵀ, (n, n), and multiply each pair of rows once rather than twice."""
+    n = rows.shape[0]
+    product = rows.new_empty(n, n)
+    for start in range(0, n, _SYMMETRIC_BLOCK):
+        stop = start + _SYMMETRIC_BLOCK
+        product[start:, start:stop] = rows[start:] @ rows[start:stop].mT
+        product[start:stop, stop:] = product[stop:, start:stop].mT
+    return product
+
+
 def triangular_factor(columns: Tensor) -> Tensor:
     """Return R of the QR decomposition columns = Q·R."""
     r: Tensor = torch.linalg.qr(columns, mode="r").R
@@ -161,6 +174,18 @@ def psd_root(gram: Tensor) -> Tensor:
     # rounding makes zero eigenvalues slightly negative
     root: Tensor = (eigenvectors * eigenvalues.clamp_min(0).sqrt()[..., None, :]) @ eigenvectors.mT
     return root
+
+
+def graded_root(gram: Tensor) -> Tensor:
+    """Return S with SᵀS = gram for positive semi-definite matrices, (…, r, r) float64.
+
+    It is accurate relative to each entry √(gramᵢᵢ·gramⱼⱼ), where `psd_root` is accurate relative to the largest entry:
+    columns of S may differ in norm by many decades.
+    """
+    norms = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    # a matrix with a unit diagonal; rows of zeros stay zero
+    divisors = torch.where(norms > 0, norms, 1.0)
+    return psd_root(gram / divisors[..., None, :] / divisors[..., None]) * norms[..., None, :]
 
 
 def orthonormal_rows(rows: Tensor) -> Tensor:

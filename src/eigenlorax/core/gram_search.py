@@ -1,0 +1,272 @@
+"""The search of `iterative` for a module of few rows: in the Gram matrices of the rows, which are formed once.
+
+With M = SᵀS between the rows R of a side, RᵀMR and S·RRᵀ·Sᵀ have the same positive eigenvalues, and q of the second
+gives the component RᵀSᵀq/σ. The second one is n × n, so that steps of a search and sweeps never touch the rows
+(docs/method.md, "Large stacks").
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import krylov, linalg
+from .basis import Basis
+from .batch import ModuleBatch, has_exact_energies, has_safe_squares
+from .fit_options import FitOptions
+from .krylov import RitzPairs
+from .subspace import ModuleBases
+
+LARGEST_GRAM = 1024
+"""Number of rows up to which forming the Gram matrices takes less time than the passes over the rows of a search."""
+MIN_GAIN = 1e-3
+"""Fraction of the energy that a sweep's step has to gain for a search to continue from it."""
+RESOLUTION = {torch.float32: 1e-4, torch.float64: 1e-10}
+"""Eigenvalues below this fraction of the largest one are too near to the rounding of the Gram matrix, by its dtype.
+
+Rounding in float32 moves the matrix by about 1e-7 of its largest eigenvalue λ. That may exchange parts of components
+whose eigenvalues differ by less than this, which loses at most 1e-7 λ of energy per component: far less than a search
+leaves (`krylov.TOLERANCE`). The combinations of rows that are components are off by 1e-7 λ/λ_k, so by 1e-3 at most
+above this fraction; the rows are then combined, and projected on the result, in the dtype of the products with rows.
+"""
+
+LoadBatch = Callable[[], ModuleBatch]
+"""Function that returns a batch, from memory or read again."""
+
+
+def is_suitable(loaders: Sequence[LoadBatch]) -> bool:
+    """Return whether the rows of all batches are few enough for Gram matrices."""
+    rows = 0
+    # a module that is read again at each pass is larger: it is left at the first batches
+    for load in loaders:
+        batch = load()
+        rows += batch.down.shape[0] * batch.down.shape[1]
+        if rows > min(LARGEST_GRAM, batch.down.shape[2], batch.up.shape[2]):
+            return False
+    return True
+
+
+def fit(loaders: Sequence[LoadBatch], options: FitOptions, label: str, dtype: torch.dtype) -> ModuleBases | None:
+    """Fit the bases of one module; float64, on the CPU.
+
+    Args:
+        loaders: One loader per batch of adapters.
+        options: Options with `n_components`.
+        label: Name of the module, from which its random columns are seeded.
+        dtype: Dtype in which components are made of rows, and the energy is measured.
+
+    Returns:
+        The bases; None where Gram matrices do not resolve `n_components` components.
+    """
+    # float32 takes half the time, and does not resolve components whose eigenvalues are small or nearly zero
+    for gram_dtype in (torch.float32, torch.float64):
+        try:
+            return _fit(loaders, options, label, (gram_dtype, dtype))
+        except _UnresolvedError:
+            continue
+    return None
+
+
+class _UnresolvedError(Exception):
+    """A Gram matrix is too inexact in its dtype for the number of components."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side of a module as batches of rows, and the inner products of all rows.
+
+    Attributes:
+        batches: Rows of each batch, (adapters, r, d).
+        gram: R·Rᵀ, (n, n) float64.
+        gram_dtype: Dtype in which `gram` was computed.
+    """
+
+    batches: list[Tensor]
+    gram: Tensor
+    gram_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, batches: list[Tensor], dtype: torch.dtype) -> "_Side":
+        """Multiply all rows with each other, in `dtype`."""
+        gram = linalg.symmetric_product(_stack(batches, dtype))
+        if dtype != torch.float64 and not has_safe_squares(gram.diagonal()):
+            raise _UnresolvedError
+        return cls(batches, gram.to(torch.float64), dtype)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Number of adapters and rank of each batch."""
+        return [(batch.shape[0], batch.shape[1]) for batch in self.batches]
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """Return a matrix of n rows as (adapters, r, …) per batch."""
+        parts = torch.split(matrix, [adapters * rank for adapters, rank in self.shapes])
+        return [part.view(*shape, -1) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def multiply(self, blocks: Sequence[Tensor], matrix: Tensor) -> Tensor:
+        """Return the product of a block-diagonal matrix, blocks (adapters, r, r) per batch, and a matrix of n rows."""
+        products = (block @ part for block, part in zip(blocks, self.split(matrix), strict=True))
+        return torch.cat([product.flatten(0, 1) for product in products])
+
+    def weighted_gram(self, roots: Sequence[Tensor]) -> Tensor:
+        """Return S·R·Rᵀ·Sᵀ for the roots S."""
+        return self.multiply(roots, self.multiply(roots, self.gram).mT.contiguous())
+
+    def own_grams(self) -> list[Tensor]:
+        """Return the inner products of each adapter's own rows, (adapters, r, r) per batch."""
+        grams, start = [], 0
+        for (adapters, rank), part in zip(self.shapes, self.split(self.gram), strict=True):
+            columns = part[:, :, start : start + adapters * rank].reshape(adapters, rank, adapters, rank)
+            # of each adapter's rows, the columns of the same adapter
+            grams.append(columns.diagonal(dim1=0, dim2=2).permute(2, 0, 1))
+            start += adapters * rank
+        return grams
+
+
+def _stack(batches: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the rows of all batches, (n, d) in `dtype`."""
+    if len(batches) == 1:
+        return batches[0].to(dtype).flatten(0, 1)
+    rows = batches[0].new_empty(sum(len(batch) * batch.shape[1] for batch in batches), batches[0].shape[2], dtype=dtype)
+    # converted while they are copied: a conversion before `cat` would write them twice
+    torch.cat([batch.flatten(0, 1) for batch in batches], out=rows)
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Components:
+    """Components V of one side during a fit.
+
+    Attributes:
+        values: Eigenvalues that belong to them, descending, (k,).
+        vectors: Eigenvectors of the weighted Gram matrix as columns, (n, k).
+        combination: Weights of the rows in each component, (n, k).
+        projected: The unweighted rows projected on the components, (n, k).
+        shortfall: Estimated fraction of energy that the search missed.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    combination: Tensor
+    projected: Tensor
+    shortfall: float
+
+    @classmethod
+    def of(cls, side: _Side, roots: Sequence[Tensor], pairs: RitzPairs, k: int) -> "_Components":
+        """Compute components from eigenpairs of the weighted Gram matrix, k in number."""
+        values = pairs.values[:k]
+        if pairs.vectors.shape[1] < k or not bool(values[-1] > RESOLUTION[side.gram_dtype] * values[0]):
+            raise _UnresolvedError
+        combination = side.multiply([root.mT for root in roots], pairs.vectors / values.sqrt())
+        return cls(values, pairs.vectors, combination, side.gram @ combination, pairs.shortfall)
+
+    def kept_energy(self, side: _Side, roots: Sequence[Tensor]) -> float:
+        """Return the squared norm of the weighted rows in the span of the components."""
+        return float(side.multiply(roots, self.projected).square().sum())
+
+
+def _fit(
+    loaders: Sequence[LoadBatch], options: FitOptions, label: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> ModuleBases:
+    assert options.n_components is not None
+    gram_dtype, dtype = dtypes
+    batches = [load() for load in loaders]
+    scale_squares = [batch.row_scale.square()[:, None, None] for batch in batches]
+    sides = {name: _Side.of([batch.rows(name) for batch in batches], gram_dtype) for name in ("down", "up")}
+    weights = _first_weights(sides, scale_squares, options.weighting)
+    totals = {name: _total_energy(side, weights[name]) for name, side in sides.items()}
+    # relative to the total energy, so that the trace of a weighted Gram matrix is 1
+    roots = {name: [linalg.graded_root(weight / totals[name]) for weight in weights[name]] for name in sides}
+    # each side alone, as the first step of the exact fit
+    first = {name: _search(side, roots[name], options.n_components, f"{label}.{name}") for name, side in sides.items()}
+    last = dict(first)
+    for _ in range(options.sweeps if options.weighting == "delta" else 0):
+        for name, opposite in (("down", "up"), ("up", "down")):
+            projected = sides[opposite].split(last[opposite].projected)
+            swept_roots = [
+                linalg.graded_root(square / totals[name] * (rows @ rows.mT))
+                for square, rows in zip(scale_squares, projected, strict=True)
+            ]
+            last[name] = _sweep(sides[name], swept_roots, last[name])
+    down, up = (_as_basis(sides[name], roots[name], (first[name], last[name]), totals[name], dtype) for name in sides)
+    return ModuleBases(down, up)
+
+
+def _first_weights(
+    sides: Mapping[str, _Side], scale_squares: Sequence[Tensor], weighting: str
+) -> dict[str, list[Tensor]]:
+    """Return, by side, the matrices M between the rows of each adapter in the first fit, (adapters, r, r) per batch."""
+    if weighting == "factors":
+        # unit weights for adapters that take part
+        identities = [
+            (square > 0) * torch.eye(rank, dtype=torch.float64, device=square.device)
+            for square, (_, rank) in zip(scale_squares, sides["down"].shapes, strict=True)
+        ]
+        return {"down": identities, "up": identities}
+    # each side is weighted by the Gram matrices of the opposite one
+    return {
+        name: [square * gram for square, gram in zip(scale_squares, sides[opposite].own_grams(), strict=True)]
+        for name, opposite in (("down", "up"), ("up", "down"))
+    }
+
+
+def _total_energy(side: _Side, weights: Sequence[Tensor]) -> float:
+    """Return the squared norm of the weighted rows of a side."""
+    total = 0.0
+    for weight, gram in zip(weights, side.own_grams(), strict=True):
+        if not has_exact_energies(weight, gram, side.gram_dtype):
+            raise _UnresolvedError
+        total += float((weight * gram).sum())
+    return total
+
+
+def _search(side: _Side, roots: Sequence[Tensor], k: int, label: str) -> _Components:
+    """Search for the leading components of one side alone."""
+    matrix, rows = side.weighted_gram(roots), _stack(side.batches, side.gram_dtype)
+
+    def start(n: int) -> Tensor:
+        # random columns for the width of the rows, so that neither the order nor the number of rows enters
+        columns = krylov.seeded_columns(rows.shape[1], n, label).to(rows.device, rows.dtype)
+        return side.multiply(roots, (rows @ columns).to(torch.float64))
+
+    return _Components.of(side, roots, krylov.search(matrix.matmul, start, k), k)
+
+
+def _sweep(side: _Side, roots: Sequence[Tensor], current: _Components) -> _Components:
+    """Return the components of a side after one sweep: a step of subspace iteration, and a search if it gained much."""
+    matrix = side.weighted_gram(roots)
+    # components that `vectors` of the new matrix give are G·V for the current components V: one step
+    start = krylov.orthonormal_columns(side.multiply(roots, current.projected))
+    values, rotation = linalg.descending_eigh(start.mT @ (matrix @ start))
+    k = len(values)
+    stepped = _Components.of(side, roots, RitzPairs(values, start @ rotation, current.shortfall), k)
+    if stepped.kept_energy(side, roots) - current.kept_energy(side, roots) < MIN_GAIN:
+        return stepped
+    # where the spectrum is nearly flat, one step improves the components only a little
+    pairs = krylov.leading_eigenvectors(matrix.matmul, stepped.vectors, k, tolerance=krylov.TOLERANCE)
+    return _Components.of(side, roots, pairs, k)
+
+
+def _as_basis(
+    side: _Side,
+    roots: Sequence[Tensor],
+    components: tuple[_Components, _Components],
+    total: float,
+    dtype: torch.dtype,
+) -> Basis:
+    """Return the last of the first and last components as a basis.
+
+    Its spectrum and energy are of the first stack, whose weights are `roots`. Products with rows are in `dtype`.
+    """
+    first, last = components
+    rows, squares = _stack(side.batches, dtype), first.values * total
+    rows_of_basis = linalg.orthonormal_rows((last.combination.to(dtype).mT @ rows).to(torch.float64))
+    projected = (rows @ rows_of_basis.to(dtype).mT).to(torch.float64)
+    return Basis(
+        components=rows_of_basis.cpu(),
+        singular_values=squares.sqrt().float().cpu(),
+        energy=min(float(side.multiply(roots, projected).square().sum()), 1.0),
+        shortfall=first.shortfall,
+        tail=max(total - float(squares.sum()), 0.0),
+    )
