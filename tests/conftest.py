@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -57,9 +58,24 @@ def without_shape_checks():
 
     The checks double the time of a fit by error bound. Tests of many such fits leave them to `codec/test_encoder.py`.
     """
+    with _shape_checks_disabled():
+        yield
+
+
+@pytest.fixture(scope="module")
+def module_without_shape_checks():
+    """The same for all tests of a file, and for what they share."""
+    with _shape_checks_disabled():
+        yield
+
+
+@contextmanager
+def _shape_checks_disabled():
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

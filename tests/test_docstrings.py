@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import shutil
 
 import pytest
 import torch
@@ -44,23 +45,32 @@ def test_every_public_function_and_method_has_one():
     assert {name for name, _ in documented()} - with_one == NOT_FOR_USERS
 
 
+@pytest.fixture(scope="module")
+def _files(tmp_path_factory):
+    """A folder with adapters, a pack of them, a run and its history, a language model and a pack for it."""
+    import trainable
+
+    folder = tmp_path_factory.mktemp("files")
+    make_adapters(folder / "adapters", "a b c", shared=3)
+    eigenlorax.fit(folder / "adapters", n_components=4).save(folder / "a-pack")
+    write_states(make_run(folder / "run", (10, 20, 30)), max_steps=30)
+    eigenlorax.track(folder / "run", folder / "runs")
+    trainable.gpt2_pack(folder / "lm-pack", trainable.save_gpt2(folder / "model"))
+    return folder
+
+
 @pytest.fixture
-def globs(tmp_path, monkeypatch, request):
+def globs(_files, tmp_path, monkeypatch, request):
     """The variables of examples: a pack of "adapters/", and where they are used a model, its bank, and a pipeline."""
-    make_adapters(tmp_path / "adapters", "a b c", shared=3)
+    shutil.copytree(_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     test = request.getfixturevalue("test")
-    found = {"eigenlorax": eigenlorax, "torch": torch, "pack": eigenlorax.fit("adapters/", n_components=4)}
+    found = {"eigenlorax": eigenlorax, "torch": torch, "pack": eigenlorax.Pack.open("a-pack/")}
     if "runs." in test.docstring or "run/" in test.docstring:
-        write_states(make_run(tmp_path / "run", (10, 20, 30)), max_steps=30)
-        eigenlorax.track("run/", "runs/")
         found["runs"] = eigenlorax.Pack.open("runs/")
-    if "model" in test.docstring or "bank" in test.docstring or "lm-pack" in test.docstring:
+    if "model" in test.docstring or "bank" in test.docstring:
         from transformers import AutoModelForCausalLM
 
-        import trainable
-
-        trainable.gpt2_pack(tmp_path / "lm-pack", trainable.save_gpt2(tmp_path / "model"))
         found["model"] = AutoModelForCausalLM.from_pretrained("model/")
     if "bank." in test.docstring:
         found["bank"] = eigenlorax.AdapterBank(found["model"], "lm-pack/")

