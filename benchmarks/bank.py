@@ -121,7 +121,7 @@ def made_pack(model: nn.Module, targets: tuple[str, ...], n: int) -> ex.Pack:
         subspace,
         manifest.describe(subspace),
         adapters,
-        FitInfo(n_components=K, energy=None, max_error=None, auto=False, weighting="delta", sweeps=2),
+        FitInfo(K, None, None, None, None, auto=False, weighting="delta", sweeps=2),
         base_model=None,
         revision=None,
         coefficient_dtype=torch.float32,
