@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from .convolution import Convolution, convolve
 from .int8_rows import BasisRows, as_float
@@ -40,26 +40,43 @@ FOLD_ALONE, FOLD_MIXED = 1.0, 2.5
 class LayerResidual:
     """The part of one adapter's two factors that the bases do not represent.
 
+    Rows of `down` belong to the first components of the adapter, and columns of `up` to those from `up_start` on, so
+    that components without a residual cost nothing.
+
     Attributes:
-        down: Residual of the down factor, (r, in); None if it is zero.
-        up: Residual of the up factor, (out, r); None if it is zero.
-        rows: Indices of the batch rows that use this adapter; None for all rows.
+        down: Residual of the down factor, (r_down, in); None if it is zero.
+        up: Residual of the up factor, (out, r_up); None if it is zero.
+        rows: Batch rows that use this adapter, as a slice or as indices; None for all rows.
         scaling: Factor in addition to the scaling of the coefficients that the residual belongs to.
+        up_start: First component of `up`.
     """
 
     down: Tensor | None
     up: Tensor | None
-    rows: Tensor | None = None
+    rows: slice | Tensor | None = None
     scaling: float = 1.0
+    up_start: int = 0
 
     @property
     def tensors(self) -> list[Tensor]:
         return [tensor for tensor in (self.down, self.up) if tensor is not None]
 
+    @property
+    def rank(self) -> int:
+        """The smaller rank of the two sides."""
+        return min(0 if self.down is None else len(self.down), 0 if self.up is None else self.up.shape[1])
+
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "LayerResidual":
         """Return the residual on another device or in another dtype."""
         down, up = (None if tensor is None else tensor.to(device, dtype) for tensor in (self.down, self.up))
-        return replace(self, down=down, up=up, rows=None if self.rows is None else self.rows.to(device))
+        return replace(
+            self, down=down, up=up, rows=self.rows.to(device) if isinstance(self.rows, Tensor) else self.rows
+        )
+
+    def up_input(self, hidden: Tensor) -> Tensor:
+        """Return the components of `hidden`, (…, r), that `up` multiplies, (…, r_up)."""
+        assert self.up is not None
+        return hidden[..., self.up_start : self.up_start + self.up.shape[1]]
 
 
 _NO_RESIDUAL = LayerResidual(None, None)
@@ -99,7 +116,8 @@ class FoldedProducts:
             self._tokens += tokens
             # both sides are folded at the same time, so the smaller basis, where folding saves less, decides
             k, rank = min(len(bases.down), len(bases.up)), len(coefficients.down)
-            if is_folding_cheaper(self._tokens, rank, k, FOLD_ALONE, has_residual=bool(coefficients.residuals)):
+            residual_rank = min((residual.rank for residual in coefficients.residuals), default=0)
+            if is_folding_cheaper(self._tokens, rank, k, FOLD_ALONE, residual_rank=residual_rank):
                 with without_autograd(bases.down.device):
                     self._factors = _fold(coefficients, bases)
         return self._factors
@@ -110,9 +128,13 @@ def _fold(coefficients: "LayerCoefficients", bases: LayerBases) -> tuple[Tensor,
     down = coefficients.down @ as_float(bases.down, coefficients.down.dtype)
     up = coefficients.up.mT @ as_float(bases.up, coefficients.up.dtype)
     for residual in coefficients.residuals:
-        down = down if residual.down is None else down + residual.down
-        up = up if residual.up is None else up + residual.up.mT
-    return down, up
+        if residual.down is not None:
+            down[: len(residual.down)] += residual.down
+        if residual.up is not None:
+            up[residual.up_start : residual.up_start + residual.up.shape[1]] += residual.up.mT
+    # an entropy-coded adapter is padded to the rank of its source
+    used = down.any(1) & up.any(1)
+    return (down, up) if bool(used.all()) else (down[used], up[used])
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +170,7 @@ def without_autograd(device: torch.device) -> Iterator[None]:
         yield
 
 
-def is_folding_cheaper(tokens: int, rank: int, k: int, factor: float, *, has_residual: bool = False) -> bool:
+def is_folding_cheaper(tokens: int, rank: int, k: int, factor: float, *, residual_rank: int = 0) -> bool:
     """Return whether folding saves more operations than the product of coefficients and basis costs.
 
     Args:
@@ -156,10 +178,9 @@ def is_folding_cheaper(tokens: int, rank: int, k: int, factor: float, *, has_res
         rank: Rank of the coefficients.
         k: Number of components of the basis.
         factor: `FOLD_ALONE` or `FOLD_MIXED`.
-        has_residual: Whether a product of rank r is computed in any case. Folding then saves the whole product with the
-            basis.
+        residual_rank: Rank of the residual, which folding makes part of the factors.
     """
-    return tokens * (k if has_residual else k - rank) > factor * rank * k
+    return tokens * (k + residual_rank - rank) > factor * rank * k
 
 
 def add_update(
@@ -195,7 +216,7 @@ def add_update(
         project(x, as_float(bases.down, dtype), convolution),
         x,
         (coefficients.down, coefficients.up),
-        (residual.down, residual.up),
+        residual,
         convolution,
     )
     if residual_update is not None:
@@ -236,25 +257,28 @@ def add_grouped_update(
     if convolution is None and is_folding_cheaper(per_group, rank, len(down_basis), FOLD_MIXED):
         # one product of all groups' coefficients with the basis, as one matrix of groups · r rows
         folded = coefficients.down.reshape(-1, len(down_basis)) @ as_float(down_basis, dtype)
-        x_by_group = groups.gather(x.reshape(groups.rows, per_row, x.shape[-1]))
-        hidden = torch.bmm(x_by_group, folded.view(groups.groups, rank, -1).mT)
+        factors: tuple[Tensor, ...] = (folded.view(groups.groups, rank, -1).mT,)
+        by_row = x.reshape(groups.rows, per_row, x.shape[-1])
     else:
-        projected = project(x, as_float(down_basis, dtype), convolution)
-        by_row = projected.reshape(groups.rows, per_row, len(down_basis))
-        hidden = torch.bmm(groups.gather(by_row), coefficients.down.mT)
+        factors = (coefficients.down.mT,)
+        by_row = project(x, as_float(down_basis, dtype), convolution).reshape(groups.rows, per_row, len(down_basis))
+    folds_up = up is not None and is_folding_cheaper(per_group, rank, len(up_basis), FOLD_MIXED)
+    if up is not None and not folds_up and not coefficients.residuals:
+        factors = (*factors, up.mT)
+    hidden = groups.multiply(by_row, *factors)
     if coefficients.residuals:
-        # residuals belong to adapters, not to groups: several groups can have the same adapter
-        by_row = groups.scatter(hidden)
-        x_by_row = x.reshape(groups.rows, -1, *x.shape[1:])
-        by_row, residual_update = _apply_residuals(by_row, x_by_row, up_basis.shape[1], coefficients, convolution)
-        output = _add_scaled(output, residual_update, coefficients.scaling, in_place, convolution)
-        hidden = groups.gather(by_row)
-    if up is not None and is_folding_cheaper(per_group, rank, len(up_basis), FOLD_MIXED):
-        folded = (up.mT.reshape(-1, len(up_basis)) @ as_float(up_basis, dtype)).view(groups.groups, rank, -1)
-        update = groups.scatter(torch.bmm(hidden, folded))
-        return _add_scaled(output, update, coefficients.scaling, in_place, convolution)
-    hidden = groups.scatter(hidden if up is None else torch.bmm(hidden, up.mT))
-    return add_product(output, hidden, as_float(up_basis, dtype), coefficients.scaling, in_place, convolution)
+        x_shape = (per_row, x.shape[-1]) if convolution is None else (len(x) // groups.rows, *x.shape[1:])
+        x_by_row = x.reshape(groups.rows, *x_shape)
+        output = _add_residuals(output, hidden, x_by_row, coefficients, in_place, convolution)
+        if up is not None and not folds_up:
+            hidden = groups.multiply(hidden, up.mT)
+    if up is None or not folds_up:
+        return add_product(output, hidden, as_float(up_basis, dtype), coefficients.scaling, in_place, convolution)
+    folded = (up.mT.reshape(-1, len(up_basis)) @ as_float(up_basis, dtype)).view(groups.groups, rank, -1)
+    if in_place and convolution is None and output.dtype == dtype:
+        groups.add_product(output.view(groups.rows, per_row, output.shape[-1]), hidden, folded, coefficients.scaling)
+        return output
+    return _add_scaled(output, groups.multiply(hidden, folded), coefficients.scaling, in_place, convolution)
 
 
 def project(x: Tensor, rows: Tensor, convolution: Convolution | None = None) -> Tensor:
@@ -272,7 +296,7 @@ def apply_coefficients(
     projected: Tensor,
     x: Tensor,
     factors: tuple[Tensor, Tensor | None],
-    residual: tuple[Tensor | None, Tensor | None],
+    residual: LayerResidual,
     convolution: Convolution | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Multiply the projected input by the coefficients of one adapter.
@@ -281,7 +305,7 @@ def apply_coefficients(
         projected: Input `x` projected on the down basis, (…, k_down).
         x: Input of the layer, (…, in). Only used with a residual.
         factors: Down (r, k_down) and up (k_up, r), or a core (k_up, k_down) and None.
-        residual: Down (r, in) and up (out, r), each None if it is zero.
+        residual: Residual of the adapter. Its scaling is not applied.
         convolution: The layer, if it is a convolution.
 
     Returns:
@@ -289,42 +313,54 @@ def apply_coefficients(
         scaling is not applied.
     """
     down, up = factors
-    down_residual, up_residual = residual
     hidden = linear(projected, down)
-    if down_residual is not None:
-        hidden = hidden + project(x, down_residual, convolution)
-    residual_update = None if up_residual is None else linear(hidden, up_residual)
+    if residual.down is not None:
+        outside_basis = project(x, residual.down, convolution)
+        hidden = hidden + pad(outside_basis, (0, hidden.shape[-1] - outside_basis.shape[-1]))
+    residual_update = None if residual.up is None else linear(residual.up_input(hidden), residual.up)
     return hidden if up is None else linear(hidden, up), residual_update
 
 
-def _apply_residuals(
-    hidden: Tensor, x: Tensor, n_out: int, coefficients: LayerCoefficients, convolution: Convolution | None
-) -> tuple[Tensor, Tensor]:
-    """Add the down residuals to `hidden`, in place, and compute the updates by the up residuals.
+def _add_residuals(
+    output: Tensor,
+    hidden: Tensor,
+    x: Tensor,
+    coefficients: LayerCoefficients,
+    in_place: bool,
+    convolution: Convolution | None,
+) -> Tensor:
+    """Add the down residuals to `hidden`, in place, and return the output with the updates by the up residuals.
 
     There is one product per adapter: a batched product would copy the residuals for each row.
 
     Args:
+        output: Output of the layer.
         hidden: Rows of `x` multiplied by the down coefficients, (rows, t, r).
-        x: Input of the layer, (rows, m, …).
-        n_out: Width of the output.
+        x: Input of the layer, (rows, t, in); of a convolution (rows, m, channels, …).
         coefficients: Coefficients with one residual per adapter that has one.
+        in_place: Whether `output` may be written to.
         convolution: The layer, if it is a convolution.
-
-    Returns:
-        `hidden`, and the updates by the up residuals, (rows, t, out).
     """
-    update = hidden.new_zeros(*hidden.shape[:2], n_out)
+    shape = *hidden.shape[:2], output.shape[-1 if convolution is None else -len(convolution.kernel_size) - 1]
+    writes_output = in_place and convolution is None and output.dtype == hidden.dtype and coefficients.scaling == 1
+    update = output.view(shape) if writes_output else hidden.new_zeros(shape)
     for residual in coefficients.residuals:
-        assert residual.rows is not None
+        rows = residual.rows
+        assert rows is not None
+        # a view of a slice, a copy of single rows
+        part = hidden[rows]
         if residual.down is not None:
-            rank = len(residual.down)
-            projected = project(x[residual.rows].flatten(0, 1), residual.down, convolution)
-            hidden[residual.rows, :, :rank] += projected.reshape(len(residual.rows), hidden.shape[1], rank)
+            projected = project(x[rows] if convolution is None else x[rows].flatten(0, 1), residual.down, convolution)
+            part[..., : len(residual.down)] += projected.reshape(*part.shape[:2], len(residual.down))
+            if isinstance(rows, Tensor):
+                hidden[rows] = part
         if residual.up is not None:
-            rank = residual.up.shape[1]
-            update[residual.rows] = residual.scaling * linear(hidden[residual.rows, :, :rank], residual.up)
-    return hidden, update
+            factors = residual.up_input(part).flatten(0, 1), residual.up.mT
+            if isinstance(rows, slice):
+                update[rows].flatten(0, 1).addmm_(*factors, alpha=residual.scaling)
+            else:
+                update[rows] += (residual.scaling * torch.mm(*factors)).view(len(part), *shape[1:])
+    return output if writes_output else _add_scaled(output, update, coefficients.scaling, in_place, convolution)
 
 
 def in_output_shape(update: Tensor, shape: torch.Size, convolution: Convolution | None) -> Tensor:

@@ -184,9 +184,9 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         projected = project(x, down_basis.to(x.dtype), self._convolution)
         in_basis, outside_basis = [], []
         for adapter in adapters:
-            down_residual, up_residual = self._residuals_in(x.dtype, adapter)
+            residual = LayerResidual(*self._residuals_in(x.dtype, adapter))
             hidden, residual_update = apply_coefficients(
-                projected, x, self.factors_of(adapter), (down_residual, up_residual), self._convolution
+                projected, x, self.factors_of(adapter), residual, self._convolution
             )
             in_basis.append(hidden * self.scaling[adapter])
             if residual_update is not None:

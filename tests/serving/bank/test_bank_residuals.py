@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import eigenlorax as ex
 from convnets import CONVOLUTIONS, conv_pack, images, make_convnet, with_updates
@@ -71,6 +72,67 @@ def test_alone_before_and_after_folding(case, tokens):
 def test_each_row_has_its_own(case, names, tokens):
     bank, inputs = case.bank(), case.inputs(len(names), tokens)
     assert_rows(bank(**inputs, adapter_names=names).logits, case.wanted(names, inputs))
+
+
+def with_components(tensor, components, axis):
+    """The residual of some components of an adapter alone."""
+    keep = torch.zeros(tensor.shape[axis], dtype=torch.bool)
+    keep[components] = True
+    return tensor * (keep[:, None] if axis == 0 else keep)
+
+
+@pytest.fixture(scope="module")
+def with_few_components(served, tmp_path_factory):
+    """Residuals of component 2 on the down side, and of components 0 and 2 on the up side."""
+    plain = served("llama")
+    pack = with_rests(ex.Pack.open(plain.pack), {"plain-a": ["both"], "plain-b": ["both"]})
+    adapters = {name: pack.packed(name) for name in pack.names}
+    for name in ("plain-a", "plain-b"):
+        few = {
+            module: replace(
+                c,
+                down_residual=with_components(c.down_residual, [2], 0),
+                up_residual=with_components(c.up_residual, [0, 2], 1),
+            )
+            for module, c in adapters[name].coefficients.items()
+        }
+        adapters[name] = replace(adapters[name], coefficients=few)
+    made = ex.Pack(
+        pack.subspace,
+        pack.info,
+        adapters,
+        pack.fit_info,
+        base_model=pack.base_model,
+        revision=pack.revision,
+        coefficient_dtype=pack.coefficient_dtype,
+    )
+    folder = tmp_path_factory.mktemp("few")
+    return Served(plain.kind, made.save(folder / "pack"), made.export(folder / "loras"))
+
+
+def multiplications(model, inputs):
+    in_place = {torch.ops.aten.addmm_: lambda _, left, right, **options: 2 * left[0] * left[1] * right[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        model(**inputs)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [["plain-a", "plain-b"], ["plain-b", "plain-a", "plain-b"], ["plain-a"] * 3])
+def test_a_residual_costs_the_components_that_it_has(served, with_few_components, names):
+    bank, plain = with_few_components.bank(), served("llama").bank()
+    pack = ex.Pack.open(with_few_components.pack)
+    shapes = [
+        c.residual("up").shape[:1] + c.residual("down").shape[1:] for c in pack.packed("plain-a").coefficients.values()
+    ]
+    a_row = sum(2 * n_out + n_in for n_out, n_in in shapes)
+    assert bank.nbytes - plain.nbytes == 2 * a_row * 4
+    inputs = with_few_components.inputs(len(names), 1)
+    with bank.using(names), plain.using(names):
+        assert multiplications(bank.model, inputs) - multiplications(plain.model, inputs) == len(names) * a_row
+    assert_rows(bank(**inputs, adapter_names=names).logits, with_few_components.wanted(names, inputs))
+    longer = with_few_components.inputs(len(names), 30)
+    assert_rows(bank(**longer, adapter_names=names).logits, with_few_components.wanted(names, longer))
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -157,7 +219,7 @@ def test_one_that_would_be_rounded_is_refused(with_residuals):
         bank.add("x", replace(packed, coefficients=fine))
 
 
-def test_with_a_rest_folding_pays_after_as_many_tokens_as_the_rank():
-    assert not is_folding_cheaper(8, 8, 64, 1.0, has_residual=True)
-    assert is_folding_cheaper(9, 8, 64, 1.0, has_residual=True)
+def test_with_a_residual_of_the_whole_rank_folding_pays_after_as_many_tokens_as_the_rank():
+    assert not is_folding_cheaper(8, 8, 64, 1.0, residual_rank=8)
+    assert is_folding_cheaper(9, 8, 64, 1.0, residual_rank=8)
     assert not is_folding_cheaper(9, 8, 64, 1.0)

@@ -1,7 +1,7 @@
 """One adapter as the bank stores it: all its coefficients in one tensor, its residuals and its heads."""
 
 from collections.abc import Collection, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
 import torch
@@ -141,18 +141,34 @@ class BankStorage:
         for module, coefficients in sorted(by_module.items()):
             module_slice = self._slice(name, module, start, coefficients)
             slices.append(module_slice)
+            if coefficients.has_residual:
+                coefficients, residuals[module] = self._separate_residual(name, coefficients)
             factors += [coefficients.down.reshape(-1), coefficients.up.reshape(-1)]
             scalings.append(coefficients.scaling)
             start = module_slice.end
-            if coefficients.has_residual:
-                down, up = (coefficients.residual(side) for side in keys.SIDES)
-                residuals[module] = LayerResidual(
-                    None if down is None else self._convert(down, name),
-                    None if up is None else self._convert(up, name),
-                )
         flat = self._convert(torch.cat(factors) if factors else torch.empty(0, dtype=self.dtype), name)
         layout = self.layouts.setdefault(tuple(slices), Layout(tuple(slices)))
         return BankAdapter(name, layout, flat, tuple(scalings), heads, residuals)
+
+    def _separate_residual(self, adapter: str, coefficients: Coefficients) -> tuple[Coefficients, LayerResidual]:
+        """Return coefficients and residual of a module, without rows of the residual that are zero.
+
+        The components are sorted: those with a down residual only, with both, with an up residual only, and without. So
+        each side's residual belongs to consecutive ones.
+        """
+        down, up = (coefficients.residual(side) for side in keys.SIDES)
+        none = torch.zeros(coefficients.rank, dtype=torch.bool)
+        in_down = none if down is None else down.any(1)
+        in_up = none if up is None else up.any(0)
+        classes = torch.where(in_down, in_up.int(), torch.where(in_up, 2, 3))
+        order = classes.argsort(stable=True)
+        n_down, up_start, n_up = int(in_down.sum()), int((in_down & ~in_up).sum()), int(in_up.sum())
+        residual = LayerResidual(
+            None if down is None or not n_down else self._convert(down[order[:n_down]], adapter),
+            None if up is None or not n_up else self._convert(up[:, order[up_start : up_start + n_up]], adapter),
+            up_start=up_start,
+        )
+        return replace(coefficients, down=coefficients.down[order], up=coefficients.up[:, order]), residual
 
     def _slice(self, adapter: str, module: str, start: int, coefficients: Coefficients) -> ModuleSlice:
         expected = self.components[module]

@@ -230,7 +230,8 @@ def _residuals_by_module(
             adapter_rows.setdefault(adapter, []).append(row)
     by_module: dict[str, tuple[LayerResidual, ...]] = {}
     for adapter, rows in adapter_rows.items():
-        indices = torch.tensor(rows, device=device)
+        is_span = rows == list(range(rows[0], rows[-1] + 1))
+        indices = slice(rows[0], rows[-1] + 1) if is_span else torch.tensor(rows, device=device)
         for module_slice, scaling in zip(adapter.layout.slices, adapter.scalings, strict=True):
             if (residual := adapter.residuals.get(module_slice.module)) is not None:
                 in_batch = replace(residual.to(dtype=dtype), rows=indices, scaling=scaling)
