@@ -314,12 +314,21 @@ def coded_bases(tensors, modules, joined):
 def coded_updates(data, blobs, modules):
     """Module name in the subspace → its update, of a coded adapter. blobs: bytes of bases by module and side. modules:
     sides and rank, by name in the subspace."""
-    step = 2.0 ** (int.from_bytes(data[:3], "little", signed=True) / 2**14)
-    flags, at = varint(data, 3)
+    first = int.from_bytes(data[:3], "little")
+    kind, is_short = first >> 21, first >> 21 in (2, 3, 4)
+    if is_short:
+        logarithm, flags, at = (first & 2**21 - 1) - 2**20, 2 * (kind == 3), 3
+    else:
+        assert kind != 5
+        logarithm = int.from_bytes(data[:3], "little", signed=True)
+        flags, at = varint(data, 3)
+    step = 2.0 ** (logarithm / 2**14)
     if flags & 2:
         size, at = varint(data, at)
         levels, end = coded_levels(zlib.decompress(data[at : at + size], -15), len(modules), wide=flags & 1)
         stream = data[at + size :]
+    elif kind == 4:
+        levels, stream = [(data[at], [])] * len(modules), data[at + 1 :]
     else:
         levels, end = coded_levels(data[at:], len(modules), wide=flags & 1)
         stream = data[at + end :]
@@ -341,7 +350,8 @@ def coded_updates(data, blobs, modules):
             parts += [
                 np.full(bases[name, side][0].shape[1], known[own + 1] - 1) for _, known in terms if known[own + 1]
             ]
-    numbers = decoded(stream, np.maximum(np.concatenate([np.zeros(0, int), *parts]), 0))
+    classes = np.maximum(np.concatenate([np.zeros(0, int), *parts]), 0)
+    numbers = short_stream(stream, classes.tolist()) if is_short else decoded(stream, classes)
     rows = iter(np.split(numbers, np.cumsum([len(part) for part in parts])[:-1]) if parts else [])
     found = {}
     for name, (core, terms) in zip(sorted(modules), levels, strict=True):
@@ -421,6 +431,21 @@ def hundredths(table):
     w, _, bounds = table
     shares = np.diff(bounds)[:-1]
     return math.floor(100 * (shares / 2**15 * (15 - np.log2(shares) + w)).sum() + 0.5)
+
+
+def short_stream(data, classes):
+    """The whole numbers of a short stream, from its bytes and their classes."""
+    remainder, width, numbers = int.from_bytes(data, "big"), 256 ** len(data), []
+    for w, first, bounds in map(table, classes):
+        place = remainder * 2**15 // width
+        symbol = bisect_right(bounds, place) - 1
+        start, end = bounds[symbol : symbol + 2]
+        remainder, width = remainder * 2**15 - start * width, (end - start) * width
+        is_escape = symbol == len(bounds) - 2
+        w = 32 if is_escape else w
+        low, remainder = divmod(remainder * 2**w, width)
+        numbers.append(low - (low >> 31 << 32) if is_escape else ((symbol + first) << w) + low)
+    return np.array(numbers, int)
 
 
 def decoded(data, classes, tables=None):

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 import eigenlorax as ex
 from adapters import MODULES, change_tensors, factors, make_adapter, make_adapters
-from eigenlorax.codec import class_tables, entropy
+from eigenlorax.codec import class_tables, entropy, short_streams
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import PackDamagedError, SkippedAdapterWarning, UntrainedAdapterWarning
 from eigenlorax.pack.history import VersionRecord
@@ -317,6 +317,15 @@ class TestCoded:
         (data,) = entropy.encode([(values, classes)])
         assert (read_pack.decoded(data, classes) == values).all()
 
+    @pytest.mark.parametrize("n", [0, 1, 9, 1024])
+    def test_short_streams(self, n):
+        random = np.random.default_rng(n)
+        classes = random.integers(0, class_tables.CLASSES, n)
+        values = np.rint(random.logistic(size=n) * 2.0 ** (classes / 4 - 4)).clip(-(2**31), 2**31 - 1).astype(int)
+        values[::100] = -(2**31)
+        data = short_streams.encode(values, classes)
+        assert read_pack.short_stream(data, classes.tolist()).tolist() == values.tolist()
+
     def test_tables_of_every_class(self):
         for number in range(class_tables.CLASSES):
             one = class_tables.class_table(number)
@@ -450,6 +459,17 @@ class TestSpecification:
         )
         assert entropy.decode([(data, classes)])[0].tolist() == numbers.tolist()
         assert read_pack.decoded(data, classes).tolist() == numbers.tolist()
+
+    def test_of_a_short_streams_bytes(self):
+        example = re.search(
+            r"the bytes `([0-9a-f]+)` are\s+the\s+numbers ([\d,\s−]+) in the classes ([\d,\s]+)\.", self.text
+        )
+        numbers, classes = (
+            [int(number) for number in text.replace("−", "-").split(",")] for text in example.groups()[1:]
+        )
+        data = short_streams.encode(np.array(numbers), np.array(classes))
+        assert data.hex() == example[1]
+        assert read_pack.short_stream(data, classes).tolist() == numbers
 
     def test_of_the_hash_of_a_source(self, everything):
         entry = json.loads((everything / "subspace_config.json").read_text())["adapters"]["a"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.limits import MAX_CORE, MAX_RANK
 from ..errors import FormatError
-from . import entropy, singular_codes, varint
+from . import entropy, short_streams, singular_codes, varint
 from .adapter_codes import NO_INTEGERS, AdapterCodes, ModuleCodes, ModuleLayout, SideCodes, narrow
 from .class_tables import CLASSES
 
@@ -21,8 +21,13 @@ STEP_SIZES_PER_OCTAVE = 2**14
 """Resolution of an adapter's quantisation step size, far finer than the search for it (`step_sizes.CLOSE`)."""
 _STEP_BYTES = 3
 _WIDE_COUNTS, _DEFLATED, _CLUSTER = 1, 2, 4
-"""The first number of an adapter: a bit for counts of two bytes, a bit for deflated levels, and above these the
-cluster."""
+"""The first number of an adapter in the long form: a bit for counts of two bytes, a bit for deflated levels, and above
+these the cluster."""
+_SHORT_BITS = 21
+"""Bits of the step size in the short form, ±64 octaves. The three bits above are one of the following kinds."""
+_PLAIN_LEVELS, _DEFLATED_LEVELS, _CORES_OF_ONE_LEVEL = 2, 3, 4
+_SHORT_KINDS = (_PLAIN_LEVELS, _DEFLATED_LEVELS, _CORES_OF_ONE_LEVEL)
+_RESERVED_KIND = 5
 
 
 def encode_adapters(adapters: Sequence[tuple[AdapterCodes, Mapping[str, ModuleLayout]]]) -> list[bytes]:
@@ -32,15 +37,82 @@ def encode_adapters(adapters: Sequence[tuple[AdapterCodes, Mapping[str, ModuleLa
         # a reader knows the names of the modules from the adapter's config, and needs an order of them
         names = sorted(codes.modules)
         modules = [codes.modules[name] for name in names]
-        headers.append(_encode_header(codes, modules))
+        headers.append(_Header.of(codes, modules))
         integers = [array.ravel() for module in modules for array in _code_arrays(module)]
         classes = [array for name in names for array in _class_arrays(codes.modules[name], layouts[name])]
         streams.append((np.concatenate([NO_INTEGERS, *integers]), np.concatenate([np.zeros(0, np.uint8), *classes])))
-    return [header + stream for header, stream in zip(headers, entropy.encode(streams), strict=True)]
+    encoded = [header.long_form + data for header, data in zip(headers, entropy.encode(streams), strict=True)]
+    for index, (header, stream) in enumerate(zip(headers, streams, strict=True)):
+        short_form = header.short_form
+        if short_form is not None and len(stream[0]) <= short_streams.MAX_INTEGERS:
+            encoded[index] = min(encoded[index], short_form + short_streams.encode(*stream), key=len)
+    return encoded
 
 
-def _encode_header(codes: AdapterCodes, modules: Sequence[ModuleCodes]) -> bytes:
-    """Return the header of an adapter: step size, cluster, and levels plane by plane."""
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """Step size, cluster and levels of an adapter, which can be written in two forms.
+
+    Attributes:
+        logarithm: Logarithm of the step size, in `STEP_SIZES_PER_OCTAVE`.
+        cluster: Cluster whose bases the adapter uses.
+        is_wide: True if counts have two bytes.
+        levels: The levels, plane by plane.
+        deflated: The same, deflated, after their length.
+        core_level: Level of all cores if no module has singular components, and all cores have one level; else None.
+    """
+
+    logarithm: int
+    cluster: int
+    is_wide: bool
+    levels: bytes
+    deflated: bytes
+    core_level: int | None
+
+    @classmethod
+    def of(cls, codes: AdapterCodes, modules: Sequence[ModuleCodes]) -> "_Header":
+        """Return the header of an adapter, whose modules are in sorted order of names."""
+        levels, is_wide = _level_planes(modules)
+        # raw deflate, without zlib's header and checksum: the manifest has a SHA-256 of every file
+        compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+        deflated = compressor.compress(levels) + compressor.flush()
+        core_levels = {module.core_level for module in modules}
+        has_cores_only = len(core_levels) == 1 and not any(module.count for module in modules)
+        # a step size beyond float32, which a caller refuses with the adapter's name, may be beyond three bytes too
+        logarithm = min(max(round(STEP_SIZES_PER_OCTAVE * math.log2(codes.step_size)), -(2**22)), 2**22 - 1)
+        return cls(
+            logarithm,
+            codes.cluster,
+            is_wide,
+            levels,
+            varint.encode(len(deflated)) + deflated,
+            core_levels.pop() if has_cores_only else None,
+        )
+
+    @property
+    def long_form(self) -> bytes:
+        """Bytes before a stream of `entropy`."""
+        # adapters of few modules are shorter without deflate
+        is_deflated = len(self.deflated) < len(self.levels)
+        flags = _WIDE_COUNTS * self.is_wide + _DEFLATED * is_deflated + _CLUSTER * self.cluster
+        step = self.logarithm.to_bytes(_STEP_BYTES, "little", signed=True)
+        return step + varint.encode(flags) + (self.deflated if is_deflated else self.levels)
+
+    @property
+    def short_form(self) -> bytes | None:
+        """Bytes before a stream of `short_streams`; None if the adapter needs the long form."""
+        shifted = self.logarithm + (1 << _SHORT_BITS - 1)
+        if self.is_wide or self.cluster or not 0 <= shifted < 1 << _SHORT_BITS:
+            return None
+        forms = {_PLAIN_LEVELS: self.levels, _DEFLATED_LEVELS: self.deflated}
+        if self.core_level is not None:
+            forms[_CORES_OF_ONE_LEVEL] = bytes([self.core_level])
+        kind, levels = min(forms.items(), key=lambda form: len(form[1]))
+        return (kind << _SHORT_BITS | shifted).to_bytes(_STEP_BYTES, "little") + levels
+
+
+def _level_planes(modules: Sequence[ModuleCodes]) -> tuple[bytes, bool]:
+    """Return the levels of all modules, plane by plane, and whether counts have two bytes."""
     counts = np.array([module.count for module in modules], dtype=np.int64)
     scales = np.concatenate([NO_INTEGERS, *(module.scales for module in modules)])
     levels = [np.concatenate([NO_INTEGERS, *arrays]) for arrays in zip(*(_levels(m) for m in modules), strict=True)]
@@ -57,17 +129,7 @@ def _encode_header(codes: AdapterCodes, modules: Sequence[ModuleCodes]) -> bytes
         # a level follows the scale: eighths of an octave against quarters
         *(level[flag] - scales[flag] // 2 for level, flag in zip(levels, nonzero, strict=True)),
     ]
-    body = b"".join((plane & 255).astype("u1").tobytes() for plane in planes)
-    # raw deflate, without zlib's header and checksum: the manifest has a SHA-256 of every file
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
-    deflated = compressor.compress(body) + compressor.flush()
-    deflated = varint.encode(len(deflated)) + deflated
-    flags = _WIDE_COUNTS * wide + _DEFLATED * (len(deflated) < len(body)) + _CLUSTER * codes.cluster
-    # adapters of few modules are shorter without
-    body = min(body, deflated, key=len)
-    # a step size beyond float32, which a caller refuses with the adapter's name, may be beyond these three bytes too
-    logarithm = min(max(round(STEP_SIZES_PER_OCTAVE * math.log2(codes.step_size)), -(2**23)), 2**23 - 1)
-    return logarithm.to_bytes(_STEP_BYTES, "little", signed=True) + varint.encode(flags) + body
+    return b"".join((plane & 255).astype("u1").tobytes() for plane in planes), wide
 
 
 def _levels(module: ModuleCodes) -> tuple[np.ndarray, ...]:
@@ -122,7 +184,11 @@ def decode_adapter(data: bytes, layouts: Mapping[str, ModuleLayout], ranks: Mapp
     for name, layout in layouts.items():
         _check_levels(header.levels[name], layout, ranks[name])
     classes = [array for name in sorted(layouts) for array in _class_arrays(header.levels[name], layouts[name])]
-    (integers,) = entropy.decode([(header.stream, np.concatenate([np.zeros(0, np.uint8), *classes]))])
+    all_classes = np.concatenate([np.zeros(0, np.uint8), *classes])
+    if header.is_short:
+        integers = short_streams.decode(header.stream, all_classes)
+    else:
+        (integers,) = entropy.decode([(header.stream, all_classes)])
     ends = np.cumsum([len(array) for array in classes])
     pieces = iter(np.split(integers, ends[:-1]) if classes else [])
     modules = {}
@@ -151,6 +217,8 @@ def _check_levels(levels: ModuleCodes, layout: ModuleLayout, rank: int) -> None:
 
 def read_cluster(data: bytes) -> int:
     """Return the cluster of an adapter from its bytes."""
+    if _kind(data) in _SHORT_KINDS:
+        return 0
     return varint.decode(data, _STEP_BYTES)[0] // _CLUSTER
 
 
@@ -163,12 +231,14 @@ class AdapterHeader:
         cluster: Cluster whose bases the adapter uses.
         levels: Scales and levels by module, as codes without integers.
         stream: Entropy-coded integers of all modules.
+        is_short: True if the stream is one of `short_streams`, and not of `entropy`.
     """
 
     step_size: float
     cluster: int
     levels: Mapping[str, ModuleCodes]
     stream: bytes
+    is_short: bool
 
 
 def read_header(data: bytes, names: Sequence[str], max_components: int) -> AdapterHeader:
@@ -180,7 +250,14 @@ def read_header(data: bytes, names: Sequence[str], max_components: int) -> Adapt
         max_components: Number of singular components of all modules together, at most. It bounds the memory that
             deflated levels may take.
     """
-    flags, at = varint.decode(data, _STEP_BYTES)
+    number, kind = int.from_bytes(data[:_STEP_BYTES], "little"), _kind(data)
+    is_short = kind in _SHORT_KINDS
+    if is_short:
+        logarithm = (number & (1 << _SHORT_BITS) - 1) - (1 << _SHORT_BITS - 1)
+        flags, at = _DEFLATED * (kind == _DEFLATED_LEVELS), _STEP_BYTES
+    else:
+        logarithm = int.from_bytes(data[:_STEP_BYTES], "little", signed=True)
+        flags, at = varint.decode(data, _STEP_BYTES)
     wide = bool(flags & _WIDE_COUNTS)
     # a count of one or two bytes and a core of one for each module; a scale, flags and four levels for each component
     most = (2 + wide) * len(names) + 6 * max_components
@@ -189,16 +266,26 @@ def read_header(data: bytes, names: Sequence[str], max_components: int) -> Adapt
             size, at = varint.decode(data, at)
             # one byte more than allowed, so that a body that is too long is noticed
             body, at = zlib.decompressobj(-15).decompress(data[at : at + size], most + 1), at + size
+        elif kind == _CORES_OF_ONE_LEVEL:
+            body, at = bytes(len(names)) + bytes([data[at]]) * len(names), at + 1
         else:
             body = data[at : at + most]
         levels, end = _decode_levels(np.frombuffer(body, "u1").astype(np.int64), len(names), wide)
         if flags & _DEFLATED and end != len(body):
             raise ValueError(f"{len(body)} bytes in place of {end}")
-        at += 0 if flags & _DEFLATED else end
+        at += end if not flags & _DEFLATED and kind != _CORES_OF_ONE_LEVEL else 0
     except (zlib.error, ValueError, IndexError) as error:
         raise FormatError(f"the levels of an adapter cannot be read: {error}.") from error
-    step_size = 2.0 ** (int.from_bytes(data[:_STEP_BYTES], "little", signed=True) / STEP_SIZES_PER_OCTAVE)
-    return AdapterHeader(step_size, flags // _CLUSTER, dict(zip(names, levels, strict=True)), data[at:])
+    step_size = 2.0 ** (logarithm / STEP_SIZES_PER_OCTAVE)
+    return AdapterHeader(step_size, flags // _CLUSTER, dict(zip(names, levels, strict=True)), data[at:], is_short)
+
+
+def _kind(data: bytes) -> int:
+    """Return the three bits that tell the short form of an adapter from the long one; `FormatError` for another one."""
+    kind = int.from_bytes(data[:_STEP_BYTES], "little") >> _SHORT_BITS
+    if len(data) < _STEP_BYTES or kind == _RESERVED_KIND:
+        raise FormatError("the bytes of an adapter have an unknown form.")
+    return kind
 
 
 def _decode_levels(body: np.ndarray, n: int, wide: bool) -> tuple[list[ModuleCodes], int]:
