@@ -12,7 +12,7 @@ from torch import Tensor
 from .adapter import LoRAFactors, factor_grams
 from .basis import Basis, component_rule
 from .fit_options import FitOptions
-from .linalg import LeadingVectors, RowBlocks, psd_root
+from .linalg import LeadingVectors, RowBlocks, block_multiply, psd_root
 from .subspace import ModuleBases
 
 ComponentRule = Callable[[Tensor, tuple[int, int]], int]
@@ -167,7 +167,8 @@ def _projected_roots(opposite: LeadingVectors, blocks: Sequence[slice], scales: 
     if len({block.stop - block.start for block in blocks}) == 1:
         # blocks of equal size in one call: hundreds of calls for small matrices would take most of the time
         projected = opposite.projection.reshape(len(blocks), -1, opposite.projection.shape[1])
-        return list(torch.tensor(scales, dtype=torch.float64)[:, None, None] * psd_root(projected @ projected.mT))
+        factors = torch.tensor(scales, dtype=torch.float64).to(projected.device)
+        return list(factors[:, None, None] * psd_root(projected @ projected.mT))
     by_block = [opposite.projection[block] for block in blocks]
     return [scale * psd_root(rows @ rows.mT) for scale, rows in zip(scales, by_block, strict=True)]
 
@@ -179,9 +180,7 @@ def _as_basis(first: LeadingVectors, last: LeadingVectors, roots: Sequence[Tenso
     the other side's basis, so its spectrum says little about the adapters.
     """
     # ‖W·R·Vᵀ‖², from the projections R·Vᵀ that the sweep has computed anyway
-    kept_square = sum(
-        float((root @ last.projection[block]).square().sum()) for root, block in zip(roots, blocks.blocks, strict=True)
-    )
+    kept_square = float(block_multiply(last.projection, blocks.blocks, roots).square().sum())
     return Basis(
         components=last.components().cpu(),
         singular_values=first.singular_values.float().cpu(),

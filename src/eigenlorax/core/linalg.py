@@ -77,7 +77,7 @@ class RowBlocks:
 
     def weighted(self, weights: Sequence[Tensor]) -> Tensor:
         """Return the rows with each block multiplied from the left by its own square matrix, (n, d)."""
-        return _block_multiply(self.rows, self.blocks, weights)
+        return block_multiply(self.rows, self.blocks, weights)
 
     def leading(self, weights: Sequence[Tensor], rule: Callable[[Tensor, tuple[int, int]], int]) -> LeadingVectors:
         """Return the leading right singular vectors of the weighted stack.
@@ -95,8 +95,8 @@ class RowBlocks:
             squares, vectors = descending_eigh(stack.mT @ stack)
         else:
             # W·G·Wᵀ is the Gram matrix of the weighted rows W·R, without the rows themselves
-            half = _block_multiply(self.gram, self.blocks, weights)
-            squares, vectors = descending_eigh(_block_multiply(half.mT, self.blocks, weights))
+            half = block_multiply(self.gram, self.blocks, weights)
+            squares, vectors = descending_eigh(block_multiply(half.mT, self.blocks, weights))
         sigma = squares.clamp_min(0).sqrt()
         k = rule(sigma, shape)
         if k > int((sigma > GRAM_RESOLUTION * sigma[0]).sum()):
@@ -104,7 +104,7 @@ class RowBlocks:
         if self.gram is None:
             return self._from_components(sigma, vectors[:, :k].mT)
         # right singular vectors are Σ⁻¹·Qᵀ·W·R; the product with the rows R is postponed until it is needed
-        combination = _block_multiply(vectors[:, :k] / sigma[:k], self.blocks, [w.mT for w in weights]).mT
+        combination = block_multiply(vectors[:, :k] / sigma[:k], self.blocks, [w.mT for w in weights]).mT
         return LeadingVectors(sigma, self.gram @ combination.mT, lambda: orthonormal_rows(combination @ self.rows))
 
     def _leading_by_svd(self, stack: Tensor, rule: Callable[[Tensor, tuple[int, int]], int]) -> LeadingVectors:
@@ -147,7 +147,7 @@ def leading_right_vectors(rows: Tensor, max_vectors: int) -> Tensor:
     return orthonormal_rows((vectors[:, :k] / sigma[:k]).mT @ rows if is_wide else vectors[:, :k].mT)
 
 
-def _block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[Tensor]) -> Tensor:
+def block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[Tensor]) -> Tensor:
     """Return diag(weights) @ matrix, block by block."""
     if len({weight.shape for weight in weights}) == 1:
         # one batched product: many small ones would mostly be overhead

@@ -113,8 +113,8 @@ class IntegerStorage(Storage):
         exact = projection.project_batch(batch, bases, torch.float64, dual)
         rows = dict(zip(keys.SIDES, _spread_rows(exact.down.cpu(), exact.up.mT.cpu()), strict=True))
         payloads = {side: group_integers.encode(rows[side], self.bits) for side in keys.SIDES}
-        down, up = (group_integers.decode(payloads[side]).to(exact.down.device) for side in keys.SIDES)
         # the coefficients in memory are those that a reader of the file gets, not the exact ones
+        down, up = (group_integers.decode(payloads[side]) for side in keys.SIDES)
         rounded = CoefficientBatch(
             down,
             up.mT.contiguous(),
@@ -124,7 +124,7 @@ class IntegerStorage(Storage):
         # spread rows: their norms may differ from those of the factors that they stand for
         spread = CoefficientBatch(rows["down"], rows["up"].mT, exact.scaling)
         projection.check_rounded_batch(spread, rounded)
-        return rounded
+        return rounded.to(exact.down.device)
 
     def adapter_tensors(self, coefficients: Mapping[str, Coefficients]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
