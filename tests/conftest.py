@@ -56,7 +56,9 @@ def shared():
 def without_shape_checks():
     """Do not check shapes and types of the mathematics in this test.
 
-    The checks double the time of a fit by error bound. Tests of many such fits leave them to `codec/test_encoder.py`.
+    The checks double the time of a fit by error bound, and take four fifths of that of a version. Tests of many such
+    leave them to `codec/test_encoder.py` and `codec/versions`, and what hands arrays over to `fitting/test_fit.py`,
+    `pack/test_coded_packs.py` and `pack/test_histories.py`.
     """
     with _shape_checks_disabled():
         yield

@@ -16,6 +16,8 @@ from planted import tree
 from runs import make_run, tensors_of
 from users import make_users
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 HEAD = "base_model.model.classifier.weight"
 
 

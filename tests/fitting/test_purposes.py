@@ -13,6 +13,8 @@ from eigenlorax.errors import OptionError
 from eigenlorax.pack import purposes
 from planted import factors_in, orthonormal, random_adapter
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 MODULES = {"encoder.0.query": (160, 96), "encoder.0.dense": (224, 128)}
 
 

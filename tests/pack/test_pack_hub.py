@@ -545,18 +545,25 @@ class TestPush:
         assert hub.tokens == {f"Bearer {WRITER}"}
 
 
+@pytest.fixture(scope="module")
+def _saved_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    pack = ex.fit([make_adapter(folder / "alpha", seed=1)], n_components=3)
+    for name in ("first", "second"):
+        for checkpoint in make_run(folder / name, (10, 20, 30), seed=len(name)):
+            pack.append(checkpoint)
+    return pack.save(folder / "pack")
+
+
 class TestHistories:
     """Versions of a history are fetched and pushed with it."""
 
     @pytest.fixture
-    def runs(self, hub, made, tmp_path):
+    def runs(self, hub, _saved_runs, tmp_path):
         """`org/runs`: a pack of an adapter and two histories of three versions each."""
-        pack = ex.fit([made / "in" / "alpha"], n_components=3)
-        for name in ("first", "second"):
-            for checkpoint in make_run(tmp_path / name, (10, 20, 30), seed=len(name)):
-                pack.append(checkpoint)
-        hub.repos["org/runs"] = {"main": pack.save(tmp_path / "hub" / "runs")}
-        return pack
+        folder = shutil.copytree(_saved_runs, tmp_path / "hub" / "runs")
+        hub.repos["org/runs"] = {"main": folder}
+        return ex.Pack.open(folder)
 
     def files(self, pack, *names):
         return {record.file for name in names for record in pack.histories[name]}
@@ -609,14 +616,20 @@ class TestHistories:
         assert f"org/runs has no {file} on the Hub, although its {MANIFEST} lists it" in done.err
 
 
+@pytest.fixture(scope="module")
+def _saved_users(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("users")
+    common, members = make_users(folder, ["ann", "bob", "cem"])
+    return ex.fit(members, reference=common).save(folder / "pack")
+
+
 class TestPopulations:
     """Members that share a file are fetched and pushed with the common adapter, and removed from the repository."""
 
     @pytest.fixture
-    def population(self, hub, tmp_path):
+    def population(self, hub, _saved_users, tmp_path):
         """`org/users`: a population of three members in one file; its folder."""
-        common, members = make_users(tmp_path, ["ann", "bob", "cem"])
-        folder = ex.fit(members, reference=common).save(tmp_path / "hub" / "users")
+        folder = shutil.copytree(_saved_users, tmp_path / "hub" / "users")
         hub.repos["org/users"] = {"main": folder}
         return folder
 

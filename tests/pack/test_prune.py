@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from eigenlorax.pack import history_store
 from planted import tree
 from runs import WEIGHTS, make_run, tensors_of
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 STEPS = (100, 200, 300, 400, 500, 600, 700, 800)
 
 
@@ -24,19 +27,24 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "run", STEPS)
 
 
-@pytest.fixture(params=["lossless", "lossy", "mixed"])
+@pytest.fixture(scope="module", params=["lossless", "lossy", "mixed"])
 def kind(request):
     return request.param
 
 
-@pytest.fixture
-def pack(run, kind, tmp_path):
-    """A pack on disk with the versions of one run."""
+@pytest.fixture(scope="module")
+def _saved(run, kind, tmp_path_factory):
     pack = ex.Pack.empty()
     for number, checkpoint in enumerate(run):
         lossless = kind == "lossless" or (kind == "mixed" and number % 3 == 0)
         pack.append(checkpoint, lossless=lossless)
-    return ex.Pack.open(pack.save(tmp_path / "pack"))
+    return pack.save(tmp_path_factory.mktemp("saved") / "pack")
+
+
+@pytest.fixture
+def pack(_saved, tmp_path):
+    """A pack on disk with the versions of one run."""
+    return ex.Pack.open(shutil.copytree(_saved, tmp_path / "pack"))
 
 
 def numbers(pack):

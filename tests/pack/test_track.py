@@ -12,6 +12,8 @@ from eigenlorax.pack import track as tracking
 from outcomes import contents
 from runs import WEIGHTS, make_run, write_states
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 STEPS = (10, 20, 30)
 
 

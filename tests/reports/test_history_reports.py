@@ -20,6 +20,8 @@ from eigenlorax.reports.render import markdown, page
 from made import one_start, with_a_mean
 from planted import normal
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
 
 SHAPES = {"layer.0.query": (61, 43), "layer.0.value": (47, 59)}

@@ -13,6 +13,8 @@ from eigenlorax.errors import UntrainedAdapterWarning
 from eigenlorax.reports import numbers
 from made import gauged, of_one_subspace, one_start, random, with_a_mean
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 pytest.importorskip("scipy", reason="SciPy is not installed: pip install '.[report]'")
 
 

@@ -15,7 +15,7 @@ from eigenlorax.serving.vllm.settings import Settings
 from runs import make_run
 from users import make_users
 
-pytestmark = needs_fork
+pytestmark = [needs_fork, pytest.mark.usefixtures("module_without_shape_checks")]
 
 STEPS = (10, 20, 30, 40, 50)
 
