@@ -54,7 +54,7 @@ def test_a_fit_goes_on_from_the_modules_that_it_has_kept(cli, place, monkeypatch
     with monkeypatch.context() as patched:
         interrupted_at(patched, 1)
         done = cli("fit", place / "in", "-o", place / "some" / "pack", "-k", 6)
-    assert_says(done, f"No pack was written. 1 fitted module is kept in {kept}: run the same command to continue.")
+    assert_says(done, f"No pack was written. 1 finished part is kept in {kept}: run the same command to continue.")
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
     done = succeeded(cli("fit", place / "in", "-o", place / "some" / "pack", "-k", 6))
     assert "note: 1 of 3 modules were read from the checkpoint of an interrupted fit." in done.err

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from eigenlorax.codec import basis_bytes, bitstream, dead_zone, singular_codes
-from eigenlorax.codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleCodes, ModuleLayout, dequantise_module
+from eigenlorax.codec.adapter_codes import UNTRAINED, AdapterCodes, ModuleLayout, dequantise_module
+from eigenlorax.codec.packed_codes import PackedCodes
 from eigenlorax.codec.quantised_basis import QuantisedBasis, quantise_basis
 from eigenlorax.codec.step_sizes import as_written
 from eigenlorax.codec.svd_batch import SvdBatch
@@ -182,7 +183,7 @@ def test_bytes_give_the_codes_back(share: float, clusters: int) -> None:
     step_sizes = as_written(step_sizes)
     codes = singular_codes.encode_updates(SvdBatch.of(updates), step_sizes, *pairs[cluster])
     adapters = [
-        AdapterCodes(float(step_sizes[row]), cluster, {"a": ModuleCodes.of(codes, row), "b": UNTRAINED})
+        AdapterCodes(float(step_sizes[row]), cluster, {"a": PackedCodes.of(codes).codes(row), "b": UNTRAINED})
         for row in range(len(updates))
     ]
     blobs = bitstream.encode_adapters([(codes, {"a": layout, "b": layout}) for codes in adapters])

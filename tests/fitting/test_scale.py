@@ -124,13 +124,6 @@ def test_several_processes_make_the_same_pack(pack, folder, workers):
         assert other.records[name].delta_error == pytest.approx(pack.records[name].delta_error, rel=1e-3)
 
 
-def test_a_fit_for_bytes_says_that_no_other_process_has_chosen_them(folder):
-    paths = sorted(folder.iterdir())[:3]
-    found = eigenlorax.fit(paths, max_error=0.01, engine="processes", workers=2, warn_above=1.0)
-    assert found.notes == ["Bytes were chosen in this process, on its CPU: engine processes has no effect."]
-    assert eigenlorax.fit(paths, max_error=0.01, warn_above=1.0).notes == []
-
-
 def test_a_number_that_is_none_in_the_middle_of_a_collection_is_found(folder, tmp_path):
     shutil.copytree(folder / "a100", tmp_path / "a100")
     file = tmp_path / "a100" / "adapter_model.safetensors"

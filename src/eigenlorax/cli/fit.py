@@ -278,7 +278,7 @@ def fit(
             solver=solver,
             engine=engine,
             workers=workers,
-            checkpoint=None if is_coded else checkpoints,
+            checkpoint=None if reference is not None else checkpoints,
             progress=progress,
             allow_pickle=allow_pickle,
             revision=revision,
@@ -346,18 +346,18 @@ def _state_after_interrupt(output: Path, old_manifest: bytes | None, checkpoints
     Args:
         output: Folder of the pack.
         old_manifest: Manifest of the pack that was there before the fit, or None.
-        checkpoints: Folder of fitted modules.
+        checkpoints: Folder of the finished parts.
     """
     from ..core import checkpoint
 
     if _manifest(output) != old_manifest:
         return f"{output} is written and complete, except perhaps for its report."
     pack_state = "No pack was written" if old_manifest is None else f"{output} is unchanged"
-    modules = checkpoint.count_parts(checkpoints)
-    if not modules:
+    parts = checkpoint.count_parts(checkpoints)
+    if not parts:
         return f"{pack_state}, and nothing was left."
-    fitted = "1 fitted module is" if modules == 1 else f"{modules:,} fitted modules are"
-    return f"{pack_state}. {fitted} kept in {checkpoints}: run the same command to continue."
+    finished = "1 finished part is" if parts == 1 else f"{parts:,} finished parts are"
+    return f"{pack_state}. {finished} kept in {checkpoints}: run the same command to continue."
 
 
 def _can_report() -> bool:

@@ -31,18 +31,6 @@ class SideCodes:
     residual_levels: np.ndarray
     residuals: np.ndarray
 
-    @classmethod
-    def of(cls, batch: singular_codes.BatchSideCodes, row: int, count: int) -> "SideCodes":
-        """Take the first `count` components of one update."""
-        levels, residual_levels = batch.coefficient_levels[row, :count], batch.residual_levels[row, :count]
-        return cls(
-            levels.numpy(),
-            # rows of zeros are neither written nor kept
-            narrow(batch.coefficients[row, :count][levels > 0].to(torch.int64).numpy()),
-            residual_levels.numpy(),
-            narrow(batch.residuals[row, :count][residual_levels > 0].to(torch.int64).numpy()),
-        )
-
     @property
     def has_residual(self) -> bool:
         return bool((self.residual_levels > 0).any())
@@ -65,18 +53,6 @@ class ModuleCodes:
     up: SideCodes
     core_level: int
     core: np.ndarray
-
-    @classmethod
-    def of(cls, batch: singular_codes.UpdateCodes, row: int) -> "ModuleCodes":
-        """Take one update of a batch."""
-        count, level = int(batch.counts[row]), int(batch.core_levels[row])
-        return cls(
-            batch.scales[row, :count].numpy(),
-            SideCodes.of(batch.down, row, count),
-            SideCodes.of(batch.up, row, count),
-            level,
-            narrow(batch.cores[row].numpy()) if level else NO_INTEGERS,
-        )
 
     @property
     def count(self) -> int:

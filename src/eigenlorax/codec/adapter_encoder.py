@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..core.adapter import LoRAFactors
 from . import singular_codes
-from .adapter_codes import AdapterCodes, ModuleCodes
-from .encoder import BasisPair
+from .adapter_codes import AdapterCodes
+from .module_stages import BasisPair
+from .packed_codes import PackedCodes
 from .singular_codes import UpdateCodes
 from .step_sizes import MIN_ERROR_BOUND, as_written, search_step_sizes, strict_bound
 from .svd_batch import SvdBatch
@@ -43,5 +44,5 @@ def encode_adapter(
     # start from the step size at which the rounding errors of all numbers, each about 0.1 of its square, add up
     step_sizes = as_written(torch.tensor([bound * norm / math.sqrt(0.1 * numbers)], dtype=torch.float64))
     step_sizes, errors = search_step_sizes(measure, step_sizes, measure(step_sizes), bound)
-    modules = {name: ModuleCodes.of(codes, 0) for name, codes in encode(step_sizes).items()}
+    modules = {name: PackedCodes.of(codes).codes(0) for name, codes in encode(step_sizes).items()}
     return AdapterCodes(float(step_sizes[0]), cluster, modules), float(errors[0])

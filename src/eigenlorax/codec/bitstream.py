@@ -38,9 +38,12 @@ def encode_adapters(adapters: Sequence[tuple[AdapterCodes, Mapping[str, ModuleLa
         names = sorted(codes.modules)
         modules = [codes.modules[name] for name in names]
         headers.append(_Header.of(codes, modules))
-        integers = [array.ravel() for module in modules for array in _code_arrays(module)]
+        # empty arrays would widen the dtype of the others
+        integers = [array.ravel() for module in modules for array in _code_arrays(module) if array.size]
         classes = [array for name in names for array in _class_arrays(codes.modules[name], layouts[name])]
-        streams.append((np.concatenate([NO_INTEGERS, *integers]), np.concatenate([np.zeros(0, np.uint8), *classes])))
+        streams.append(
+            (np.concatenate([np.zeros(0, np.int8), *integers]), np.concatenate([np.zeros(0, np.uint8), *classes]))
+        )
     encoded = [header.long_form + data for header, data in zip(headers, entropy.encode(streams), strict=True)]
     for index, (header, stream) in enumerate(zip(headers, streams, strict=True)):
         short_form = header.short_form

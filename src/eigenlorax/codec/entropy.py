@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import FormatError
 from .class_tables import ALL_CLASSES, PRECISION, TOTAL, class_table
-from .stream_tables import ESCAPED, StreamTables, check_classes
+from .stream_tables import ESCAPED, EncodingTables, StreamTables, check_classes
 
 LANE_BYTES = 512
 """Bytes that a lane writes on average. Its last state takes 4 of them, so that lanes cost less than one per cent."""
@@ -32,6 +32,8 @@ _MIN_STATE = 1 << 16
 # arrays, because a number of Python or NumPy would be converted at each step
 _SHORT_STATE, _SLOT_MASK, _WORD_MASK = (np.array(number, np.uint32) for number in (_MIN_STATE, TOTAL - 1, 0xFFFF))
 _PRECISION_BITS, _WORD_BITS = (np.array(bits, np.uint32) for bits in (PRECISION, 16))
+_FULL_BITS = np.array(32 - PRECISION, np.uint32)
+_FREQUENCY_MASK, _TOTAL = np.uint64(2**16 - 1), np.uint64(TOTAL)
 
 
 def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
@@ -50,53 +52,67 @@ def encode(streams: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[bytes]:
     """
     if not streams:
         return []
-    integers = np.concatenate([np.asarray(numbers, dtype=np.int64) for numbers, _ in streams])
+    classes = [np.asarray(stream_classes) for _, stream_classes in streams]
+    lanes = _Lanes.of(classes)
+    used = sum(np.bincount(stream_classes.astype(np.uint8), minlength=ALL_CLASSES) for stream_classes in classes)
+    tables = EncodingTables(np.flatnonzero(used).tolist())
+    intervals = np.zeros(lanes.slices[-1].stop, dtype=np.uint32)
+    tails = []
+    # one stream after the other: the arrays of one fit a cache
+    for (numbers, _), stream_classes, span in zip(streams, classes, lanes.slices, strict=True):
+        integers = np.asarray(numbers)
+        _check_range(integers)
+        narrow_classes = stream_classes.astype(np.uint8, copy=False)
+        intervals[span], escaped = tables.intervals(integers, narrow_classes)
+        # raw bits and escaped integers follow the words: they need no model, and would only slow the coder down
+        raw_bits = _pack_raw_bits(integers, tables.raw_bits(narrow_classes), escaped)
+        tails.append(raw_bits + integers[escaped].astype("<i4").tobytes())
+    states, words, word_lanes = _encode_symbols(intervals, lanes)
+    word_streams = lanes.stream[word_lanes]
+    # words of a stream stay in their order
+    words = words[np.argsort(word_streams, kind="stable")]
+    ends = np.cumsum(np.bincount(word_streams, minlength=len(streams)))[:-1]
+    state_ends = np.cumsum(lanes.counts)[:-1]
+    return [
+        stream_states.astype("<u4").tobytes() + stream_words.tobytes() + tail
+        for stream_states, stream_words, tail in zip(
+            np.split(states, state_ends), np.split(words, ends), tails, strict=True
+        )
+    ]
+
+
+def _check_range(integers: np.ndarray) -> None:
+    """Raise `FormatError` if an integer needs more than 32 bits."""
     if len(integers) and (integers.max() >= 2**31 or integers.min() < -(2**31)):
         raise FormatError(
             f"integers from {integers.min():,} to {integers.max():,} are beyond 32 bits: ask for a larger max_error."
         )
-    classes = [np.asarray(stream_classes, dtype=np.int64) for _, stream_classes in streams]
-    tables = StreamTables.of(np.concatenate(classes))
-    symbols, escaped = tables.symbols(integers)
-    lanes = _Lanes.of(classes)
-    states, words, word_lanes = _encode_symbols(symbols, tables, lanes)
-    word_streams = lanes.stream[word_lanes]
-    # raw bits and escaped integers follow the words: they need no model, and would only slow the coder down
-    return [
-        b"".join(
-            (
-                states[lanes.stream == number].astype("<u4").tobytes(),
-                words[word_streams == number].tobytes(),
-                _pack_raw_bits(integers[span], tables.raw_bits(span), escaped[span]),
-                integers[span][escaped[span]].astype("<i4").tobytes(),
-            )
-        )
-        for number, span in enumerate(lanes.slices)
-    ]
 
 
-def _encode_symbols(
-    symbols: np.ndarray, tables: StreamTables, lanes: "_Lanes"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the final states of the lanes, all words in the order in which they are read, and the lane of each."""
+def _encode_symbols(intervals: np.ndarray, lanes: "_Lanes") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the final states of the lanes, all words in the order in which they are read, and the lane of each.
+
+    Args:
+        intervals: Interval of each integer, as `EncodingTables` returns them.
+        lanes: Division of the streams into lanes.
+    """
     states = np.full(len(lanes.stream), _MIN_STATE, dtype=np.uint64)
-    low, frequency = tables.intervals(symbols)
     # rANS is last in, first out: encoding from the end lets the decoder read from the start
     words: list[np.ndarray] = []
     word_lanes: list[np.ndarray] = []
     for active, steps in reversed(lanes.spans()):
         start, stride, state = lanes.start[active], lanes.stride[active], states[active]
         for step in reversed(steps):
-            at = start + step * stride
-            share = frequency[at]
+            interval = intervals.take(start + step * stride).astype(np.uint64)
+            share = interval & _FREQUENCY_MASK
             # a state that the next symbol would push beyond 32 bits writes its low word first
-            full = np.flatnonzero(state >= share << np.uint64(32 - PRECISION))
+            (full,) = (state >= share << _FULL_BITS).nonzero()
             if len(full):
-                words.append(state[full].astype("<u2"))
+                full_states = state[full]
+                words.append(full_states.astype("<u2"))
                 word_lanes.append(active[full])
-                state[full] >>= np.uint64(16)
-            quotient = state // share
-            state += quotient * (np.uint64(TOTAL) - share) + low[at]
+                state[full] = full_states >> _WORD_BITS
+            state += state // share * (_TOTAL - share) + (interval >> _WORD_BITS)
         states[active] = state
     if not words:
         return states, np.zeros(0, "<u2"), np.zeros(0, int)
@@ -317,9 +333,18 @@ def _split_streams(blobs: Sequence[bytes], lanes: _Lanes) -> tuple[np.ndarray, n
     return np.concatenate(states), np.concatenate(words), np.array(first_words, dtype=np.int64)
 
 
-def _pack_raw_bits(integers: np.ndarray, raw_bits: np.ndarray, escaped: np.ndarray) -> bytes:
-    """Return the raw bits of the integers that have some, the highest bit of each first."""
-    counts = np.where(escaped, 0, raw_bits).astype(np.int64)
+def _pack_raw_bits(integers: np.ndarray, raw_bits: np.ndarray | None, escaped: np.ndarray) -> bytes:
+    """Return the raw bits of the integers that have some, the highest bit of each first.
+
+    Args:
+        integers: Integers of a stream.
+        raw_bits: Numbers of their raw bits; None if all are 0.
+        escaped: Indices of escaped integers, which have no raw bits.
+    """
+    if raw_bits is None:
+        return b""
+    counts = raw_bits.astype(np.int64)
+    counts[escaped] = 0
     owner = np.repeat(np.arange(len(counts)), counts)
     within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.packbits(((integers[owner] >> (counts[owner] - 1 - within)) & 1).astype(np.uint8)).tobytes()

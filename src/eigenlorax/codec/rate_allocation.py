@@ -25,6 +25,8 @@ MAX_COMPONENTS = 512
 """Largest number of components per side that is considered."""
 DENSE_SIZE = 2048
 """Number of rows, or their width, up to which all components are computed at once, by a dense decomposition."""
+SINGLE_PRECISION_ERROR = 0.005
+"""Error bound from which float32 resolves all components that a basis may need."""
 MAX_CORE_RANKS = 3
 """Number of components, in ranks of the adapters, up to which cores are considered."""
 BINS = 4
@@ -56,6 +58,10 @@ class SideStatistics:
         sums: np.ndarray = self.energies.sum(1)
         return sums
 
+    def leading(self, count: int) -> "SideStatistics":
+        """Return the first `count` components with the energies on them."""
+        return SideStatistics(self.components[:count].clone(), self.energies[:, :count].copy(), self.dimension)
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleStatistics:
@@ -76,18 +82,20 @@ class ModuleStatistics:
     n: int
 
     @classmethod
-    def of(cls, updates: SvdBatch, weights: Float[Tensor, " n"]) -> "ModuleStatistics":
-        """Summarise the updates of a module, given the weights 1 / ‖update‖ of their adapters over all modules."""
+    def of(cls, updates: SvdBatch, weights: Float[Tensor, " n"], error: float = 0.0) -> "ModuleStatistics":
+        """Summarise the updates of a module.
+
+        Args:
+            updates: Updates of the module.
+            weights: 1 / ‖update‖ of their adapters over all modules.
+            error: Smallest error bound that the summary is for. Components are in float32 if that resolves them.
+        """
         # relative to the adapter's norm: then one step size means about the same error for all adapters
         lengths = updates.s * weights[:, None]
         n, rank = lengths.shape
-        down, up = (_side_statistics(updates.rows(side), lengths) for side in ("down", "up"))
+        dtype = torch.float32 if error >= SINGLE_PRECISION_ERROR else torch.float64
+        down, up = (_side_statistics(updates.rows(side).to(dtype), lengths.to(dtype)) for side in ("down", "up"))
         return cls(down, up, lengths.flatten().numpy(), np.repeat(np.arange(n), rank), n)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the statistics of both sides take."""
-        return sum(side.components.nbytes + side.energies.nbytes for side in (self.down, self.up))
 
     @property
     def rank(self) -> int:
@@ -190,7 +198,7 @@ class _SideCosts:
         """Estimate the costs of rows of these lengths, in step sizes."""
         counts = component_counts(side.energies.shape[1])
         squares = lengths**2
-        squared_importance = squares @ side.energies
+        squared_importance = squares.astype(side.energies.dtype) @ side.energies
         importance = np.sqrt(squared_importance)
         # the step size of a row is the inverse of its importance (`quantise_basis`), so that its d numbers, of a unit
         # row, have this standard deviation in step sizes
@@ -200,7 +208,7 @@ class _SideCosts:
         energy = squared_importance / len(squares)
         bits, errors = _coefficient_costs(squares * side.row_energies, energy, counts)
         is_leading = np.arange(len(noise))[:, None] < np.array(counts)
-        inside = side.energies @ ((1 - noise)[:, None] * is_leading)
+        inside = side.energies @ ((1 - noise)[:, None] * is_leading).astype(side.energies.dtype)
         residuals = squares[:, None] * np.maximum(1 - inside, 0.0)
         # a residual is modelled as d Gaussian numbers of equal variance
         residual_bits, residual_errors = dead_zone.gaussian_cost(np.sqrt(residuals / side.dimension))
@@ -363,9 +371,8 @@ class RateSurvey:
         self._k: list[list[tuple[int, int]]] = []
         self._members: list[list[int]] = []
 
-    def add(self, module: ModuleStatistics, members: Sequence[int]) -> None:
-        """Add the estimates of a module, whose adapters have the indices `members` in the collection."""
-        estimates = [estimate_rate(module, float(step_size)) for step_size in self.step_sizes]
+    def add(self, estimates: Sequence[RateEstimate], members: Sequence[int]) -> None:
+        """Add a module by its estimates, one for each step size; its adapters have the indices `members`."""
         for row, estimate in enumerate(estimates):
             self._bits[row, list(members)] += estimate.bits
             self._squared_errors[row, list(members)] += estimate.squared_errors

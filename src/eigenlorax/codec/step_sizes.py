@@ -97,7 +97,7 @@ def as_written(step_sizes: Tensor) -> Tensor:
 
 
 def step_size_grid(error: float, numbers: int) -> list[float]:
-    """Return step sizes to survey for an error bound, relative to the norm of an adapter, half an octave apart.
+    """Return step sizes to survey for an error bound, relative to the norm of an adapter, an octave apart.
 
     The smallest step size is that of an adapter whose numbers are all encoded. The largest is that of an adapter whose
     components are partly left out.
@@ -108,14 +108,14 @@ def step_size_grid(error: float, numbers: int) -> list[float]:
     """
     # a rounding error is about 0.1 of the squared step size: 1/12, and the dead zone's
     smallest, largest = error / math.sqrt(0.1 * numbers) / 3, min(3 * error, SURVEY_RANGE[1])
-    return _log_spaced(smallest, largest, 2)
+    return _log_spaced(smallest, largest)
 
 
 def wide_step_size_grid() -> list[float]:
     """Return step sizes to survey for errors of every size, an octave apart."""
-    return _log_spaced(*SURVEY_RANGE, 1)
+    return _log_spaced(*SURVEY_RANGE)
 
 
-def _log_spaced(smallest: float, largest: float, per_octave: int) -> list[float]:
-    count = max(math.ceil(per_octave * math.log2(largest / smallest)), 2)
+def _log_spaced(smallest: float, largest: float) -> list[float]:
+    count = max(math.ceil(math.log2(largest / smallest)), 2)
     return [float(step_size) for step_size in np.geomspace(smallest, largest, count + 1)]

@@ -1,5 +1,6 @@
 """Tables of the classes of a stream, which the entropy coder looks symbols up in."""
 
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -49,20 +50,6 @@ class StreamTables:
         counts: np.ndarray = self._raw_bits[self._rows[span]]
         return counts
 
-    def symbols(self, integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the symbol of each integer, and whether that is the escape."""
-        symbols = (integers >> self.raw_bits(slice(None))) - self._first[self._rows]
-        escape = self._escape[self._rows]
-        escaped = (symbols < 0) | (symbols >= escape)
-        return np.where(escaped, escape, symbols), escaped
-
-    def intervals(self, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lower cumulative frequency and the frequency of the symbol of every integer, uint64."""
-        bounds = self._bounds.astype(np.uint64)
-        at = self._rows.astype(np.intp) * bounds.shape[1] + symbols
-        low = bounds.ravel()[at]
-        return low, bounds.ravel()[at + 1] - low
-
     @cached_property
     def slots(self) -> np.ndarray:
         """The interval of each slot, for all classes one after the other: frequency · 2^16 + slot − lower bound."""
@@ -90,6 +77,54 @@ def _slot_table(class_index: int) -> tuple[np.ndarray, np.ndarray]:
     integers[table.escape], integers[(integers < -(2**31)) | (integers >= 2**31)] = ESCAPED, ESCAPED
     entries = (np.repeat(frequencies << 16, frequencies) + remainders).astype(np.uint32)
     return entries, np.repeat(integers.astype(np.int32), frequencies)
+
+
+class EncodingTables:
+    """The tables of some classes, in which the encoder looks up the intervals of integers.
+
+    Args:
+        class_indices: The classes.
+    """
+
+    def __init__(self, class_indices: Sequence[int]) -> None:
+        tables = [class_table(class_index) for class_index in class_indices]
+        width = max((len(table.bounds) for table in tables), default=2) - 1
+        # as arrays over all classes, since an integer is looked up by its class
+        self._first, self._escape, self._start = (np.zeros(ALL_CLASSES, dtype=np.int32) for _ in range(3))
+        self._raw_bits = np.zeros(ALL_CLASSES, dtype=np.uint8)
+        self._intervals = np.zeros(len(tables) * width, dtype=np.uint32)
+        for row, (class_index, table) in enumerate(zip(class_indices, tables, strict=True)):
+            self._first[class_index], self._escape[class_index] = table.first, table.escape
+            self._start[class_index], self._raw_bits[class_index] = row * width, table.raw_bits
+            low, frequency = table.bounds[:-1].astype(np.uint32), np.diff(table.bounds).astype(np.uint32)
+            self._intervals[row * width : row * width + len(low)] = low << np.uint32(16) | frequency
+        self._has_raw_bits = bool(self._raw_bits.any())
+
+    def raw_bits(self, classes: np.ndarray) -> np.ndarray | None:
+        """Return the number of low bits of each integer that are written without a model; None if all are 0."""
+        return self._raw_bits[classes] if self._has_raw_bits else None
+
+    def intervals(self, integers: np.ndarray, classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the interval of each integer, and the indices of those that are escaped.
+
+        Args:
+            integers: Integers, (n,).
+            classes: Their classes, (n,) uint8.
+
+        Returns:
+            Lower bounds · 2^16 + frequencies, (n,) uint32, and the indices.
+        """
+        raw_bits = self.raw_bits(classes)
+        # no integer of 16 bits leaves 32 bits below
+        symbols = integers.astype(np.int32 if integers.dtype.itemsize <= 2 else np.int64)
+        if raw_bits is not None:
+            symbols >>= raw_bits
+        symbols -= self._first[classes]
+        escape = self._escape[classes]
+        (escaped,) = ((symbols < 0) | (symbols >= escape)).nonzero()
+        symbols[escaped] = escape[escaped]
+        symbols += self._start[classes]
+        return self._intervals[symbols], escaped
 
 
 def check_classes(classes: np.ndarray) -> None:

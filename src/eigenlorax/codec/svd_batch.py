@@ -65,6 +65,11 @@ class SvdBatch:
         """The number of components of an update, at most."""
         return self.s.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of the singular vectors and values."""
+        return self.u.nbytes + self.s.nbytes + self.v.nbytes
+
     def rows(self, side: str) -> Tensor:
         """Return the unit singular vectors of one side, (n, r, d)."""
         return self.v if side == "down" else self.u

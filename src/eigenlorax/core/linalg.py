@@ -17,6 +17,8 @@ from torch import Tensor
 # A Gram matrix squares the condition number, which halves the digits: its singular values below this fraction of the
 # largest one are noise.
 GRAM_RESOLUTION = 1e-5
+# the same for a Gram matrix in float32
+FLOAT32_GRAM_RESOLUTION = 1e-3
 # Rows of `symmetric_product` that are multiplied at once: enough for the full speed of a product
 _SYMMETRIC_BLOCK = 128
 
@@ -137,14 +139,17 @@ def leading_right_vectors(rows: Tensor, max_vectors: int) -> Tensor:
     """Return the leading right singular vectors of a matrix as rows, (k, d).
 
     Args:
-        rows: Matrix, (n, d) float64.
-        max_vectors: Upper bound of k. Vectors that the Gram matrix does not resolve (`GRAM_RESOLUTION`) are left out.
+        rows: Matrix, (n, d), float64 or float32.
+        max_vectors: Upper bound of k. Vectors that the Gram matrix does not resolve are left out (`GRAM_RESOLUTION`;
+            in float32, `FLOAT32_GRAM_RESOLUTION`).
     """
     is_wide = rows.shape[0] <= rows.shape[1]
     squares, vectors = descending_eigh(rows @ rows.mT if is_wide else rows.mT @ rows)
     sigma = squares.clamp_min(0).sqrt()
-    k = min(max_vectors, int((sigma > GRAM_RESOLUTION * sigma[0]).sum()))
-    return orthonormal_rows((vectors[:, :k] / sigma[:k]).mT @ rows if is_wide else vectors[:, :k].mT)
+    resolution = GRAM_RESOLUTION if rows.dtype == torch.float64 else FLOAT32_GRAM_RESOLUTION
+    k = min(max_vectors, int((sigma > resolution * sigma[0]).sum()))
+    # eigenvectors are orthonormal already
+    return orthonormal_rows((vectors[:, :k] / sigma[:k]).mT @ rows) if is_wide else vectors[:, :k].mT.contiguous()
 
 
 def block_multiply(matrix: Tensor, blocks: Sequence[slice], weights: Sequence[Tensor]) -> Tensor:

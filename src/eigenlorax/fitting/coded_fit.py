@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
 
@@ -13,18 +15,21 @@ from ..codec.byte_limit import encode_within
 from ..codec.encoder import CollectionEncoder, EncodedCollection, RatePoint
 from ..codec.module_updates import ModuleUpdates, UpdateSource
 from ..codec.quantised_basis import QuantisedBasis
+from ..codec.stage_runner import StageRunner
 from ..codec.step_sizes import check_error_bound, step_size_grid, wide_step_size_grid
 from ..codec.storage import coded
 from ..codec.storage.table import CODED
 from ..core import threads
-from ..core.adapter import ModuleSpec
+from ..core.adapter import Adapter, LoRAFactors, ModuleSpec
 from ..core.basis import Basis
+from ..core.engine import Engine, SharedValue
 from ..core.fit_options import FitOptions
-from ..core.progress import Progress
+from ..core.iterative import RunCalls
 from ..core.subspace import ModuleBases
 from ..errors import OptionError
 from ..pack.encoding import encoded_by_codes
 from . import equal_updates
+from .coded_checkpoint import resumable_calls
 from .collection import AdapterModule, Collection
 from .component_fit import FittedCollection
 from .near_copies import near_copies_note
@@ -99,15 +104,21 @@ class ByteLimit:
 
 
 def encode_collection(
-    collection: Collection, copies: Mapping[str, str], target: Target, execution: Execution, training_basis: int
+    collection: Collection,
+    copies: Mapping[str, str],
+    target: Target,
+    execution: Execution,
+    engine: Engine,
+    training_basis: int,
 ) -> tuple[FittedCollection, StoredOutside]:
-    """Fit bases and encode all adapters in as few bytes as the target allows, in this process on its CPU.
+    """Fit bases and encode all adapters in as few bytes as the target allows, on the CPU.
 
     Args:
         collection: The adapters.
         copies: Those of them that get the codes of another one, as `find_equal_updates` returns them.
         target: Error bound or size.
-        execution: Progress callback; other engines and devices than this process and its CPU give a note.
+        execution: Progress callback; another device than the CPU gives a note.
+        engine: Open engine that works on one module per job.
         training_basis: Bytes of the basis for training, which count in the size.
 
     Returns:
@@ -120,11 +131,13 @@ def encode_collection(
     # the largest tensors have as many numbers as all adapters of one module together
     with threads.suited_to(max(_numbers(members) for members in collection.modules.values())):
         distinct = equal_updates.without(collection, copies)
-        collection_encoder, encoded, outside = _encode(collection, distinct, target, training_basis, execution.progress)
-        written = _to_bytes(encoded, distinct)
+        with resumable_calls(collection, target, execution, engine, training_basis) as calls:
+            runner = StageRunner.of(execution.progress, calls.run)
+            collection_encoder, encoded, outside = _encode(collection, distinct, target, training_basis, runner)
+        written = _to_bytes(encoded, distinct, engine.run)
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
         near_copies = near_copies_note(distinct, target.options.max_error or max(encoded.errors, default=0.0))
-    notes = [*_notes(collection_encoder, execution), *([near_copies] if near_copies is not None else [])]
+    notes = [*_notes(collection_encoder, execution), *calls.notes, *([near_copies] if near_copies is not None else [])]
     errors = dict(zip(distinct.weights, encoded.errors, strict=True))
     adapters = {}
     for scanned in collection.scanned:
@@ -146,7 +159,7 @@ def encode_collection(
 
 
 def _encode(
-    collection: Collection, distinct: Collection, target: Target, training_basis: int, progress: Progress
+    collection: Collection, distinct: Collection, target: Target, training_basis: int, runner: StageRunner
 ) -> tuple[CollectionEncoder, EncodedCollection, StoredOutside]:
     """Encode the distinct adapters, and the heads of all, within the target, and return the encoder too.
 
@@ -155,32 +168,33 @@ def _encode(
         distinct: Those without copies of others.
         target: Target of the fit.
         training_basis: Bytes of the basis for training.
-        progress: Callback with the arguments (stage, done, total).
+        runner: Runs what is done with each module.
     """
     modules, options = _module_updates(distinct), target.options
     norms = torch.tensor([1 / weight for weight in distinct.weights.values()], dtype=torch.float64)
     if options.max_error is not None:
         check_error_bound(options.max_error)
         numbers = max(sum(spec.numbers for spec in scanned.adapter.specs.values()) for scanned in collection.scanned)
-        whole = CollectionEncoder(modules, norms, step_size_grid(options.max_error, numbers), progress)
-        clustered = encoder.split_into_clusters(whole, modules, options.max_error, progress)
+        grid = step_size_grid(options.max_error, numbers)
+        whole = CollectionEncoder(modules, norms, grid, runner, error=options.max_error)
+        clustered = encoder.split_into_clusters(whole, options.max_error)
         assert target.head_error is not None
-        outside = encode_outside(collection, target.head_error, progress)
+        outside = encode_outside(collection, target.head_error, runner.progress)
         return clustered, clustered.encode(options.max_error), outside
-    whole = CollectionEncoder(modules, norms, wide_step_size_grid(), progress)
+    whole = CollectionEncoder(modules, norms, wide_step_size_grid(), runner)
     if target.head_error is None:
         outside = encode_for_size(
             collection,
             lambda stored: whole.error_for_bytes(_byte_limit(collection, stored, training_basis, options).available),
-            progress,
+            runner.progress,
         )
     else:
-        outside = encode_outside(collection, target.head_error, progress)
+        outside = encode_outside(collection, target.head_error, runner.progress)
     limit = _byte_limit(collection, outside, training_basis, options)
     limit.check()
-    clustered = encoder.split_into_clusters(whole, modules, whole.error_for_bytes(limit.available), progress)
+    clustered = encoder.split_into_clusters(whole, whole.error_for_bytes(limit.available))
     encoded = encode_within(
-        clustered, limit.available, lambda candidate: _to_bytes(candidate, distinct).size, limit.message
+        clustered, limit.available, lambda candidate: _to_bytes(candidate, distinct, runner.run).size, limit.message
     )
     return clustered, encoded, outside
 
@@ -190,13 +204,8 @@ def _notes(collection_encoder: CollectionEncoder, execution: Execution) -> list[
     n_clusters = max(collection_encoder.groups) + 1
     if n_clusters > 1:
         notes.append(f"The adapters form {n_clusters} groups, each with its own bases.")
-    options = {"engine": execution.engine, "device": str(execution.device)}
-    unused = [f"{name} {value}" for name, value in options.items() if value not in ("serial", "cpu")]
-    if unused:
-        notes.append(
-            f"Bytes were chosen in this process, on its CPU: {' and '.join(unused)} "
-            f"{'has' if len(unused) == 1 else 'have'} no effect."
-        )
+    if execution.device.type != "cpu":
+        notes.append(f"Bytes were chosen on the CPU: device {execution.device} has no effect.")
     return notes
 
 
@@ -209,11 +218,23 @@ def _module_updates(collection: Collection) -> list[ModuleUpdates]:
     index = {name: number for number, name in enumerate(collection.weights)}
     modules = []
     for name, members in collection.modules.items():
-        trained = tuple(UpdateSource(index[member.name], member.read) for member in members if member.is_trained)
+        trained = tuple(
+            UpdateSource(
+                index[member.name],
+                partial(_read_update, collection.adapters, collection.index[member.name], member.module),
+            )
+            for member in members
+            if member.is_trained
+        )
         if trained:
             spec = members[0].spec
             modules.append(ModuleUpdates(name, (spec.out_features, spec.in_features), trained, _numbers(members)))
     return modules
+
+
+def _read_update(adapters: SharedValue[Sequence[Adapter]], index: int, module: str) -> LoRAFactors:
+    """Read the factors of a module of one adapter, in any process."""
+    return adapters.get()[index].modules[module]
 
 
 def _byte_limit(collection: Collection, outside: StoredOutside, training_basis: int, options: FitOptions) -> ByteLimit:
@@ -235,8 +256,14 @@ def _round_down(ratio: float) -> str:
     return f"{math.floor(ratio / unit) * unit:.10g}"
 
 
-def _to_bytes(encoded: EncodedCollection, collection: Collection) -> EncodedBytes:
-    """Return bases and all adapters as bytes. Untrained adapters are encoded as zero updates."""
+def _to_bytes(encoded: EncodedCollection, collection: Collection, run: RunCalls) -> EncodedBytes:
+    """Return bases and all adapters as bytes. Untrained adapters are encoded as zero updates.
+
+    Args:
+        encoded: Codes of the collection.
+        collection: The adapters, without copies of others.
+        run: Runs the calls that encode some adapters each.
+    """
     fitted = dict(zip(collection.weights, encoded.adapters, strict=True))
     by_adapter = {scanned.name: fitted.get(scanned.name, AdapterCodes(1.0, 0, {})) for scanned in collection.scanned}
     modules: dict[str, dict[str, ModuleCodes]] = {name: {} for name in by_adapter}
@@ -252,11 +279,12 @@ def _to_bytes(encoded: EncodedCollection, collection: Collection) -> EncodedByte
             modules[member.name][module] = codes.modules.get(module, UNTRAINED)
             layouts[member.name][module] = by_cluster[codes.cluster]
     complete = {name: AdapterCodes(codes.step_size, codes.cluster, modules[name]) for name, codes in by_adapter.items()}
-    payloads: dict[str, bytes] = {}
-    for start in range(0, len(complete), BATCH):
-        names = list(complete)[start : start + BATCH]
-        batch = bitstream.encode_adapters([(complete[name], layouts[name]) for name in names])
-        payloads |= dict(zip(names, batch, strict=True))
+    names = list(complete)
+    batches = run(
+        partial(bitstream.encode_adapters, [(complete[name], layouts[name]) for name in names[start : start + BATCH]])
+        for start in range(0, len(names), BATCH)
+    )
+    payloads = dict(zip(names, chain.from_iterable(batches), strict=True))
     sides = [(name, side) for name, pair in encoded.bases.items() for side in (0, 1) if pair[side].k]
     bases = basis_bytes.encode([encoded.bases[name][side] for name, side in sides])
     return EncodedBytes(complete, layouts, payloads, dict(zip(sides, bases, strict=True)))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -115,6 +116,15 @@ class Collection:
         """The narrowest dtype that can represent the factors of all adapters."""
         dtypes = (spec.dtype for scanned in self.scanned for spec in scanned.adapter.specs.values())
         return reduce(torch.promote_types, dtypes)
+
+    @property
+    def checkpoint_key(self) -> dict[str, Any]:
+        """Contents of the adapters and names of the modules, as a part of the key of a checkpoint."""
+        names = {module: name for scanned in self.scanned for module, name in scanned.subspace_names.items()}
+        return {
+            "adapters": [[scanned.name, scanned.scan.content_hash] for scanned in self.scanned],
+            "modules": sorted(names.items()),
+        }
 
     @property
     def loaders(self) -> dict[str, LoadModule]:

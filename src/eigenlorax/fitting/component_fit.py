@@ -139,15 +139,13 @@ def _open_checkpoint(
     """Open the checkpoint of this fit, if there is one. Its key contains everything that the result depends on."""
     if execution.checkpoint is None:
         return nullcontext()
-    names = {module: name for scanned in collection.scanned for module, name in scanned.subspace_names.items()}
     key = {
         "version": __version__,
         "options": asdict(fitter.options),
         "dtypes": [fitter.storage.name, fitter.coefficient_storage.name],
         "solver": execution.solver,
         "device": execution.device.type,
-        "adapters": [[scanned.name, scanned.scan.content_hash] for scanned in collection.scanned],
-        "modules": sorted(names.items()),
+        **collection.checkpoint_key,
     }
     return checkpoints.open_checkpoint(execution.checkpoint, key)
 

@@ -217,7 +217,7 @@ def fit(
     target = Target.of(sizes, weighting, sweeps, (dtype, coefficient_dtype), purpose, head_error)
     execution = Execution.of(device, solver, engine, workers, checkpoint, progress)
     warn_above = check_warn_above(warn_above)
-    target.refuse_unused(sweeps=sweeps, solver=solver if solver != "auto" else None, checkpoint=checkpoint)
+    target.refuse_unused(sweeps=sweeps, solver=solver if solver != "auto" else None)
     return _fit_subspace(adapters, options, target, basis, execution, warn_above)
 
 
@@ -234,7 +234,7 @@ def _fit_subspace(
         basis_pack = fit_basis(sources, collection, basis, execution, workforce) if basis is not None else None
         if target.is_coded:
             basis_bytes = basis_pack.info.stored_bytes if basis_pack is not None else 0
-            fitted, outside = encode_collection(collection, copies, target, execution, basis_bytes)
+            fitted, outside = encode_collection(collection, copies, target, execution, workforce, basis_bytes)
         else:
             fitted = fit_components(collection, target, execution, workforce)
             outside = store_exactly(collection)

@@ -131,8 +131,8 @@ class Target:
             if value is not None:
                 text = value if isinstance(value, int) else repr(str(value))
                 raise OptionError(
-                    f"{name}={text} has no effect with {bound}, which chooses bytes without sweeps, solvers or "
-                    f"checkpoints. Remove it.{alternative if self.options.max_error is not None else ''}"
+                    f"{name}={text} has no effect with {bound}, which chooses bytes without sweeps or solvers. "
+                    f"Remove it.{alternative if self.options.max_error is not None else ''}"
                 )
 
     def check_dimensions(self, shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -7,6 +7,7 @@ import torch
 from ...codec import encoder
 from ...codec.encoder import CollectionEncoder, RatePoint
 from ...codec.module_updates import ModuleUpdates, UpdateSource
+from ...codec.stage_runner import StageRunner
 from ...codec.step_sizes import wide_step_size_grid
 from ...core.batch import delta_squares, pad_factors
 from ...core.progress import Progress
@@ -67,13 +68,13 @@ def rate_points(
         progress("estimating the codec's bytes", done, total)
 
     norms = torch.tensor(list(squares.values()), dtype=torch.float64).sqrt()
-    whole = CollectionEncoder(modules, norms, wide_step_size_grid(), surveyed)
+    whole = CollectionEncoder(modules, norms, wide_step_size_grid(), StageRunner.of(surveyed), error=min(errors))
     if len(modules) <= COMPARED_MODULES:
-        return encoder.split_into_clusters(whole, modules, CLUSTERED_AT, surveyed).frontier(errors)
+        return encoder.split_into_clusters(whole, CLUSTERED_AT).frontier(errors)
     groups = _groups(modules, len(squares), surveyed)
     clustered = whole
     if len(set(groups)) > 1:
-        clustered = CollectionEncoder(modules, norms, wide_step_size_grid(), surveyed, groups, whole)
+        clustered = whole.in_clusters(wide_step_size_grid(), groups)
     return clustered.frontier(errors)
 
 
@@ -88,8 +89,8 @@ def _groups(modules: Sequence[ModuleUpdates], n: int, surveyed: Progress) -> lis
     for module in chosen:
         factors = [source.read() for source in module.sources]
         squares[module.indices] += delta_squares(pad_factors(factors, *reversed(module.shape)))
-    few = CollectionEncoder(chosen, squares.sqrt(), wide_step_size_grid(), surveyed)
-    return encoder.split_into_clusters(few, chosen, CLUSTERED_AT, surveyed).groups
+    few = CollectionEncoder(chosen, squares.sqrt(), wide_step_size_grid(), StageRunner.of(surveyed), error=CLUSTERED_AT)
+    return encoder.split_into_clusters(few, CLUSTERED_AT).groups
 
 
 def _source(index: int, originals: Originals, name: str, own: str) -> UpdateSource:
