@@ -129,5 +129,6 @@ class TestKept:
     def test_another_folder_of_that_name_stays(self, cli, place, kept):
         kept.mkdir()
         (kept / "thesis.txt").write_text("mine")
-        succeeded(cli("fit", place / "in", "-o", place / "pack", "--ratio", 4))
+        for size in (("--ratio", 4), ("-k", 6)):
+            assert_refused(cli("fit", place / "in", "-o", place / "pack", *size), 3, "is not a checkpoint of a fit")
         assert contents(kept) == {"thesis.txt": b"mine"}

@@ -83,23 +83,24 @@ def test_results_of_short_calls_are_not_kept(originals, tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
-class TestBytes:
-    @pytest.fixture(scope="class")
-    def results(self):
-        originals = COLLECTIONS["shared, with noise"]()
-        (name, *_) = originals[0].modules
-        factors = [original.modules[name] for original in originals]
-        sources = tuple(UpdateSource(index, lambda index=index: factors[index]) for index in range(len(factors)))
-        shape = factors[0].up.shape[0], factors[0].down.shape[1]
-        module, held = ModuleUpdates(name, shape, sources, 1), HeldUpdates()
-        norms = held.svd_batch(module).s.square().sum(1).sqrt()
-        survey = module_stages.survey(module, held, norms, [0.01, 0.05, 0.2], 0.1)
-        candidates = [survey.estimates[0].k]
-        quantised = module_stages.quantise(module, held, survey.sides, norms, 0.05 * norms, candidates)
-        assert quantised.bases[0].k
-        encoded = module_stages.encode(module, held, quantised.bases, 0.05 * norms, range(len(factors)))
-        return survey, quantised, encoded
+@pytest.fixture(scope="module")
+def results():
+    originals = COLLECTIONS["shared"]()
+    (name, *_) = originals[0].modules
+    factors = [original.modules[name] for original in originals]
+    sources = tuple(UpdateSource(index, lambda index=index: factors[index]) for index in range(len(factors)))
+    shape = factors[0].up.shape[0], factors[0].down.shape[1]
+    module, held = ModuleUpdates(name, shape, sources, 1), HeldUpdates()
+    norms = held.svd_batch(module).s.square().sum(1).sqrt()
+    survey = module_stages.survey(module, held, norms, [0.01, 0.05, 0.2], 0.1)
+    candidates = [survey.estimates[0].k]
+    quantised = module_stages.quantise(module, held, survey.sides, norms, 0.05 * norms, candidates)
+    assert quantised.bases[0].k
+    encoded = module_stages.encode(module, held, quantised.bases, 0.05 * norms, range(len(factors)))
+    return survey, quantised, encoded
 
+
+class TestBytes:
     def test_results_come_back_as_they_were(self, results):
         for result in results:
             restored = coded_checkpoint.from_bytes(coded_checkpoint.to_bytes(result))

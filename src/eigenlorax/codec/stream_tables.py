@@ -116,14 +116,14 @@ class EncodingTables:
         """
         raw_bits = self.raw_bits(classes)
         # no integer of 16 bits leaves 32 bits below
-        symbols = integers.astype(np.int32 if integers.dtype.itemsize <= 2 else np.int64)
+        symbols: np.ndarray = integers.astype(np.int32 if integers.dtype.itemsize <= 2 else np.int64)
         if raw_bits is not None:
-            symbols >>= raw_bits
-        symbols -= self._first[classes]
-        escape = self._escape[classes]
+            np.right_shift(symbols, raw_bits, out=symbols)
+        np.subtract(symbols, self._first[classes], out=symbols)
+        escape: np.ndarray = self._escape[classes]
         (escaped,) = ((symbols < 0) | (symbols >= escape)).nonzero()
         symbols[escaped] = escape[escaped]
-        symbols += self._start[classes]
+        np.add(symbols, self._start[classes], out=symbols)
         return self._intervals[symbols], escaped
 
 
