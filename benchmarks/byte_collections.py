@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "src" / "eigenlorax" / "tasks" / "demo_data" / "adapters"
+DEMO = ROOT / "src" / "eigenlorax" / "train" / "demo_data" / "adapters"
 KINDS = ("shared", "noisy", "unshared", "clustered", "outlier", "variants")
 COUNTS = (2, 10, 100, 1000)
 FALLING = 0.8

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import eigenlorax as ex
 from children import python
 from eigenlorax.codec import entropy
 
@@ -19,6 +20,8 @@ import authors  # noqa: E402
 import byte_collections  # noqa: E402
 import bytes_tables  # noqa: E402
 import collection  # noqa: E402
+import file_bytes  # noqa: E402
+import file_bytes_tables  # noqa: E402
 import growth  # noqa: E402
 import measured  # noqa: E402
 import profile_parts  # noqa: E402
@@ -291,3 +294,19 @@ class TestProfile:
         machine = {"read": 2e9, "write": 1e9, "operations": {"float64": 5e10}}
         row = profile_tables.row("fit", figures, machine)
         assert row == ["`fit`", "6.0", *["1.2"] * 5, "2.0", "1.0", "2.0"]
+
+
+def test_bytes_of_files_by_kind_are_those_of_the_folder(tmp_path):
+    sources = byte_collections.planted("shared", byte_collections.QUICK["tiny"], 2, tmp_path / "in")
+    sizes = file_bytes.fitted(sources, 0.3, tmp_path / "pack", None)
+    pack = ex.Pack.open(tmp_path / "pack")
+    assert sum(sizes.values()) == pack.summary.files.pack
+    assert sizes["adapters"] + sizes["bases"] == pack.summary.bytes.pack
+    bounds = file_bytes.least_bytes(sources)
+    assert bounds == sorted(bounds, reverse=True)
+    cell = {"adapters": 2, "bound": bounds[0], "after": sizes, "before": sizes}
+    where = {"processor": "a processor", "torch": "2"}
+    text = file_bytes_tables.markdown(
+        {"cells": {"tiny | 0.3": cell}, "command": "c", "commit": "d", "environment": where}
+    )
+    assert f"{sum(sizes.values()):,} → {sum(sizes.values()):,}" in text

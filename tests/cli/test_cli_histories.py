@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import eigenlorax as ex
 from adapters import change_config, change_tensors, make_adapter
-from eigenlorax.core import update_changes
+from eigenlorax.core import keys, update_changes
 from eigenlorax.errors import PackBusyError
 from eigenlorax.pack import track as tracking
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
@@ -316,19 +316,22 @@ class TestDiff:
 
 
 class TestPrune:
+    def stored(self, history):
+        """Bytes of the versions and of the manifest."""
+        return sum(path.stat().st_size for path in [*(history / "versions").iterdir(), history / keys.MANIFEST])
+
     def test_it_says_what_it_freed(self, cli, folder):
         pack = ex.Pack.open(folder / "history")
         expected = {label: contents_of(pack[f"run@{label}"]) for label in ("20", "40")}
-        before = sum(path.stat().st_size for path in (folder / "history/versions").iterdir())
+        before = self.stored(folder / "history")
         document = json_of(cli("prune", folder / "history", "run", "--keep-last", 1, "--keep-every", 20, "--json"))
-        after = sum(path.stat().st_size for path in (folder / "history/versions").iterdir())
         assert document == {
             "pack": str(folder / "history"),
             "name": "run",
             "removed": ["10", "30"],
             "encoded_again": ["20", "40"],
             "left": 2,
-            "freed_bytes": before - after,
+            "freed_bytes": before - self.stored(folder / "history"),
         }
         pruned = ex.Pack.open(folder / "history")
         assert {label: contents_of(pruned[f"run@{label}"]) for label in ("20", "40")} == expected

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import eigenlorax as ex
 from adapters import make_adapter
 from eigenlorax.codec.versions import lossy
+from eigenlorax.core import keys
 from eigenlorax.errors import AdapterNameError, OptionError, PackError, PackExistsError
 from eigenlorax.pack import history_store
 from planted import tree
@@ -83,8 +84,8 @@ class TestPrune:
         after = tree(pack.path)
         files = {record.file for record in opened.histories["run"]}
         assert {path for path in after if path.startswith("versions/")} == files
-        freed = sum(len(data) for path, data in sizes.items() if path.startswith("versions/"))
-        assert pruned.freed_bytes == freed - sum(len(after[path]) for path in files)
+        freed = [len(data) for path, data in sizes.items() if path.startswith("versions/") or path == keys.MANIFEST]
+        assert pruned.freed_bytes == sum(freed) - sum(len(after[path]) for path in [*files, keys.MANIFEST])
 
     @pytest.mark.parametrize("removed", [("200",), ("100",), ("100", "200", "500"), ("800",), STEPS[1:]])
     def test_of_any_versions(self, pack, removed):

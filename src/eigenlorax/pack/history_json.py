@@ -1,5 +1,6 @@
 """Histories in the manifest of a pack: JSON without repeated fields, and checks of what is read."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from math import isfinite
@@ -47,6 +48,12 @@ _BOUNDS = ("max_error", "head_error")
 def to_json(histories: Mapping[str, History]) -> dict[str, Any]:
     """Return the field `histories` of a manifest."""
     return {name: _history_fields(history) for name, history in sorted(histories.items())}
+
+
+def manifest_bytes(history: History) -> int:
+    """Return the number of bytes that a history takes in a manifest."""
+    text = json.dumps(to_json({history.name: history}), sort_keys=True, separators=(",", ":"))
+    return len(text) - len("{}")
 
 
 def _history_fields(history: History) -> dict[str, Any]:

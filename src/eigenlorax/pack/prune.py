@@ -12,7 +12,7 @@ from ..codec.versions.version import DecodedVersion, EncodedVersion
 from ..core import atomic_files, keys, metrics
 from ..core.options import to_int
 from ..errors import OptionError, PackError
-from . import lossless_versions
+from . import history_json, lossless_versions
 from .bundles import bundle_again
 from .history import History, VersionRecord
 from .history_store import HistoryStore, offered_reference
@@ -26,7 +26,7 @@ class Pruned:
     Attributes:
         removed: Labels of the versions that were removed, in order.
         encoded_again: Labels of the versions that referred to them and were encoded again, in order.
-        freed_bytes: Bytes of the history's files before, minus those after.
+        freed_bytes: Bytes of the history in its files and in the manifest before, minus those after.
     """
 
     removed: tuple[str, ...]
@@ -135,7 +135,7 @@ def remove_versions(store: HistoryStore, history: History, labels: Collection[st
     _check_numbers(store, history, remaining, again)
     remaining = bundle_again(store, history, remaining)
     store.replace(remaining)
-    freed = _file_bytes(history) - _file_bytes(remaining)
+    freed = _stored_bytes(history) - _stored_bytes(remaining)
     return Pruned(tuple(label for label in history.labels if label in labels), tuple(again), freed)
 
 
@@ -231,5 +231,9 @@ def _change(store: HistoryStore, history: History, remaining: History, label: st
     return metrics.relative_distance(previous.modules, store.decode(history, history[label]).modules)
 
 
-def _file_bytes(history: History) -> int:
-    return sum({(record.file, record.offset): record.file_bytes for record in history.versions}.values())
+def _stored_bytes(history: History) -> int:
+    """Return the bytes of a history in its files and in the manifest; 0 for one without versions."""
+    if not history.versions:
+        return 0
+    files = {(record.file, record.offset): record.file_bytes for record in history.versions}
+    return sum(files.values()) + history_json.manifest_bytes(history)
