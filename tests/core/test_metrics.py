@@ -57,6 +57,18 @@ class TestMetrics:
             assert found[index].squared_error == pytest.approx(lost, rel=1e-7, abs=1e-26 * square)
             assert found[index].squared_rounding == pytest.approx(rounded, rel=1e-6, abs=1e-26 * square)
 
+    def test_products_in_float32_leave_six_digits_of_the_error(self):
+        factors = [replace(f, down=f.down.bfloat16(), up=f.up.bfloat16()) for f in collection(ranks=(5,) * 6)]
+        bases = subspace.round_bases(fitted(factors, n_components=14), torch.bfloat16)
+        batch = projection.balance_batch(stack_factors(factors, [1.0] * 6), torch.bfloat16, torch.float32)
+        assert batch.down.dtype == torch.float32
+        coefficients = projection.project_batch(batch, bases, torch.bfloat16)
+        for index, error in enumerate(metrics.module_errors(batch, coefficients, bases)):
+            stored = Coefficients(coefficients.down[index], coefficients.up[index], factors[index].scaling)
+            delta = reference.dense(factors[index])
+            lost = np.square(delta - reference.dense(projection.reconstruct(stored, bases))).sum()
+            assert error.squared_error == pytest.approx(lost, rel=1e-6)
+
     def test_an_adapters_error_is_over_all_its_modules(self):
         modules = [metrics.ModuleError(4.0, 1.0, 0.25), metrics.ModuleError(5.0, 0.0, 0.0)]
         found = metrics.adapter_error(modules)
