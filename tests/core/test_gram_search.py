@@ -69,8 +69,8 @@ def loaders_of(factors, weights):
 
 
 def fitted(factors, weights=None, **options):
-    loaders = loaders_of(factors, weights or unit_weights(factors))
-    return gram_search.fit(loaders, FitOptions(**{"n_components": K, **options}), "a.module", torch.float64)
+    batches = [load() for load in loaders_of(factors, weights or unit_weights(factors))]
+    return gram_search.fit(batches, FitOptions(**{"n_components": K, **options}), "a.module", torch.float64)
 
 
 def lost(deltas, weights, right, left):
@@ -92,7 +92,7 @@ def test_bases_are_as_good_as_those_of_passes_over_the_rows_and_of_dense_matrice
     loaders = loaders_of(with_zero, [*weights[:5], 0.0, *weights[5:]])
     for sweeps, most in ((0, 2e-6), (2, 6e-4)):
         options = FitOptions(n_components=K, sweeps=sweeps)
-        found = gram_search.fit(loaders, options, "a.module", torch.float64)
+        found = gram_search.fit([load() for load in loaders], options, "a.module", torch.float64)
         with monkeypatch.context() as patch:
             patch.setattr(gram_search, "LARGEST_GRAM", 0)
             by_passes = iterative.fit(loaders, options, "a.module", dtype=torch.float64)
@@ -163,7 +163,10 @@ def test_weighting_of_the_factors_is_that_of_their_stack():
     assert found.down.energy == pytest.approx(kept / np.square(sigma).sum(), rel=1e-6)
 
 
-def test_the_rows_of_all_batches_count():
+def test_the_rows_of_all_batches_count_and_none_is_loaded_after_too_many():
+    def fail():
+        raise AssertionError("a batch is loaded that cannot matter")
+
     loaders = loaders_of(related(), [1.0] * N)
-    assert gram_search.is_suitable(loaders)
-    assert not gram_search.is_suitable(loaders * 2)
+    assert [len(batch) for batch in gram_search.load_few_rows(loaders)] == [16, N - 16]
+    assert gram_search.load_few_rows([*loaders * 2, fail]) is None

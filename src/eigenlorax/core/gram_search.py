@@ -5,7 +5,7 @@ gives the component RᵀSᵀq/σ. The second one is n × n, so that steps of a s
 (docs/method.md, "Large stacks").
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,27 +31,24 @@ leaves (`krylov.TOLERANCE`). The combinations of rows that are components are of
 above this fraction; the rows are then combined, and projected on the result, in the dtype of the products with rows.
 """
 
-LoadBatch = Callable[[], ModuleBatch]
-"""Function that returns a batch, from memory or read again."""
 
-
-def is_suitable(loaders: Sequence[LoadBatch]) -> bool:
-    """Return whether the rows of all batches are few enough for Gram matrices."""
-    rows = 0
-    # a module that is read again at each pass is larger: it is left at the first batches
+def load_few_rows(loaders: Iterable[Callable[[], ModuleBatch]]) -> list[ModuleBatch] | None:
+    """Load all batches of a module; return None, and load no more, if their rows are too many for Gram matrices."""
+    batches, rows = [], 0
     for load in loaders:
         batch = load()
         rows += batch.down.shape[0] * batch.down.shape[1]
         if rows > min(LARGEST_GRAM, batch.down.shape[2], batch.up.shape[2]):
-            return False
-    return True
+            return None
+        batches.append(batch)
+    return batches
 
 
-def fit(loaders: Sequence[LoadBatch], options: FitOptions, label: str, dtype: torch.dtype) -> ModuleBases | None:
+def fit(batches: Sequence[ModuleBatch], options: FitOptions, label: str, dtype: torch.dtype) -> ModuleBases | None:
     """Fit the bases of one module; float64, on the CPU.
 
     Args:
-        loaders: One loader per batch of adapters.
+        batches: The adapters, as few as `load_few_rows` returns.
         options: Options with `n_components`.
         label: Name of the module, from which its random columns are seeded.
         dtype: Dtype in which components are made of rows, and the energy is measured.
@@ -62,7 +59,7 @@ def fit(loaders: Sequence[LoadBatch], options: FitOptions, label: str, dtype: to
     # float32 takes half the time, and does not resolve components whose eigenvalues are small or nearly zero
     for gram_dtype in (torch.float32, torch.float64):
         try:
-            return _fit(loaders, options, label, (gram_dtype, dtype))
+            return _fit(batches, options, label, (gram_dtype, dtype))
         except _UnresolvedError:
             continue
     return None
@@ -167,11 +164,10 @@ class _Components:
 
 
 def _fit(
-    loaders: Sequence[LoadBatch], options: FitOptions, label: str, dtypes: tuple[torch.dtype, torch.dtype]
+    batches: Sequence[ModuleBatch], options: FitOptions, label: str, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> ModuleBases:
     assert options.n_components is not None
     gram_dtype, dtype = dtypes
-    batches = [load() for load in loaders]
     scale_squares = [batch.row_scale.square()[:, None, None] for batch in batches]
     sides = {name: _Side.of([batch.rows(name) for batch in batches], gram_dtype) for name in ("down", "up")}
     weights = _first_weights(sides, scale_squares, options.weighting)
@@ -236,7 +232,7 @@ def _search(side: _Side, roots: Sequence[Tensor], k: int, label: str) -> _Compon
 def _sweep(side: _Side, roots: Sequence[Tensor], current: _Components) -> _Components:
     """Return the components of a side after one sweep: a step of subspace iteration, and a search if it gained much."""
     matrix = side.weighted_gram(roots)
-    # components that `vectors` of the new matrix give are G·V for the current components V: one step
+    # with q = orth(S·R·Vᵀ) for the current components V, RᵀSᵀq spans G·V: one step of subspace iteration
     start = krylov.orthonormal_columns(side.multiply(roots, current.projected))
     values, rotation = linalg.descending_eigh(start.mT @ (matrix @ start))
     k = len(values)

@@ -35,8 +35,6 @@ LARGEST_SIDE = 384
 """Number of rows, or of dimensions, up to which the full spectrum is computed."""
 LARGEST_STACK = 2**25
 """Number of entries in the rows of one side up to which the full spectrum is computed."""
-MIN_GAIN = 1e-3
-"""Fraction of the energy that a sweep's step has to gain for a search to continue from it."""
 RESOLUTION = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Eigenvalues below this fraction of the largest one are rounding noise, by dtype of the products."""
 
@@ -196,10 +194,10 @@ def fit(
     """
     assert options.n_components is not None
     k = options.n_components
-    if gram_search.is_suitable(loaders):
-        bases = gram_search.fit(loaders, options, label, dtype)
-        if bases is not None:
-            return bases
+    batches = gram_search.load_few_rows(loaders)
+    bases = gram_search.fit(batches, options, label, dtype) if batches is not None else None
+    if bases is not None:
+        return bases
     weights: list[_BatchWeights] = list(
         run(partial(_batch_weights, load, options.weighting, dtype) for load in loaders)
     )
@@ -257,7 +255,7 @@ def _sweep(side: _Side, inner: list[Tensor], current: _Components) -> _Component
     """Return the components of a side after one sweep: a step of subspace iteration, and a search if it gained much."""
     stepped = _iterate(side, inner, current)
     gain = float((_kept_energy(inner, stepped.projected) - _kept_energy(inner, current.projected)).trace())
-    if gain < MIN_GAIN:
+    if gain < gram_search.MIN_GAIN:
         return stepped
     # where the spectrum is nearly flat, one step improves the columns only a little
     start = stepped.columns
