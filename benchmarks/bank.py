@@ -1,16 +1,21 @@
 """Many adapters on one model: a thousand loaded, and batches whose rows use up to 64 of them, beside PEFT's LoRA.
 
-    python benchmarks/bank.py         # minutes; writes benchmarks/results/bank.json
+    python benchmarks/bank.py                  # minutes; writes benchmarks/results/bank.json
+    python benchmarks/bank.py --only generation
 
-Models have the shapes of BERT-base, a small Llama and MiniLM, with random weights; adapters are random too. Times do
-not depend on the numbers. All variants of a timing are run in turn, round after round, each round starting with another
-one; ratios are medians over rounds of the ratio to the base model in the same round.
+Models have the shapes of BERT-base, a small Llama, MiniLM and one block of a Llama 2048 wide, with random weights;
+adapters are random too. Times do not depend on the numbers. All variants of a timing are run in turn, round after
+round, each round starting with another one; ratios are medians over rounds of the ratio to the base model in the same
+round.
+`generation` has processor time, 95 % intervals of its medians by the bootstrap, and the ratio of multiplications, which
+is the ratio of times if all products were equally fast.
 """
 
 import argparse
 import copy
 import gc
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -25,7 +30,8 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, LlamaForCausalLM
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import eigenlorax as ex
 from eigenlorax.cli import env
@@ -42,7 +48,10 @@ RESULT = ROOT / "benchmarks" / "results" / "bank.json"
 K, RANK, ALPHA = 64, 16, 32
 ADAPTERS, PEFT_ADAPTERS, MIXED = 1000, 60, (1, 4, 16, 64)
 ROWS, CACHED, LOADS = 64, 64, 5
+PROMPT, STEPS = 128, 32
+DRAWS = 1000
 SEED = 20261126
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 Json = dict[str, Any]
 Run = Callable[[], object]
@@ -71,6 +80,20 @@ def llama() -> nn.Module:
         max_position_embeddings=1024,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def llama_block() -> nn.Module:
+    """One block in the proportions of Llama-3-8B, half as wide, without embeddings of a large vocabulary or a head."""
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=2048,
+        num_hidden_layers=1,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        intermediate_size=7168,
+        max_position_embeddings=1024,
+    )
+    return LlamaModel(config).eval()
 
 
 def same_weights(model: nn.Module) -> nn.Module:
@@ -206,7 +229,7 @@ def measure_loading(n: int = ADAPTERS, n_peft: int = PEFT_ADAPTERS) -> Json:
 
 def measure_decode(rounds: int = 20) -> Json:
     """A step of 64 rows with a cache of 64 tokens."""
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets = LLAMA_TARGETS
     base = llama()
     served = same_weights(base)
     pack = made_pack(served, targets, max(MIXED))
@@ -243,7 +266,7 @@ def measure_encoder(rounds: int = 20) -> Json:
 
 def measure_prefill(rounds: int = 20) -> Json:
     """One adapter, prompts of several lengths."""
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets = LLAMA_TARGETS
     base = llama()
     served = same_weights(base)
     bank = ex.AdapterBank(served, made_pack(served, targets, 1))
@@ -256,6 +279,80 @@ def measure_prefill(rounds: int = 20) -> Json:
         runs = {name: lambda model=model, ids=ids: model(input_ids=ids) for name, model in models.items()}
         found[f"{rows} x {tokens}"] = timed(runs, rounds)
     return found
+
+
+def measure_generation(rounds: int = 7) -> Json:
+    """64 rows with an adapter each: prompts of 128 tokens, and 32 steps of decoding in the Llama block."""
+    block, encoder = llama_block(), minilm()
+    parts = {
+        "llama block, decode": paired(block, LLAMA_TARGETS, decode_run, rounds),
+        "llama block, prefill": paired(block, LLAMA_TARGETS, prefill_run, rounds),
+        "minilm, prefill": paired(encoder, ("query", "value"), prefill_run, rounds),
+    }
+    return {"prompt": PROMPT, "steps": STEPS, "adapters": ROWS, "rounds": rounds, "parts": parts}
+
+
+def prompts() -> torch.Tensor:
+    return torch.randint(5, 1000, (ROWS, PROMPT), generator=torch.Generator().manual_seed(SEED))
+
+
+def prefill_run(model: Any) -> Run:
+    ids = prompts()
+    return lambda: model(input_ids=ids)
+
+
+def decode_run(model: Any) -> Run:
+    ids, cache = prompts(), DynamicCache()
+    model(input_ids=ids, past_key_values=cache)
+
+    def run() -> None:
+        for _ in range(STEPS):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        cache.crop(-STEPS)
+
+    return run
+
+
+def paired(base: nn.Module, targets: tuple[str, ...], make: Callable[[Any], Run], rounds: int) -> Json:
+    """The base model beside the bank with 64 adapters and with one: processor seconds, and ratios with intervals."""
+    served = same_weights(base)
+    bank = ex.AdapterBank(served, made_pack(served, targets, ROWS))
+    runs = {"base": make(base)}
+    for name, adapters in (("64 adapters", bank.names), ("1 adapter", "a0")):
+        with bank.using(adapters):
+            inner = make(served)
+        runs[name] = _inside(bank, adapters, inner)
+    multiplications = {name: count_multiplications(run) for name, run in runs.items()}
+    names, seconds = list(runs), {name: [] for name in runs}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            started = time.process_time()
+            runs[name]()
+            seconds[name].append(time.process_time() - started)
+    bank.unload()
+    generator = random.Random(SEED)
+    found: Json = {"base_seconds": statistics.median(seconds["base"])}
+    for name in names[1:]:
+        ratios = [served / base for served, base in zip(seconds[name], seconds["base"], strict=True)]
+        draws = sorted(statistics.median(generator.choices(ratios, k=rounds)) for _ in range(DRAWS))
+        found[name] = {
+            "to_base": statistics.median(ratios),
+            "interval": [draws[DRAWS // 40], draws[-DRAWS // 40 - 1]],
+            "multiplications_to_base": multiplications[name] / multiplications["base"],
+        }
+    return found
+
+
+def count_multiplications(run: Run) -> int:
+    """Multiplications of all products of matrices."""
+    in_place = {
+        torch.ops.aten.addmm_: lambda _, left, right, **options: 2 * left[0] * left[1] * right[1],
+        torch.ops.aten.baddbmm_: lambda _, left, right, **options: 2 * left[0] * left[1] * left[2] * right[2],
+    }
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        run()
+    return counter.get_total_flops() // 2
 
 
 def measured(base: Any, bank: ex.AdapterBank, adapted: Any, tuned: Any, make: Callable[..., Run], rounds: int) -> Json:
@@ -324,6 +421,7 @@ PARTS: dict[str, Callable[[], Json]] = {
     "decode": measure_decode,
     "encoder": measure_encoder,
     "prefill": measure_prefill,
+    "generation": measure_generation,
 }
 
 
