@@ -17,15 +17,18 @@ import gc
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -227,6 +230,54 @@ def measure_loading(n: int = ADAPTERS, n_peft: int = PEFT_ADAPTERS) -> Json:
     }
 
 
+def measure_opening(n: int = ADAPTERS) -> Json:
+    """A pack of n adapters in floats, and one of 100 that is entropy-coded, each opened in a process of its own."""
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        made_pack(bert_base(), ("query", "value"), n).save(folder / "floats")
+        planted = report.COLLECTIONS["100"][0]
+        report.make(folder / "adapters", planted)
+        ex.fit(folder / "adapters", warn_above=1).save(folder / "coded")
+        for name in ("floats", "coded"):
+            runs = [open_in_child(folder / name) for _ in range(LOADS)]
+            found[name] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        exported = folder / "exported"
+        started = time.process_time()
+        ex.Pack.open(folder / "coded").export(exported)
+        found["coded"]["export_seconds"] = time.process_time() - started
+        found["coded"]["export_bytes"] = sum(file.stat().st_size for file in exported.rglob("*") if file.is_file())
+    return found
+
+
+def open_in_child(path: Path) -> Json:
+    child = [sys.executable, __file__, "--open", path]
+    done = subprocess.run(child, stdout=subprocess.PIPE, encoding="utf-8", check=True)
+    figures: Json = json.loads(done.stdout)
+    return figures
+
+
+def open_pack(path: Path) -> Json:
+    """Processor seconds to open a pack, to read its first adapter, and to read one more."""
+
+    def read(name: str) -> None:
+        assert all(len(factors.down) for factors in pack.adapter(name).modules.values())
+
+    times = [time.process_time()]
+    pack = ex.Pack.open(path)
+    times.append(time.process_time())
+    for name in pack.names[:11]:
+        read(name)
+        times.append(time.process_time())
+    opening, first, *others = (after - before for before, after in pairwise(times))
+    return {
+        "adapters": len(pack),
+        "open_seconds": opening,
+        "first_seconds": first,
+        "adapter_seconds": statistics.median(others),
+    }
+
+
 def measure_decode(rounds: int = 20) -> Json:
     """A step of 64 rows with a cache of 64 tokens."""
     targets = LLAMA_TARGETS
@@ -381,14 +432,16 @@ def _inside(bank: ex.AdapterBank, names: str | list[str], run: Run) -> Run:
 
 
 def timed(runs: Mapping[str, Run], rounds: int) -> Json:
-    """Seconds of each, interleaved; `to_base` is the median over rounds of the ratio to "base"."""
+    """Processor seconds of each, interleaved; `to_base` is the median over rounds of the ratio to "base"."""
     names, seconds = list(runs), {name: [] for name in runs}
     for run in runs.values():
         run()
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds(runs[name]))
+            started = time.process_time()
+            runs[name]()
+            seconds[name].append(time.process_time() - started)
     return {
         name: {
             "median_seconds": statistics.median(each),
@@ -417,6 +470,7 @@ def one_thread() -> Iterator[None]:
 
 
 PARTS: dict[str, Callable[[], Json]] = {
+    "opening": measure_opening,
     "loading": measure_loading,
     "decode": measure_decode,
     "encoder": measure_encoder,
@@ -435,7 +489,12 @@ def measure(parts: Sequence[str] = tuple(PARTS)) -> Json:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=PARTS, action="append", help="measure this part again, and keep the others")
+    parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.open is not None:
+        with one_thread():
+            print(json.dumps(open_pack(options.open)))
+        return
     transformers.logging.set_verbosity_error()
     result = {
         **(json.loads(RESULT.read_text(encoding="utf-8")) if options.only else {}),

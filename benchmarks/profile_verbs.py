@@ -123,7 +123,8 @@ def make_demo(folder: Path) -> None:
 
 
 def make_planted(folder: Path) -> None:
-    report_benchmark.make(folder / "adapters", 100, 8, 768, report_benchmark.modules(24), shared=48)
+    planted, _ = report_benchmark.COLLECTIONS["100"]
+    report_benchmark.make(folder / "adapters", planted)
 
 
 def make_llama(folder: Path, layers: int) -> None:

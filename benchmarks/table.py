@@ -264,6 +264,8 @@ def bank_table(bank: Json) -> str:
         "(BERT-base: 12 layers, 768 wide; MiniLM: 6 layers, 384 wide) or q, k, v and o (Llama: 4 layers, 768 "
         "wide, a vocabulary of 1,000).\n\n"
         f"{table(('', 'measured'), loaded)}\n\n"
+        f"{opening_table(bank['opening'])}\n\n"
+        f"{generation_table(bank['generation'], bank['rows'])}\n\n"
         f"Time ÷ that of the base model, {bank['rows']} rows that use so many adapters in turn. A step of the Llama's "
         f"decoding has a cache of {bank['cached_tokens']} tokens; the MiniLM encodes 32 tokens a row. `tuner` is "
         "`adapter_names=` of our PEFT method.\n\n"
@@ -273,6 +275,53 @@ def bank_table(bank: Json) -> str:
         f"`{bank['command']}`; {where['processor']}, one thread, torch {where['torch']}, peft {where['peft']}, "
         f"transformers {where['transformers']}, seed {bank['seed']}. Runs are interleaved on a machine that others use "
         "too; ratios are medians over rounds of the ratio within a round."
+    )
+
+
+def opening_table(opening: Json) -> str:
+    """Seconds to open packs and to read an adapter."""
+    labels = {"floats": "float32", "coded": "entropy-coded"}
+    rows = [
+        [
+            f"{each['adapters']:,}, {labels[name]}",
+            *(f"{1e3 * each[key]:.0f}" for key in ("open_seconds", "first_seconds", "adapter_seconds")),
+        ]
+        for name, each in opening.items()
+    ]
+    coded = opening["coded"]
+    return (
+        "Milliseconds of the processor to open a pack, and to read an adapter as a LoRA: 24 modules of a BERT-base, "
+        "r = 16 in floats; 24 modules 768 wide, r = 8, entropy-coded for an error of 0.1. The first adapter reads the "
+        "bases.\n\n"
+        f"{table(('pack', 'open', 'first adapter', 'one more'), rows)}\n\n"
+        f"`export` of all {coded['adapters']} of the latter takes {coded['export_seconds']:.1f} s for "
+        f"{coded['export_bytes'] / 1e6:.0f} MB."
+    )
+
+
+def generation_table(generation: Json, rows: int) -> str:
+    """Prompts and decoding of a Llama block and MiniLM, beside the ratio of multiplications."""
+    cells = []
+    for label, each in generation["parts"].items():
+        for name in ("64 adapters", "1 adapter"):
+            low, high = each[name]["interval"]
+            cells.append(
+                [
+                    label.replace("llama", "Llama").replace("minilm", "MiniLM"),
+                    name.split()[0],
+                    f"{each['base_seconds']:.2f}",
+                    f"{each[name]['to_base']:.3f} ({low:.3f}–{high:.3f})",
+                    f"{each[name]['multiplications_to_base']:.3f}",
+                ]
+            )
+    header = ("", "adapters", "base, s", "bank ÷ base", "multiplications ÷ base")
+    return (
+        f"{rows} rows with prompts of {generation['prompt']} tokens, which are processed at once (prefill), and in the "
+        f"Llama {generation['steps']} steps of decoding after them. The Llama is one block 2,048 wide with 16 heads, 4 "
+        "of keys and values, and an MLP 7,168 wide, in float32; adapters are on q, k, v and o. Processor time; medians "
+        f"over {generation['rounds']} rounds with 95 % intervals. The last column is the ratio if all products ran at "
+        "one speed: products 16 numbers wide are bound by memory, and do not.\n\n"
+        f"{table(header, cells)}"
     )
 
 
