@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
 from adapters import MODULES, make_adapter, make_adapters
@@ -22,7 +22,7 @@ from eigenlorax.errors import (
 )
 from eigenlorax.serving.vllm.adapter_folders import AdapterFolders
 from eigenlorax.serving.vllm.cores import core_name
-from eigenlorax.serving.vllm.servable import shared_rank
+from eigenlorax.serving.vllm.servable import expanded_rank, shared_rank
 from eigenlorax.serving.vllm.settings import Settings
 from rests import with_rests
 
@@ -252,6 +252,30 @@ def test_a_rank_above_the_number_of_components_is_cut_to_what_it_is_said_to_be(t
             bases.up.components.double().mT @ core.up.double() @ core.down.double() @ bases.down.components.double()
         )
         torch.testing.assert_close(update, factors.scaling * factors.up @ factors.down, rtol=1e-5, atol=1e-5)
+
+
+def test_an_entropy_coded_adapter_has_the_rank_that_is_stored(tmp_path):
+    """Rank 2, in factors of rank 8 whose other components are far below the error bound."""
+    for number, name in enumerate(("alpha", "beta")):
+        folder = make_adapter(tmp_path / "in" / name, seed=number, rank=8, alpha=12.0)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        for key, tensor in tensors.items():
+            if "lora_A" in key:
+                tensor[2:] *= 1e-6
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    ex.fit(tmp_path / "in", max_error=0.05).save(tmp_path / "pack")
+    pack = ex.Pack.open(tmp_path / "pack")
+    assert pack.adapter("alpha").ranks == (8,)
+    assert expanded_rank(pack.packed("alpha")) == 2
+    folders = AdapterFolders(Settings(str(tmp_path / "pack"), cache=tmp_path / "cache"), max_lora_rank=2)
+    folder = path_of(folders, "alpha")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (2, 2, {}, {})
+    served, wanted = ex.read_adapter(folder), pack.adapter("alpha")
+    assert served.ranks == (2,)
+    for module, factors in wanted.modules.items():
+        reduced = served.modules[module]
+        torch.testing.assert_close(reduced.up @ reduced.down, factors.scaling * factors.up @ factors.down)
 
 
 def test_a_pack_of_another_model_in_the_place_of_the_one_that_was_compared_needs_a_restart(serve, pack, tmp_path):

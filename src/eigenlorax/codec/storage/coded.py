@@ -148,12 +148,14 @@ class CoefficientMetadata:
         scaling: Scaling of the adapter in this module.
         kernel: (height, width) of a convolution; empty for a linear module.
         residual_sides: The sides that have a residual.
+        stored_rank: Number of the first components, beyond which those of an entropy-coded adapter are zero.
     """
 
     rank: int
     scaling: float
     kernel: tuple[int, ...]
     residual_sides: tuple[str, ...]
+    stored_rank: int
 
 
 class CodedCoefficients(LazyMapping[Coefficients]):
@@ -201,7 +203,8 @@ class CodedCoefficients(LazyMapping[Coefficients]):
         for module in self:
             codes, slot = self._codes.modules[self._slots[module].subspace_module], self._slots[module]
             sides = [s for s, rows in (("down", codes.down), ("up", codes.up)) if rows.has_residual]
-            metadata[module] = CoefficientMetadata(slot.rank, slot.scaling, slot.kernel, tuple(sides))
+            stored_rank = min(slot.rank, *codes.core.shape) if codes.core_level else codes.count
+            metadata[module] = CoefficientMetadata(slot.rank, slot.scaling, slot.kernel, tuple(sides), stored_rank)
         return metadata
 
 
@@ -211,7 +214,7 @@ def coefficient_metadata(coefficients: Mapping[str, Coefficients]) -> dict[str, 
         return coefficients.metadata
     return {
         module: CoefficientMetadata(
-            c.rank, c.scaling, c.kernel, tuple(s for s in keys.SIDES if c.residual(s) is not None)
+            c.rank, c.scaling, c.kernel, tuple(s for s in keys.SIDES if c.residual(s) is not None), c.rank
         )
         for module, c in coefficients.items()
     }

@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from torch.nn.functional import pad
+
 from ...core import atomic_files, keys
-from ...core.adapter import Adapter, from_factors
+from ...core.adapter import Adapter, LoRAFactors, from_factors
 from ...errors import AdapterNameError, PackBusyError, ServingError
 from ...formats import lora_config, peft
 from ...pack import basis_adapters
@@ -22,7 +24,15 @@ from ...pack.packed_adapter import PackedAdapter
 from ..watched import WatchedPack
 from . import cache, threads
 from .cores import lora_on_cores
-from .servable import BASE_WEIGHTS, expanded_rank, refusal, shared_rank, version_rank, version_refusal_reason
+from .servable import (
+    BASE_WEIGHTS,
+    expanded_rank,
+    reduced_rank,
+    refusal,
+    shared_rank,
+    version_rank,
+    version_refusal_reason,
+)
 from .settings import SHARED_BASIS, Settings
 from .version_names import vllm_name, without_digest
 
@@ -180,7 +190,10 @@ class AdapterFolders:
             raise ServingError(message)
         if self.shared:
             return lora_on_cores(packed, self.served)
-        return _with_subspace_names(pack.adapter(name), packed.subspace_names)
+        adapter, rank = pack.adapter(name), reduced_rank(packed)
+        if rank is not None:
+            adapter = _with_modules(adapter, {module: _at_rank(each, rank) for module, each in adapter.modules.items()})
+        return _with_subspace_names(adapter, packed.subspace_names)
 
     def _version(self, pack: Pack, name: str) -> Adapter:
         """Return a version of a history; raise `ServingError` if vLLM cannot serve it."""
@@ -244,9 +257,23 @@ def _with_subspace_names(adapter: Adapter, subspace_names: Mapping[str, str]) ->
     """Return an adapter with the subspace's full names of its modules, since vLLM silently ignores shorter names."""
     if all(module == subspace_name for module, subspace_name in subspace_names.items()):
         return adapter
-    modules = {subspace_names[module]: adapter.modules[module] for module in adapter.modules}
-    renamed = from_factors(adapter.name, modules, base_model=adapter.base_model, heads=adapter.heads)
-    return replace(renamed, source_config=lora_config.derived(renamed, adapter.config))
+    return _with_modules(adapter, {subspace_names[module]: adapter.modules[module] for module in adapter.modules})
+
+
+def _with_modules(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> Adapter:
+    """Return an adapter with other names or factors of its modules."""
+    changed = from_factors(adapter.name, modules, base_model=adapter.base_model, heads=adapter.heads)
+    return replace(changed, source_config=lora_config.derived(changed, adapter.config))
+
+
+def _at_rank(factors: LoRAFactors, rank: int) -> LoRAFactors:
+    """Return the update of the first `rank` components, with zeros for those that the factors lack.
+
+    The scaling is multiplied into B, so that one config is valid for all modules.
+    """
+    missing = max(rank - len(factors.down), 0)
+    down, up = factors.down[:rank], factors.scaling * factors.up[:, :rank]
+    return LoRAFactors(pad(down, (0, 0, 0, missing)), pad(up, (0, missing)), 1.0)
 
 
 def _without_base_weights(adapter: Adapter) -> Adapter:

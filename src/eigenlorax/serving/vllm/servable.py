@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from ...codec.storage.coded import CodedCoefficients, coefficient_metadata
 from ...core import keys
 from ...core.adapter import Adapter
 from ...pack.packed_adapter import PackedAdapter
@@ -92,7 +93,24 @@ def shared_rank(packed: PackedAdapter) -> int:
 
 def expanded_rank(packed: PackedAdapter) -> int:
     """Return the rank of an expanded adapter as vLLM computes it."""
-    return _largest_rank(json.loads(packed.source_config), [c.rank for c in packed.coefficients.values()])
+    return reduced_rank(packed) or _source_rank(packed)
+
+
+def reduced_rank(packed: PackedAdapter) -> int | None:
+    """Return the rank to which an adapter can be reduced without changing its update; None if it cannot.
+
+    An entropy-coded adapter has fewer components than its rank where the others are below its error bound.
+    """
+    # factors outside the subspace have the rank of the source
+    if packed.carried or not isinstance(packed.coefficients, CodedCoefficients):
+        return None
+    stored = max((metadata.stored_rank for metadata in packed.coefficients.metadata.values()), default=0)
+    return max(stored, 1) if stored < _source_rank(packed) else None
+
+
+def _source_rank(packed: PackedAdapter) -> int:
+    ranks = [metadata.rank for metadata in coefficient_metadata(packed.coefficients).values()]
+    return _largest_rank(json.loads(packed.source_config), ranks)
 
 
 def _largest_rank(config: Mapping[str, Any], ranks: Iterable[int]) -> int:
