@@ -294,7 +294,7 @@ def opening_table(opening: Json) -> str:
         "r = 16 in floats; 24 modules 768 wide, r = 8, entropy-coded for an error of 0.1. The first adapter reads the "
         "bases.\n\n"
         f"{table(('pack', 'open', 'first adapter', 'one more'), rows)}\n\n"
-        f"`export` of all {coded['adapters']} of the latter takes {coded['export_seconds']:.1f} s for "
+        f"`export` of all adapters of the entropy-coded pack takes {coded['export_seconds']:.1f} s for "
         f"{coded['export_bytes'] / 1e6:.0f} MB."
     )
 
