@@ -145,6 +145,11 @@ def quantise_basis(
     step_sizes = torch.from_numpy(2.0 ** (-fineness / 4.0))[:, None]
     # 4 classes an octave of amplitude are 2 an octave of energy
     profile = 2 * (energy / energy.max().clamp_min(1e-300)).clamp_min(2.0**-60).log2() if len(energy) else energy
+    codes = (rows / step_sizes).round()
+    # the bases of all modules are held until they are written
+    is_narrow = not codes.numel() or float(codes.abs().max()) < 2**15
     return QuantisedBasis(
-        (rows / step_sizes).round().to(torch.int64), fineness, profile.round().to(torch.int64).clamp(-120, 0).numpy()
+        codes.to(torch.int16 if is_narrow else torch.int64),
+        fineness,
+        profile.round().to(torch.int64).clamp(-120, 0).numpy(),
     )

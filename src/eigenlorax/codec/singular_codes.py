@@ -264,20 +264,26 @@ def _encode_side(rows: Tensor, basis: BasisRows) -> tuple[BatchSideCodes, Tensor
         profile = torch.from_numpy(basis.profile)
         # divided by its profile, every coefficient of a vector has about the same spread
         levels, bits = _cheapest_levels(codes, exact * torch.exp2(-profile / 4.0), profile)
-        gain = BITS_PER_SQUARED_ERROR * (exact.square() - (exact - codes).square()).sum(2)
-        pays = (codes != 0).any(2) & (gain > bits)
+        gain = BITS_PER_SQUARED_ERROR * (_squares(exact) - _squares(exact - codes))
+        pays = gain > bits
         coefficients = torch.where(pays[..., None], codes, 0.0)
         levels, bits = torch.where(pays, levels, 0), torch.where(pays, bits, 0.0)
         # of the rounded coefficients: the residual also corrects their rounding errors
         residual = rows - coefficients @ basis.rows
     codes = dead_zone.quantise(residual)
-    square = residual.square().sum(2)
+    square = _squares(residual)
     residual_levels, residual_bits = _cheapest_levels(codes, residual, torch.zeros(d, dtype=torch.int64))
-    error = (residual - codes).square().sum(2)
-    pays = (codes != 0).any(2) & (BITS_PER_SQUARED_ERROR * (square - error) > residual_bits)
+    error = _squares(residual - codes)
+    pays = BITS_PER_SQUARED_ERROR * (square - error) > residual_bits
     residuals = codes if pays.all() else torch.where(pays[..., None], codes, 0.0)
     side = BatchSideCodes(coefficients, levels, residuals, torch.where(pays, residual_levels, 0))
     return side, bits + torch.where(pays, residual_bits, 0.0), torch.where(pays, error, square)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Return the squared norms of vectors, (…, d), in one pass."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return norms.square()
 
 
 def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +296,8 @@ def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Te
     """
     # the mean absolute value depends less on a few large numbers than the mean square; lower classes are tried
     # for vectors that are nearly zero apart from a few numbers
-    first = classes_of_spread(scaled.abs().mean(-1) * MEAN_TO_SPREAD)
+    mean = torch.linalg.vector_norm(scaled, ord=1, dim=-1) / scaled.shape[-1]
+    first = classes_of_spread(mean * MEAN_TO_SPREAD)
     candidates = torch.stack([(first - lower).clamp_min(0) for lower in LOWER_CLASSES])
     if profile.any():
         profiles = [(classes[..., None] + profile).clamp_min(0) for classes in candidates]
