@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bytes_tables
+import coded_fit_tables
 import error_tables
 import history_tables
 import measured
@@ -24,7 +25,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
     RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm", "sdxl")
 )
-BYTES, CORES, HISTORIES, PROFILE = (RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile"))
+BYTES, CORES, HISTORIES, PROFILE, CODED_FIT = (
+    RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile", "coded_fit")
+)
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -53,6 +56,9 @@ def main() -> int:
         (ROOT / "benchmarks" / "README.md", "histories"): history_tables.markdown(histories),
         (docs / "benchmarks.md", "results"): measured.page(run),
         (docs / "benchmarks.md", "profile"): profile_tables.markdown(json.loads(PROFILE.read_text(encoding="utf-8"))),
+        (docs / "benchmarks.md", "coded-fit"): coded_fit_tables.markdown(
+            json.loads(CODED_FIT.read_text(encoding="utf-8"))
+        ),
         (docs / "histories.md", "results"): history_tables.page(histories),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),

@@ -10,6 +10,7 @@ from test_encoder import size
 
 import eigenlorax as ex
 from coded_collections import COLLECTIONS
+from eigenlorax.codec import encoder
 from eigenlorax.codec.rate_allocation import ModuleStatistics, estimate_rate
 from eigenlorax.codec.svd_batch import SvdBatch
 from eigenlorax.core.adapter import LoRAFactors, from_factors
@@ -115,13 +116,13 @@ class TestBaselines:
         assert 2 * size(ex.fit(adapters, max_error=0.15)) <= best.stored_bytes
 
 
-def variants(n, noise, *, rank=8):
+def variants(n, noise, *, rank=8, first_seed=0):
     """All of them are one adapter, and a part of each factor is its own."""
     ((name, (n_out, n_in)),) = WIDE.items()
-    base = normal(rank, n_in, seed=1), normal(rank, n_out, seed=2)
+    base = normal(rank, n_in, seed=first_seed + 1), normal(rank, n_out, seed=first_seed + 2)
     found = []
     for i in range(n):
-        own = normal(rank, n_in, seed=100 + i), normal(rank, n_out, seed=500 + i)
+        own = normal(rank, n_in, seed=first_seed + 100 + i), normal(rank, n_out, seed=first_seed + 500 + i)
         down, up = (one + noise * other for one, other in zip(base, own, strict=True))
         found.append(from_factors(f"v{i}", {name: LoRAFactors(down.float(), up.mT.float().contiguous(), 1.0)}))
     return found
@@ -140,3 +141,17 @@ def test_a_larger_error_takes_no_more_where_adapters_nearly_coincide(noise, erro
     # in fewer bits, of a module so small, others gain on what is written of each adapter beside its numbers
     best = fewest(least(stacks(adapters), errors, clusters=(1,), combinations=((16, 16),)), 2)
     assert sizes[-1] <= best.stored_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_shape_checks")
+def test_a_few_modules_tell_the_plan_of_all(monkeypatch):
+    modules = {f"layers.{index}": variants(6, 0.02, first_seed=1000 * index) for index in range(9)}
+    (name,) = WIDE
+    adapters = [
+        from_factors(f"v{i}", {module: each[i].modules[name] for module, each in modules.items()}) for i in range(6)
+    ]
+    compared = ex.fit(adapters, max_error=0.1)
+    assert max(record.delta_error for record in compared.records.values()) <= 0.1
+    monkeypatch.setattr(encoder, "COMPARED_MODULES", len(modules))
+    assert size(compared) <= 1.02 * size(ex.fit(adapters, max_error=0.1))

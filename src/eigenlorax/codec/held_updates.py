@@ -1,25 +1,32 @@
 """Singular components of modules that are held in memory between the stages of a fit."""
 
+import secrets
+
 from .module_updates import ModuleUpdates
 from .svd_batch import SvdBatch
+
+# What this process holds of the last fit that it works for, by the key of that fit
+_held_here: dict[str, "HeldUpdates"] = {}
 
 
 class HeldUpdates:
     """Singular components of modules, by name, as many as memory allows.
 
-    The clusters of a module select theirs from it. Pickled, it holds nothing: another process reads and decomposes the
-    factors of its module anew.
+    The clusters of a module select theirs from it. Pickled, it holds nothing: every other process has one of its own,
+    and reads and decomposes the factors of its modules itself.
 
     Args:
-        max_bytes: Bytes that may be held. 0, the default, holds nothing.
+        max_bytes: Bytes that a process may hold. 0, the default, holds nothing.
+        key: Identifies the fit across processes. Default: a new key.
     """
 
-    def __init__(self, max_bytes: int = 0) -> None:
-        self._free_bytes = max_bytes
+    def __init__(self, max_bytes: int = 0, key: str | None = None) -> None:
+        self._max_bytes = self._free_bytes = max_bytes
+        self._key = key if key is not None else secrets.token_hex(8)
         self._held: dict[str, tuple[dict[int, int], SvdBatch]] = {}
 
-    def __reduce__(self) -> tuple[type["HeldUpdates"], tuple[()]]:
-        return HeldUpdates, ()
+    def __reduce__(self) -> tuple[object, tuple[int, str]]:
+        return _of_this_process, (self._max_bytes, self._key)
 
     def svd_batch(self, module: ModuleUpdates) -> SvdBatch:
         """Return the singular components of a module's updates, and hold them if there is room."""
@@ -32,3 +39,11 @@ class HeldUpdates:
             self._free_bytes -= updates.nbytes
             self._held[module.name] = {index: row for row, index in enumerate(wanted)}, updates
         return updates
+
+
+def _of_this_process(max_bytes: int, key: str) -> HeldUpdates:
+    """Return what this process holds for a fit, and free what it holds for another."""
+    if key not in _held_here:
+        _held_here.clear()
+        _held_here[key] = HeldUpdates(max_bytes, key)
+    return _held_here[key]

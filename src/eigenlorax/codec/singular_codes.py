@@ -211,8 +211,11 @@ def _encode_cores(
     levels = classes_of_spread(spread) + 1
     bits = code_bits(codes, (levels[:, None, None] - 1 + profile).clamp_min(0)).sum((1, 2)) + OVERHEAD
     squared_errors = torch.full_like(bits, math.inf)
-    # most cores cost more by their bits alone: these need no decomposition
-    if indices := torch.nonzero(bits < cost_limits)[:, 0].tolist():
+    # what lies outside of the two spans is lost with any core; most cores cost too much by that and their bits alone,
+    # and need no decomposition
+    inside = ((up.rows @ up.rows.mT) @ exact @ (down.rows @ down.rows.mT) * exact).sum((1, 2))
+    outside = ((updates.s / step_sizes[:, None]).square().sum(1) - inside).clamp_min(0)
+    if indices := torch.nonzero(bits + BITS_PER_SQUARED_ERROR * outside < cost_limits)[:, 0].tolist():
         left, right = core_factors(codes[indices], step_sizes[indices], updates.ranks[indices])
         squared_errors[indices] = _squared_error(updates.select(indices), right @ down.rows, left.mT @ up.rows)
     return codes.to(torch.int64), levels, bits, squared_errors

@@ -23,7 +23,7 @@ class StageRunner:
     Attributes:
         progress: Called while modules are worked on.
         run: Runs the calls of a stage, one for each module, here or in other processes.
-        held: Singular components that this process holds between the stages.
+        held: Singular components that a process holds between the stages.
     """
 
     progress: Progress
@@ -31,9 +31,9 @@ class StageRunner:
     held: HeldUpdates
 
     @classmethod
-    def of(cls, progress: Progress, run: RunCalls = run_serially) -> "StageRunner":
-        """Return a runner that holds as many singular components as `MAX_HELD_BYTES`."""
-        return cls(progress, run, HeldUpdates(MAX_HELD_BYTES))
+    def of(cls, progress: Progress, run: RunCalls = run_serially, workers: int = 1) -> "StageRunner":
+        """Return a runner whose processes hold as many singular components as `MAX_HELD_BYTES` together."""
+        return cls(progress, run, HeldUpdates(MAX_HELD_BYTES // workers))
 
     def run_stage(self, stage: str, calls: Sequence[Callable[[], Result]]) -> Iterator[Result]:
         """Yield the results of the calls of a stage, in their order."""

@@ -132,7 +132,7 @@ def encode_collection(
     with threads.suited_to(max(_numbers(members) for members in collection.modules.values())):
         distinct = equal_updates.without(collection, copies)
         with resumable_calls(collection, target, execution, engine, training_basis) as calls:
-            runner = StageRunner.of(execution.progress, calls.run)
+            runner = StageRunner.of(execution.progress, calls.run, engine.workers)
             collection_encoder, encoded, outside = _encode(collection, distinct, target, training_basis, runner)
         written = _to_bytes(encoded, distinct, engine.run)
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
