@@ -20,6 +20,8 @@ from eigenlorax.errors import FormatError, OptionError, PackDamagedError
 from planted import normal, random_adapter, tree
 from signing import signed_again
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 CLASSIFIER = "base_model.model.classifier.weight"
 BIAS = "base_model.model.classifier.bias"
 NORM = "base_model.model.encoder.layer.0.LayerNorm.weight"

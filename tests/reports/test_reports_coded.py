@@ -12,6 +12,8 @@ from eigenlorax.reports import numbers
 from eigenlorax.reports.render import page
 from planted import factors_in, orthonormal, random_collection, shared_collection
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 
 def kinds(report):
     return {finding.kind: f"{finding.text} {finding.advice}" for finding in report.verdict.findings}

@@ -19,6 +19,8 @@ from eigenlorax.reports.module_sample import ModuleSample, ModuleSize
 from eigenlorax.reports.render import markdown, page
 from made import of_one_subspace
 
+pytestmark = pytest.mark.usefixtures("module_without_shape_checks")
+
 LLAMA = {
     f"layers.{layer}.{kind}": ModuleSize(128, shape)
     for layer in range(32)

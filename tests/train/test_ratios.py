@@ -24,7 +24,7 @@ from eigenlorax.train import models, ratios, recycled_evaluation
 from planted import normal
 from reference import dense
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("module_without_shape_checks")]
 
 CLASSES = {"a": 3, "b": 2, "c": 3}
 RATIOS = [2.0, 8.0]
