@@ -13,6 +13,7 @@ from typing import Any
 import bytes_tables
 import coded_fit_tables
 import error_tables
+import growth_tables
 import history_tables
 import measured
 import profile_tables
@@ -25,8 +26,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
     RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm", "sdxl")
 )
-BYTES, CORES, HISTORIES, PROFILE, CODED_FIT = (
-    RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile", "coded_fit")
+BYTES, CORES, HISTORIES, PROFILE, CODED_FIT, GROWTH = (
+    RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile", "coded_fit", "growth")
 )
 WHO = ("bank", "peft", "tuner")
 
@@ -59,6 +60,7 @@ def main() -> int:
         (docs / "benchmarks.md", "coded-fit"): coded_fit_tables.markdown(
             json.loads(CODED_FIT.read_text(encoding="utf-8"))
         ),
+        (docs / "benchmarks.md", "growth"): growth_tables.markdown(json.loads(GROWTH.read_text(encoding="utf-8"))),
         (docs / "histories.md", "results"): history_tables.page(histories),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),

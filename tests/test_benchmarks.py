@@ -23,6 +23,7 @@ import collection  # noqa: E402
 import file_bytes  # noqa: E402
 import file_bytes_tables  # noqa: E402
 import growth  # noqa: E402
+import growth_tables  # noqa: E402
 import measured  # noqa: E402
 import profile_parts  # noqa: E402
 import profile_tables  # noqa: E402
@@ -229,12 +230,45 @@ def test_the_picture_is_the_same_each_time(tmp_path):
     planted = [case(m, n, d) for m in ("delta", "authors") for n, d in ((8, 64), (16, 64), (32, 64), (8, 128))]
     result = {"runs": [], "cases": {str(index): one for index, one in enumerate(planted)}}
     (tmp_path / "run.json").write_text(json.dumps(result))
-    for name in ("first.svg", "second.svg"):
-        drawn = run("plot.py", "--result", tmp_path / "run.json", "--output", tmp_path / name)
+    (tmp_path / "growth.json").write_text(json.dumps(planted_growth()))
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        drawn = run("plot.py", "--results", tmp_path, "--output", tmp_path / folder)
         assert drawn.returncode == 0, drawn.stderr
-    first, second = ((tmp_path / name).read_bytes() for name in ("first.svg", "second.svg"))
-    assert first == second
-    assert first.count(b"ours, 1.00") >= 1
+    for name, label in (("benchmarks-growth.svg", b"ours, 1.00"), ("benchmarks-growth-verbs.svg", b"report, 2.00")):
+        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
+        assert first == second
+        assert first.count(label) >= 1
+
+
+def planted_growth():
+    """A result of `growth_verbs.py` in which reports grow with the square of N, less or more by a hundredth."""
+    base = {"adapters": 4, "dimension": 64, "rank": 4, "k": 4, "modules": 2}
+    collections = {}
+    for n in (1, 2, 4, 8, 16):
+        rounds = [{"seconds": n**2 * f, "peak_bytes": n * 2**20, "load": 1.0} for f in (0.99, 1.0, 1.01)]
+        collections[f"N={n}"] = {"sizes": {**base, "adapters": n}, "verbs": {"report": rounds}}
+    environment = {"processor": "a processor", "cpus": "2", "torch": "2"}
+    return {"command": "a command", "base": base, "environment": environment, "collections": collections}
+
+
+def test_growth_is_shown_with_two_standard_errors():
+    """By hand: logarithms are off by about -.01, 0 and .01 at each of three sizes, a factor of two apart."""
+    (row,) = [line for line in growth_tables.markdown(planted_growth()).splitlines() if line.startswith("| `report`")]
+    error = 2 * np.sqrt(6 * 0.01**2 / 7 / (6 * np.log(2) ** 2))
+    assert f"| 1.0, 4.0, 16, 64, 256 | 2.00 ± {error:.2f} |" in row
+    assert row.endswith("| 1, 2, 4, 8, 16 | 1.00 ± 0.00 |")
+
+
+def test_a_quick_run_of_growth_goes_on(tmp_path):
+    output, verbs = tmp_path / "growth.json", ("fit_components", "open")
+    for _ in range(2):
+        finished = run(
+            "growth_verbs.py", "--quick", "--rounds", 1, "--axes", "k", "--verbs", *verbs, "--output", output
+        )
+        assert finished.returncode == 0, finished.stderr
+        result = json.loads(output.read_text())
+        assert [len(case["verbs"][verb]) for case in result["collections"].values() for verb in verbs] == [1] * 6
 
 
 def test_the_tables_are_those_of_the_results():
