@@ -13,6 +13,7 @@ from typing import Any
 import bytes_tables
 import coded_fit_tables
 import error_tables
+import file_bytes_tables
 import growth_tables
 import history_tables
 import measured
@@ -26,8 +27,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
     RESULTS / f"{name}.json" for name in ("run", "demo", "tuner", "report", "continual", "bank", "vllm", "sdxl")
 )
-BYTES, CORES, HISTORIES, PROFILE, CODED_FIT, GROWTH = (
-    RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile", "coded_fit", "growth")
+BYTES, CORES, HISTORIES, PROFILE, CODED_FIT, GROWTH, FILE_BYTES = (
+    RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile", "coded_fit", "growth", "file_bytes")
 )
 WHO = ("bank", "peft", "tuner")
 
@@ -63,6 +64,9 @@ def main() -> int:
         (docs / "benchmarks.md", "growth"): growth_tables.markdown(json.loads(GROWTH.read_text(encoding="utf-8"))),
         (docs / "histories.md", "results"): history_tables.page(histories),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
+        (docs / "bytes.md", "file-bytes"): file_bytes_tables.markdown(
+            json.loads(FILE_BYTES.read_text(encoding="utf-8"))
+        ),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
         (ROOT / "README.md", "sharing"): sharing_table(demo),
         (ROOT / "README.md", "results"): figures_table(run, demo),
