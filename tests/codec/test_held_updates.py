@@ -34,7 +34,7 @@ def reads():
 
 @pytest.fixture
 def module(reads):
-    return ModuleUpdates("layer", SHAPE, tuple(reads.source(index) for index in range(N)), 1)
+    return ModuleUpdates("layer", SHAPE, tuple(reads.source(index) for index in range(N)))
 
 
 def test_a_module_is_decomposed_once(module, reads):

@@ -1,18 +1,35 @@
 """Entropy-coded fits by several processes, and such fits that were interrupted."""
 
+from dataclasses import replace
+from functools import wraps
+
 import pytest
 import torch
 
 import eigenlorax as ex
-from coded_collections import COLLECTIONS
-from eigenlorax.codec import encoder, module_stages
+from coded_collections import COLLECTIONS, of_ranks, true_errors
+from eigenlorax.codec import encoder, module_stages, stage_runner
 from eigenlorax.codec.held_updates import HeldUpdates
 from eigenlorax.codec.module_updates import ModuleUpdates, UpdateSource
 from eigenlorax.fitting import coded_checkpoint
 from planted import tree
 
-NAMES = ("ranks that differ, with noise", "three groups")
 BOUND = 0.2
+
+
+def groups_of_other_ranks():
+    """Two groups of adapters, with bases of their own, in one of which adapters have a higher rank."""
+    return [
+        replace(adapter, name=f"{group}-{adapter.name}")
+        for group, (rank, k) in enumerate({2: (4, 5), 9: (12, 13)}.items())
+        for adapter in of_ranks([rank] * 6, noise=0.02, k=k, seed=10_000 * group)
+    ]
+
+
+ADAPTERS = {
+    "ranks that differ, with noise": COLLECTIONS["ranks that differ, with noise"],
+    "groups": groups_of_other_ranks,
+}
 
 
 class StoppedError(Exception):
@@ -27,9 +44,20 @@ def stop_at(stopped_stage, stopped_done):
     return progress
 
 
-@pytest.fixture(scope="module", params=NAMES)
+def counted(function, names):
+    """Return the function, each call of which adds its name to a list."""
+
+    @wraps(function)
+    def call(*arguments):
+        names.append(function.__name__)
+        return function(*arguments)
+
+    return call
+
+
+@pytest.fixture(scope="module", params=ADAPTERS)
 def originals(request):
-    return COLLECTIONS[request.param]()
+    return ADAPTERS[request.param]()
 
 
 @pytest.fixture(scope="module")
@@ -53,18 +81,53 @@ def test_an_interrupted_fit_goes_on_where_it_was(originals, saved, tmp_path, mon
     n_kept = len(list((tmp_path / "kept").glob("*.safetensors")))
     computed = []
     for name in ("survey", "quantise", "encode"):
-        function = getattr(module_stages, name)
-        monkeypatch.setattr(
-            module_stages,
-            name,
-            lambda *arguments, name=name, function=function: computed.append(name) or function(*arguments),
-        )
+        monkeypatch.setattr(module_stages, name, counted(getattr(module_stages, name), computed))
     pack = ex.fit(originals, **options)
     assert "survey" not in computed
     assert computed[0] == first
     (note,) = (note for note in pack.notes if "checkpoint" in note)
     assert note.startswith(f"{n_kept} of ")
     assert tree(pack.save(tmp_path / "pack")) == saved
+
+
+def test_memory_for_updates_does_not_change_the_pack(originals, saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage_runner, "MAX_HELD_BYTES", 0)
+    assert tree(ex.fit(originals, max_error=BOUND).save(tmp_path / "pack")) == saved
+
+
+def test_results_of_other_arguments_are_not_taken(originals, tmp_path, monkeypatch):
+    """Codes are kept, and bases, which are computed again, come out a little different."""
+    monkeypatch.setattr(coded_checkpoint, "KEPT_FROM", 0.0)
+    options = {"max_error": BOUND, "checkpoint": tmp_path / "kept"}
+    with monkeypatch.context() as patched:
+        patched.setattr(coded_checkpoint, "StageResult", module_stages.EncodedModule)
+        with pytest.raises(StoppedError):
+            ex.fit(originals, **options, progress=stop_at("choosing bytes: steps", len(originals[0].modules)))
+    assert list((tmp_path / "kept").glob("*.safetensors"))
+    quantise = module_stages.quantise
+
+    @wraps(quantise)
+    def rounded_otherwise(*arguments):
+        module, held, _, _, step_sizes, _ = arguments
+        quantised = quantise(*arguments)
+        for basis in quantised.bases:
+            basis.codes[:1, :1] += 1
+        encoded = module_stages.encode(module, held, quantised.bases, step_sizes, range(len(module.sources)))
+        return replace(quantised, squared_errors=encoded.squared_errors)
+
+    monkeypatch.setattr(module_stages, "quantise", rounded_otherwise)
+    pack = ex.fit(originals, **options)
+    assert not any("checkpoint" in note for note in pack.notes)
+    assert max(true_errors(pack, originals).values()) <= BOUND
+
+
+def test_a_fit_with_a_basis_goes_on_too(originals, tmp_path, monkeypatch):
+    monkeypatch.setattr(coded_checkpoint, "KEPT_FROM", 0.0)
+    options = {"max_error": BOUND, "basis": 3, "checkpoint": tmp_path / "kept"}
+    with pytest.raises(StoppedError):
+        ex.fit(originals, **options, progress=stop_at("choosing bytes: steps", 0))
+    pack = ex.fit(originals, **options)
+    assert any("results were read from the checkpoint" in note for note in pack.notes)
 
 
 def test_another_bound_finds_nothing(originals, tmp_path, monkeypatch):
@@ -90,7 +153,7 @@ def results():
     factors = [original.modules[name] for original in originals]
     sources = tuple(UpdateSource(index, lambda index=index: factors[index]) for index in range(len(factors)))
     shape = factors[0].up.shape[0], factors[0].down.shape[1]
-    module, held = ModuleUpdates(name, shape, sources, 1), HeldUpdates()
+    module, held = ModuleUpdates(name, shape, sources), HeldUpdates()
     norms = held.svd_batch(module).s.square().sum(1).sqrt()
     survey = module_stages.survey(module, held, norms, [0.01, 0.05, 0.2], 0.1)
     candidates = [survey.estimates[0].k]
@@ -103,15 +166,18 @@ def results():
 class TestBytes:
     def test_results_come_back_as_they_were(self, results):
         for result in results:
-            restored = coded_checkpoint.from_bytes(coded_checkpoint.to_bytes(result))
+            restored = coded_checkpoint.from_bytes(coded_checkpoint.to_bytes(result, "a"), "a")
             assert type(restored) is type(result)
-            assert coded_checkpoint.to_bytes(restored) == coded_checkpoint.to_bytes(result)
-        _, quantised, encoded = (coded_checkpoint.from_bytes(coded_checkpoint.to_bytes(result)) for result in results)
+            assert coded_checkpoint.to_bytes(restored, "a") == coded_checkpoint.to_bytes(result, "a")
+        _, quantised, encoded = (
+            coded_checkpoint.from_bytes(coded_checkpoint.to_bytes(result, "a"), "a") for result in results
+        )
         torch.testing.assert_close(quantised.bases[0].rows, results[1].bases[0].rows, rtol=0, atol=0)
         original = results[2].codes.codes(0)
         assert encoded.codes.codes(0).down.residuals.tolist() == original.down.residuals.tolist()
 
     def test_anything_else_is_nothing(self, results):
-        data = coded_checkpoint.to_bytes(results[1])
+        data = coded_checkpoint.to_bytes(results[1], "a")
+        assert coded_checkpoint.from_bytes(data, "b") is None
         for damaged in (b"", data[:-9], data[200:], data.replace(b"QuantisedModule", b"QuantisedModulf")):
-            assert coded_checkpoint.from_bytes(damaged) is None
+            assert coded_checkpoint.from_bytes(damaged, "a") is None

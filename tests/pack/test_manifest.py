@@ -9,7 +9,7 @@ import pytest
 import eigenlorax as ex
 from eigenlorax.core import atomic_files, keys
 from eigenlorax.errors import PackDamagedError, PackVersionError
-from eigenlorax.pack import card, manifest_json
+from eigenlorax.pack import card, manifest_json, subspace_json
 from planted import random_adapter, random_collection
 from versions import older, unfolded
 
@@ -328,3 +328,15 @@ def test_fields_that_sides_have_alike_are_stated_once(tmp_path):
     assert found.subspace == ex.Pack.open(path.parent).info
     assert all(len(entry.files) == 3 for entry in found.adapters.values())
     assert manifest_json.parse(signed(unfolded(body)), PATH) == found
+
+
+def test_shared_steps_of_growth_are_few(tmp_path, monkeypatch):
+    """Each side has a list of its own in memory, so that a small file could take much."""
+    pack = ex.fit(random_collection(3), n_components=3, warn_above=1).augment(2, seed=1)
+    folder = pack.save(tmp_path / "pack")
+    assert json.loads((folder / keys.MANIFEST).read_text("utf-8"))["subspace"]["shared_fields"]["grown"] == [2]
+    monkeypatch.setattr(subspace_json, "_MAX_SHARED_STEPS", 1)
+    with pytest.raises(PackDamagedError, match="1 steps for 2 modules, of which the product may be 1 at most"):
+        ex.Pack.open(folder)
+    other = pack.save(tmp_path / "other")
+    assert ex.Pack.open(other).info == pack.info

@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eigenlorax.core import limits
 from eigenlorax.core.origin import Origin
 from eigenlorax.pack import origin_json
 
@@ -54,6 +53,9 @@ def test_another_form_is_refused(data, match):
 
 
 def test_metadata_beyond_the_limit_are_refused_before_they_are_inflated(monkeypatch):
-    monkeypatch.setattr(limits, "MAX_JSON_BYTES", 10_000)
+    monkeypatch.setattr(origin_json, "_MAX_METADATA_BYTES", 10_000)
     with pytest.raises(ValueError, match="at most 10,000 bytes"):
         origin_json.from_bytes(with_deflated(b'{"a":"' + b"b" * 10_000 + b'"}'))
+    # such metadata are written as they are
+    origin = Origin("kohya", (), {"a": "b" * 10_000})
+    assert origin_json.from_bytes(origin_json.to_bytes(origin)) == origin

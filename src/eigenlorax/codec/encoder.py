@@ -1,15 +1,15 @@
 """Encode a collection of adapters in as few bytes as an error bound allows, module by module.
 
 First all modules are surveyed (`rate_allocation`). Then bases are quantised, and for each adapter the largest step size
-is searched for with which its measured delta error stays within the bound (`step_sizes`). What is done with one module
-is in `module_stages`; it may run in other processes. This module does not know of files or packs.
+is searched for with which its measured delta error stays within the bound (`step_sizes`). The stages of one module are
+in `module_stages`; they may run in other processes. This module does not know of files or packs.
 """
 
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -121,7 +121,7 @@ class CollectionEncoder:
         modules: Updates of all modules.
         norms: Norm of each adapter over all modules, none of which is 0.
         step_sizes: Step sizes to survey, relative to the norms.
-        runner: Runs what is done with each module.
+        runner: Runs the stages of each module.
         error: Smallest error bound that the collection will be encoded for, if known; else 0.
         groups: Cluster of each adapter. One cluster by default.
     """
@@ -199,15 +199,15 @@ class CollectionEncoder:
 
     def _best_plan(self, bound: float) -> _EncodedPlan:
         """Return bases, and the adapters encoded in them, none of which exceeds the bound."""
-        trial = self._trial()
-        if trial is None:
+        if self._trial is None:
             return self._compare_plans(bound)
         # a few modules tell which planned error is best
-        share = trial._compare_plans(bound).planned.error / bound
+        share = self._trial._compare_plans(bound).planned.error / bound
         return self._encoded_plan(self._planned_bases(share * bound), bound)
 
+    @cached_property
     def _trial(self) -> "CollectionEncoder | None":
-        """Return the encoder of a few modules; None if there are few, or none that all adapters have trained."""
+        """The encoder of a few modules; None if there are few, or none that all adapters have trained."""
         n, counts = len(self.norms), Counter[str]()
         for module in self.modules:
             counts[module.name] += len(module.sources)
@@ -246,7 +246,7 @@ class CollectionEncoder:
                 break
         return best
 
-    def _revised_bases(self, best: "_PlannedBases", bound: float) -> "_PlannedBases":
+    def _revised_bases(self, best: _PlannedBases, bound: float) -> _PlannedBases:
         """Return bases whose planned step sizes give about the error bound, as far as plans can be revised.
 
         Bases that are finer than the bound asks for take bytes that coarser coefficients do not give back. Bases that
@@ -265,7 +265,7 @@ class CollectionEncoder:
             finer, coarser = (best, coarser) if best.deviation(bound) < 1 else (finer, best)
         return best if finer is None or best.deviation(bound) < GOOD_ERROR[1] else finer
 
-    def _encoded_plan(self, planned: "_PlannedBases", bound: float) -> _EncodedPlan:
+    def _encoded_plan(self, planned: _PlannedBases, bound: float) -> _EncodedPlan:
         """Search for the step sizes that meet the bound itself, with the bases of a plan."""
         encoding = EncodingRounds(self.modules, self.norms, self.runner, planned.bases, bound)
         step_sizes, _ = search_step_sizes(encoding.measure, planned.step_sizes, planned.errors, bound)
@@ -274,7 +274,7 @@ class CollectionEncoder:
         bits = sum(basis.bits() for pair in planned.bases.values() for basis in pair) + float(encoding.bits.sum())
         return _EncodedPlan(planned, encoding, reach, bits)
 
-    def _planned_bases(self, error: float) -> "_PlannedBases":
+    def _planned_bases(self, error: float) -> _PlannedBases:
         """Plan for an error, and quantise the bases of all modules."""
         error = min(error, LARGEST_TRIED)
         plan = self.survey.plan(error)
@@ -302,8 +302,8 @@ class CollectionEncoder:
             bases[module.key] = outcome.bases
             squared_errors.index_add_(0, module.indices, outcome.squared_errors)
             total = energies.get(module.name, (0.0, 0.0, 0.0))
-            down, up, square = (before + more for before, more in zip(total, outcome.energies, strict=True))
-            energies[module.name] = down, up, square
+            square, down, up = (before + more for before, more in zip(total, outcome.energies, strict=True))
+            energies[module.name] = square, down, up
         return _PlannedBases(error, bases, energies, step_sizes, squared_errors.sqrt() / self.norms)
 
     def _concatenated(self, bases: Mapping[tuple[str, int], BasisPair]) -> dict[str, BasisPair]:

@@ -40,7 +40,7 @@ class EncodingRounds:
     Args:
         modules: Updates of all modules.
         norms: Norm of each adapter over all modules.
-        runner: Runs what is done with each module.
+        runner: Runs the stages of each module.
         bases: Bases (down, up) by module and cluster.
         bound: Bound on the error of each adapter.
 

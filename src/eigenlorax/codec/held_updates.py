@@ -33,7 +33,8 @@ class HeldUpdates:
         rows, held = self._held.get(module.name, ({}, None))
         wanted = [source.index for source in module.sources]
         if held is not None and all(index in rows for index in wanted):
-            return held if wanted == list(rows) else held.select([rows[index] for index in wanted])
+            # as if they had been decomposed by themselves, since estimates depend on the largest rank
+            return held if wanted == list(rows) else held.select([rows[index] for index in wanted]).trimmed()
         updates = SvdBatch.of([source.read() for source in module.sources])
         if held is None and updates.nbytes <= self._free_bytes:
             self._free_bytes -= updates.nbytes

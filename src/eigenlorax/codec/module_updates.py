@@ -30,14 +30,12 @@ class ModuleUpdates:
         name: Name of the module in the subspace.
         shape: Shape of the updates, (out, in).
         sources: The updates, by adapter.
-        numbers: Number of elements of all factors together.
         cluster: Cluster of the adapters.
     """
 
     name: str
     shape: tuple[int, int]
     sources: tuple[UpdateSource, ...]
-    numbers: int
     cluster: int = 0
 
     @property
@@ -55,6 +53,5 @@ class ModuleUpdates:
         for cluster in range(max(groups) + 1):
             sources = tuple(source for source in self.sources if groups[source.index] == cluster)
             if sources:
-                share = self.numbers * len(sources) // len(self.sources)
-                by_cluster.append(replace(self, sources=sources, numbers=share, cluster=cluster))
+                by_cluster.append(replace(self, sources=sources, cluster=cluster))
         return by_cluster

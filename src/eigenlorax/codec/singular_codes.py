@@ -214,7 +214,8 @@ def _encode_cores(
     # what lies outside of the two spans is lost with any core; most cores cost too much by that and their bits alone,
     # and need no decomposition
     inside = ((up.rows @ up.rows.mT) @ exact @ (down.rows @ down.rows.mT) * exact).sum((1, 2))
-    outside = ((updates.s / step_sizes[:, None]).square().sum(1) - inside).clamp_min(0)
+    # less what rounding may add to the difference
+    outside = ((1 - 1e-12) * (updates.s / step_sizes[:, None]).square().sum(1) - inside).clamp_min(0)
     if indices := torch.nonzero(bits + BITS_PER_SQUARED_ERROR * outside < cost_limits)[:, 0].tolist():
         left, right = core_factors(codes[indices], step_sizes[indices], updates.ranks[indices])
         squared_errors[indices] = _squared_error(updates.select(indices), right @ down.rows, left.mT @ up.rows)

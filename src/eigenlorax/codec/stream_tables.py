@@ -14,25 +14,17 @@ the low bits of large ones are raw."""
 
 
 class StreamTables:
-    """The tables of the classes that occur, as rows of arrays, and the row of each integer of all streams.
+    """The tables of the classes that occur, one after the other, and the table of each integer of all streams.
 
     Args:
         class_indices: Classes that occur, ascending.
-        rows: Row of each integer, as an index into `class_indices`, (n,).
+        rows: Table of each integer, as an index into `class_indices`, (n,).
     """
 
     def __init__(self, class_indices: np.ndarray, rows: np.ndarray) -> None:
         self._class_indices = class_indices.tolist()
-        tables = [class_table(class_index) for class_index in self._class_indices]
-        widest = max((len(table.bounds) for table in tables), default=2)
         self._rows = rows
-        # shorter tables are padded with intervals of width zero
-        self._bounds = np.full((len(tables), widest), TOTAL, dtype=np.int64)
-        for row, table in enumerate(tables):
-            self._bounds[row, : len(table.bounds)] = table.bounds
-        self._first = np.array([table.first for table in tables], dtype=np.int64)
-        self._escape = np.array([table.escape for table in tables], dtype=np.int64)
-        self._raw_bits = np.array([table.raw_bits for table in tables], dtype=np.uint8)
+        self._raw_bits = np.array([class_table(index).raw_bits for index in self._class_indices], dtype=np.uint8)
 
     @classmethod
     def of(cls, classes: np.ndarray) -> "StreamTables":

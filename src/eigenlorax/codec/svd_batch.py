@@ -79,6 +79,14 @@ class SvdBatch:
         at = torch.tensor(list(indices), dtype=torch.int64)
         return SvdBatch(self.u[at], self.s[at], self.v[at], self.ranks[at])
 
+    def trimmed(self) -> "SvdBatch":
+        """Return the same updates, with as many components as the largest of their ranks."""
+        rank = int(self.ranks.max())
+        if rank == self.rank:
+            return self
+        u, s, v = (tensor[:, :rank].contiguous() for tensor in (self.u, self.s, self.v))
+        return SvdBatch(u, s, v, self.ranks)
+
     def index_batches(self) -> Iterator[list[int]]:
         """Yield the indices of all updates, as many at a time as can be encoded together in bounded memory."""
         size = max(BATCH_NUMBERS // max(self.u[0].numel() + self.v[0].numel(), 1), 1)

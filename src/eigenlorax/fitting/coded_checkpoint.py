@@ -1,15 +1,16 @@
-"""Checkpoint of an entropy-coded fit: the results of its calls, by number.
+"""Checkpoint of an entropy-coded fit: the results of its calls, by number, each with a digest of its arguments.
 
-Such a fit makes the same calls in the same order whenever it has the same results of the calls before. So the number of
-a call stands for its arguments.
+A result is taken only if the call has the arguments that it had. Other numbers of threads may round earlier results
+otherwise, and results of short calls are not kept.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from ..codec.held_updates import HeldUpdates
 from ..codec.module_stages import EncodedModule, ModuleSurvey, QuantisedModule
+from ..codec.module_updates import UpdateSource
 from ..codec.packed_codes import PackedCodes
 from ..codec.quantised_basis import QuantisedBasis
 from ..codec.rate_allocation import RateEstimate, SideStatistics
@@ -69,23 +72,55 @@ class ResumableCalls:
             return
         numbered = list(enumerate(calls, start=self._next_number))
         self._next_number += len(numbered)
-        # two readings of what is there, in place of all results in memory at once
-        missing = {number for number, _ in numbered if self._find(number) is None}
+        digests = {number: _digest_of(call) for number, call in numbered}
+        # two readings of each result, in place of all of them in memory at once
+        missing = {number for number, digest in digests.items() if self._find(number, digest) is None}
         computed = iter(self._run(partial(_timed, call) for number, call in numbered if number in missing))
         for number, _ in numbered:
             if number not in missing:
                 self._n_resumed += 1
-                yield self._find(number)
+                yield self._find(number, digests[number])
                 continue
             seconds, outcome = next(computed)
             if seconds >= KEPT_FROM and isinstance(outcome, StageResult):
-                self._checkpoint.keep(number, to_bytes(outcome))
+                self._checkpoint.keep(number, to_bytes(outcome, digests[number]))
             yield outcome
 
-    def _find(self, number: int) -> StageResult | None:
+    def _find(self, number: int, digest: str) -> StageResult | None:
         assert self._checkpoint is not None
         content = self._checkpoint.find(number, MAX_PART_BYTES)
-        return from_bytes(content) if content is not None else None
+        return from_bytes(content, digest) if content is not None else None
+
+
+def _digest_of(call: Callable[[], Any]) -> str:
+    """Return a digest of a function and its arguments."""
+    digest = sha256()
+    _add_to_digest(digest, call)
+    return digest.hexdigest()
+
+
+def _add_to_digest(digest: Any, value: Any) -> None:
+    """Add an argument to a digest, with everything in it that a result depends on."""
+    if isinstance(value, Tensor | np.ndarray):
+        array = np.ascontiguousarray(value)
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(array.data)
+    elif isinstance(value, partial):
+        digest.update(value.func.__qualname__.encode())
+        _add_to_digest(digest, value.args)
+    elif isinstance(value, UpdateSource):
+        # the key of the checkpoint has the content of the adapters
+        digest.update(f"adapter {value.index}".encode())
+    elif isinstance(value, list | tuple | range):
+        digest.update(f"{len(value)} values".encode())
+        for each in value:
+            _add_to_digest(digest, each)
+    elif is_dataclass(value):
+        digest.update(type(value).__name__.encode())
+        for field in fields(value):
+            _add_to_digest(digest, getattr(value, field.name))
+    elif not isinstance(value, HeldUpdates):
+        digest.update(f"{value!r};".encode())
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -121,23 +156,34 @@ def resumable_calls(
         yield ResumableCalls(engine.run, checkpoint)
 
 
-def to_bytes(outcome: StageResult) -> bytes:
-    """Return the result of a call as a safetensors file, which `from_bytes` reads."""
+def to_bytes(outcome: StageResult, digest: str) -> bytes:
+    """Return the result of a call as a safetensors file, which `from_bytes` reads.
+
+    Args:
+        outcome: The result.
+        digest: Digest of the arguments of the call.
+    """
     to_tensors, _ = _KINDS[type(outcome).__name__]
     tensors, about = to_tensors(outcome)
-    about["kind"] = type(outcome).__name__
+    about |= {"kind": type(outcome).__name__, "digest": digest}
     tensors[_ABOUT] = torch.frombuffer(bytearray(json.dumps(about).encode()), dtype=torch.uint8)
     return to_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
-def from_bytes(data: bytes) -> StageResult | None:
+def from_bytes(data: bytes, digest: str) -> StageResult | None:
     """Parse a result from `to_bytes`; return None if the bytes are anything else.
 
-    The checkpoint has checked their digest, but another build of the same version may have written them.
+    The checkpoint has checked the bytes, but another build of the same version may have written them.
+
+    Args:
+        data: The bytes.
+        digest: Digest of the arguments that the call must have had.
     """
     try:
         tensors = from_safetensors(data)
         about = json.loads(tensors[_ABOUT].numpy().tobytes())
+        if about["digest"] != digest:
+            return None
         _, build = _KINDS[about["kind"]]
         outcome: StageResult = build(tensors, about)
     except (SafetensorError, KeyError, ValueError, TypeError, IndexError, RuntimeError):

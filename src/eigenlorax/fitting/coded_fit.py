@@ -168,7 +168,7 @@ def _encode(
         distinct: Those without copies of others.
         target: Target of the fit.
         training_basis: Bytes of the basis for training.
-        runner: Runs what is done with each module.
+        runner: Runs the stages of each module.
     """
     modules, options = _module_updates(distinct), target.options
     norms = torch.tensor([1 / weight for weight in distinct.weights.values()], dtype=torch.float64)
@@ -228,7 +228,7 @@ def _module_updates(collection: Collection) -> list[ModuleUpdates]:
         )
         if trained:
             spec = members[0].spec
-            modules.append(ModuleUpdates(name, (spec.out_features, spec.in_features), trained, _numbers(members)))
+            modules.append(ModuleUpdates(name, (spec.out_features, spec.in_features), trained))
     return modules
 
 

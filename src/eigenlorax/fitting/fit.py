@@ -5,7 +5,7 @@ The stages are `collection.read_sources`, `collection.scan`, then `component_fit
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,10 @@ def _fit_subspace(
     with engines.open_engine(execution.engine, execution.workers) as workforce:
         collection = scan(sources, options, workforce, execution.progress)
         copies = find_equal_updates(collection)
-        basis_pack = fit_basis(sources, collection, basis, execution, workforce) if basis is not None else None
+        basis_pack = None
+        if basis is not None:
+            # the checkpoint is that of the adapters, which take longer
+            basis_pack = fit_basis(sources, collection, basis, replace(execution, checkpoint=None), workforce)
         if target.is_coded:
             basis_bytes = basis_pack.info.stored_bytes if basis_pack is not None else 0
             fitted, outside = encode_collection(collection, copies, target, execution, workforce, basis_bytes)

@@ -14,15 +14,15 @@ SIDES_SHARED_SINCE = 8
 """Format version that introduced fields which several sides share."""
 _SHARED_FIELDS = {"dimension", "k", "energy", "shortfall", "grown"}
 """Fields of a side that are often the same for most sides; each module has a `square` of its own."""
-_MAX_SHARED_GROWN = 64
-"""Largest number of steps of growth that sides share, because each side has a list of its own in memory."""
+_MAX_SHARED_STEPS = 1 << 16
+"""Largest number of shared steps of growth times modules, because each side has a list of its own in memory."""
 
 
 def to_json(info: SubspaceInfo) -> dict[str, Any]:
     """Return the field `subspace`, without the name and the hash of the file."""
     sides = {name: {side: _fields(pair[side]) for side in keys.SIDES} for name, pair in info.modules.items()}
     shared = most_common([fields for pair in sides.values() for fields in pair.values()], _SHARED_FIELDS)
-    if len(shared.get("grown", ())) > _MAX_SHARED_GROWN:
+    if len(shared.get("grown", ())) * len(sides) > _MAX_SHARED_STEPS:
         del shared["grown"]
     fields = {name: getattr(info, name) for name in SubspaceInfo.__dataclass_fields__}
     return {
@@ -70,10 +70,15 @@ def _with_shared_fields(fields: dict[str, Any]) -> dict[str, Any]:
         raise JsonTypeError(
             f"subspace.shared_fields has the fields {sorted(shared)}, and may have {sorted(_SHARED_FIELDS)}."
         )
-    if len(from_json(list, shared.get("grown", []), "subspace.shared_fields.grown")) > _MAX_SHARED_GROWN:
-        raise JsonTypeError(f"subspace.shared_fields.grown has more than {_MAX_SHARED_GROWN} steps.")
+    grown = from_json(list, shared.get("grown", []), "subspace.shared_fields.grown")
+    stored = from_json(dict, fields.get("modules"), "subspace.modules")
+    if len(grown) * len(stored) > _MAX_SHARED_STEPS:
+        raise JsonTypeError(
+            f"subspace.shared_fields.grown has {len(grown):,} steps for {len(stored):,} modules, of which the product "
+            f"may be {_MAX_SHARED_STEPS:,} at most."
+        )
     modules = {}
-    for name, module in from_json(dict, fields.get("modules"), "subspace.modules").items():
+    for name, module in stored.items():
         where = f"subspace.modules.{name}"
         alike = dict(from_json(dict, module, where))
         different = [from_json(dict, alike.pop(side, {}), f"{where}.{side}") for side in keys.SIDES]

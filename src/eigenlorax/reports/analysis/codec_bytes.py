@@ -56,7 +56,6 @@ def rate_points(
             module,
             shapes[module],
             tuple(_source(index[name], originals, name, own) for name, own in members.items()),
-            sum(originals.adapters[name].specs[own].numbers for name, own in members.items()),
         )
         for module, members in trained.items()
         if members
