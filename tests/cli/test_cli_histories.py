@@ -111,6 +111,20 @@ class TestTrack:
         assert (stored == expected).all()
         assert pack.histories["run"].labels == [str(step) for step in STEPS]
 
+    def test_an_incomplete_checkpoint_before_others_says_how_to_append_it_later(self, cli, folder):
+        weights = folder / "run/checkpoint-20" / WEIGHTS
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-100])
+        done = succeeded(cli("track", folder / "run", "-o", folder / "new", "--lossless"))
+        assert "checkpoint-20 was left out" in done.err
+        assert "Since later steps were appended, remove those versions first" in done.err
+        weights.write_bytes(whole)
+        done = succeeded(cli("track", folder / "run", "-o", folder / "new", "--lossless"))
+        assert "steps 20. To append any that was not pruned, remove the later versions" in done.err
+        succeeded(cli("remove", folder / "new", "run@30", "run@40"))
+        succeeded(cli("track", folder / "run", "-o", folder / "new", "--lossless"))
+        assert ex.Pack.open(folder / "new").histories["run"].labels == [str(step) for step in STEPS]
+
     def test_pruned_versions_are_not_appended_again(self, cli, folder):
         succeeded(cli("prune", folder / "history", "run", "--keep-last", 1))
         done = succeeded(cli("track", folder / "run", "-o", folder / "history", "--lossless"))

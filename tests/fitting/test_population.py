@@ -11,6 +11,7 @@ import torch
 import eigenlorax as ex
 import reference
 from eigenlorax.errors import AdapterNameError, OptionError, PackDamagedError, ShapeError
+from eigenlorax.pack import history_figures
 from eigenlorax.pack.bundles import bundle
 from planted import tree
 from runs import make_run, tensors_of
@@ -91,6 +92,8 @@ class TestMembers:
         history = pack.histories["members"]
         assert history["same"].file_bytes < history["ann"].file_bytes / 2
         assert torch.equal(pack["members@same"].heads[HEAD], pack["members@common"].heads[HEAD])
+        # it has no change to be relative to
+        assert history_figures.figures(history).worst_change_error == history["ann"].change_error
 
     def test_do_not_depend_on_the_order_of_arguments(self, users, pack, tmp_path):
         common, members = users

@@ -4,7 +4,7 @@ import pytest
 
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
-from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError
+from eigenlorax.errors import BaseModelWarning, ModuleNameError, OptionError, ShapeError
 from eigenlorax.serving.vllm.checking import ServerOptions, check
 from eigenlorax.serving.vllm.plan import EMBEDDING, Layer, Shapes
 from planted import factors_in, orthonormal, random_factors
@@ -152,6 +152,16 @@ def test_histories_are_named_with_what_a_version_takes():
         "versions of the history 'run' (2) are served expanded, by names such as 'run@latest'. The last one needs "
         f"--max-lora-rank 8 and {n_bytes:,} bytes in the cache.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("module", "factors", "error"), [(Q, (3, 17, 13), ShapeError), ("other.module", (3, 17, 11), ModuleNameError)]
+)
+def test_a_history_of_another_model_is_refused(module, factors, error):
+    pack = ex.Pack.empty("org/base")
+    pack.append(from_factors("run", {module: random_factors(*factors, seed=5)}, base_model="org/base"), name="run")
+    with pytest.raises(error, match="Pass the base model of the pack's adapters"):
+        check(pack, "pack", shapes())
 
 
 def test_a_pack_of_histories_alone_is_checked():

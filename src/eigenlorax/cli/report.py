@@ -179,9 +179,11 @@ def report(
     revision: arguments.Revision = None,
 ) -> None:
     """Report whether a pack's adapters share a subspace, its errors, the path of its histories, and what to do."""
+    from ..errors import OptionError
     from ..pack.pack import Pack
     from ..reports import files, json_document, stored
     from ..reports import report as make_report
+    from ..reports.build import HISTORIES_ONLY
 
     columns = Columns(text_column, label_column, pair_column)
     evaluation_options = {
@@ -221,6 +223,8 @@ def report(
         max_length=max_length,
     )
     opened = Pack.from_pretrained(pack, revision=pack_revision)
+    if adapters and not opened.names and opened.histories:
+        raise OptionError(HISTORIES_ONLY)
     seconds = stored.seconds(opened, full) if adapters and opened.names else 0.0
     with console.working("The report", seconds) as progress:
         if adapters:

@@ -167,11 +167,20 @@ def _print_versions(output: Path, tracked: "Tracked") -> None:
 def _print_earlier(tracked: "Tracked") -> None:
     if steps := tracked.earlier_steps:
         shown = ", ".join(map(str, steps[:6])) + ", …" * (len(steps) > 6)
-        console.note(f"not in the history, and before its latest version, so that they were left out: steps {shown}.")
+        console.note(
+            f"not in the history, and before its latest version, so that they were left out: steps {shown}. "
+            "To append any that was not pruned, remove the later versions (eigenlorax remove), and run this again."
+        )
 
 
 def _print_unfinished(tracked: "Tracked") -> None:
+    from ..formats import run_folders
+
     for folder, reason in tracked.unfinished.items():
-        console.note(f"{folder.name} was left out: {reason}. Run the command again once it is complete.")
+        note = f"{folder.name} was left out: {reason}. Run the command again once it is complete."
+        step = run_folders.checkpoint_step(folder)
+        if step is not None and any(record.step is not None and record.step > step for record in tracked.appended):
+            note += " Since later steps were appended, remove those versions first (eigenlorax remove)."
+        console.note(note)
     for folder, error in tracked.not_finite.items():
         console.note(f"{folder.name} was left out: {error}")

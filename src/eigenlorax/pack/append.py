@@ -332,7 +332,7 @@ def _check_same_shapes(
         tensors: Its other tensors.
         compared: Full name of the earlier version.
     """
-    remedy = "It belongs to another run: pass another name."
+    remedy = "It belongs to another run, or was trained from another adapter: append it under another name (name=)."
     own = {**adapter.heads, **adapter.carried}
     for kind, names, known in (("module", adapter.specs, modules), ("tensor", own, tensors)):
         differing = sorted(names.keys() ^ known.keys())

@@ -276,7 +276,7 @@ def _read_checked(path: Path, sha256: str, limit: int) -> bytes:
 def _check_content(path: Path, sha256: str, read: Callable[[], bytes]) -> bytes:
     """Read a file or a part of it; `PackDamagedError` if it is missing, too large, or has another hash."""
     is_version = path.parent.name == keys.VERSIONS
-    remedy = f"Restore the pack from a copy, or {'track the run' if is_version else 'fit it'} again."
+    remedy = f"Restore the pack from a copy, or {'track the run into a new folder' if is_version else 'fit it again'}."
     try:
         data = read()
     except FileNotFoundError as error:

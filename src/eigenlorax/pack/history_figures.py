@@ -1,9 +1,9 @@
 """Bytes and errors of whole histories, from their records alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .history import History
+from .history import History, VersionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,21 @@ def figures(history: History) -> HistoryFigures:
         worst_delta_error=max(record.delta_error for record in records),
         worst_tensor_error=max(record.tensor_error for record in records),
         common_bytes=records[0].file_bytes if history.is_population else None,
-        worst_change_error=max(record.change_error or 0.0 for record in records) if history.is_population else None,
+        worst_change_error=_worst_change_error(records) if history.is_population else None,
+    )
+
+
+def _worst_change_error(records: Sequence[VersionRecord]) -> float:
+    """Return the largest error relative to the change, of members that are not the common adapter itself."""
+    common, *members = records
+    return max(
+        (
+            record.change_error or 0.0
+            for record in members
+            # no change is stored, and nothing more is lost than of the common adapter
+            if record.change or record.delta_error > common.delta_error
+        ),
+        default=0.0,
     )
 
 

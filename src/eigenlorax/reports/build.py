@@ -36,6 +36,10 @@ from .originals import Originals
 from .related import Related, ReportSources, find_related
 from .task_data import Evaluation, TaskFrontier
 
+HISTORIES_ONLY = (
+    "The pack has histories only, which the report measures as they are stored. Remove adapters (--adapters)."
+)
+
 
 def report(
     pack: Pack | str | Path,
@@ -122,9 +126,7 @@ def _report_on_histories(pack: Pack, adapters: Sources | Originals | None, progr
     if not pack.histories:
         raise OptionError("The pack has no adapter to report on. Add some with `eigenlorax add`.")
     if adapters is not None:
-        raise OptionError(
-            "The pack has histories only, which the report measures as they are stored. Remove adapters (--adapters)."
-        )
+        raise OptionError(HISTORIES_ONLY)
     report = Report(
         eigenlorax_version=__version__,
         collection=_collection(pack, False),

@@ -177,7 +177,7 @@ def check(
         notes=[
             *_name_notes(pack, shapes, match),
             *_notes(shapes, match, totals, options, has_histories=bool(pack.histories)),
-            *version_notes(pack),
+            *version_notes(pack, lambda modules: _model_names(modules, shapes, pack.base_model)),
         ],
     )
 
@@ -201,10 +201,37 @@ def _match_modules(pack: Pack, shapes: Shapes) -> _ModuleMatch:
     layers, cores, not_held = dict(shapes.layers), {}, []
     # sizes are in the manifest too, but a server reads the bases, and does not start if they are damaged
     modules = pack.training_pack.subspace.modules
+    names = _model_names({name: bases.shape for name, bases in modules.items()}, shapes, pack.base_model)
+    for name, layer_name in names.items():
+        bases = modules[name]
+        if layer_name is None:
+            layer_name = name
+            layers[name] = Layer(*bases.shape)
+        layer = layers[layer_name]
+        if layer.kind != plans.LINEAR or plans.in_experts(layer_name):
+            not_held.append(name)
+        cores[layer_name] = CoreSize(bases.down.k, bases.up.k)
+    return _ModuleMatch(layers, cores, not_held)
+
+
+def _model_names(
+    modules: Mapping[str, tuple[int, int]], shapes: Shapes, base_model: str | None
+) -> dict[str, str | None]:
+    """Return the name in the model of each module; None for those of experts, whose weights are one tensor.
+
+    Args:
+        modules: Shape (out, in) of each module of a pack, or of a version.
+        shapes: The layers of the model.
+        base_model: Base model that the pack states.
+
+    Raises:
+        ModuleNameError: The model lacks a module.
+        ShapeError: A module has another shape in the model.
+    """
     names = module_names.resolve_all(modules, shapes.layers)
     missing = [name for name, layer in names.items() if layer is None and not _is_expert(name, shapes)]
     remedy = "Pass the base model of the pack's adapters: model= (--model)" + (
-        f"; the pack states {pack.base_model!r}." if pack.base_model else "."
+        f"; the pack states {base_model!r}." if base_model else "."
     )
     if missing:
         raise ModuleNameError(
@@ -212,20 +239,13 @@ def _match_modules(pack: Pack, shapes: Shapes) -> _ModuleMatch:
             f"{remedy}"
         )
     for name, layer_name in names.items():
-        bases = modules[name]
-        if layer_name is None:
-            layer_name = name
-            layers[name] = Layer(*bases.shape)
-        layer = layers[layer_name]
-        if (layer.out, layer.input) != bases.shape:
+        layer = shapes.layers[layer_name] if layer_name is not None else None
+        if layer is not None and (layer.out, layer.input) != modules[name]:
             raise ShapeError(
-                f"module {name} of the pack has a weight of {bases.shape[0]} × {bases.shape[1]}, in "
+                f"module {name} of the pack has a weight of {modules[name][0]} × {modules[name][1]}, in "
                 f"{shapes.model} it is {layer.out} × {layer.input}. {remedy}"
             )
-        if layer.kind != plans.LINEAR or plans.in_experts(layer_name):
-            not_held.append(name)
-        cores[layer_name] = CoreSize(bases.down.k, bases.up.k)
-    return _ModuleMatch(layers, cores, not_held)
+    return names
 
 
 def _is_expert(name: str, shapes: Shapes) -> bool:

@@ -1,21 +1,29 @@
 """Sentences of `serve-check` on the histories of a pack. Nothing here imports vLLM."""
 
+from collections.abc import Callable, Mapping
+
 from ...core import keys
 from ...pack.pack import Pack
 from . import servable
 from .plan import max_lora_rank
 
 
-def version_notes(pack: Pack) -> list[str]:
+def version_notes(pack: Pack, check_modules: Callable[[Mapping[str, tuple[int, int]]], object]) -> list[str]:
     """Return a sentence for each history: whether its versions can be served, judged by the last one, and their cost.
+
+    Args:
+        pack: The pack.
+        check_modules: Raises an error unless the model has modules of these shapes, (out, in).
 
     Raises:
         PackDamagedError: The last version of a history cannot be read.
+        ModuleNameError, ShapeError: The model lacks a module of it, or has another shape.
     """
     notes = []
     for name, history in pack.histories.items():
         latest = f"{name}{keys.VERSION_MARK}{keys.LATEST}"
         version = pack.adapter(latest)
+        check_modules({module: (spec.out_features, spec.in_features) for module, spec in version.specs.items()})
         reason = servable.version_refusal_reason(version)
         if reason is not None:
             notes.append(f"versions of the history {name!r} cannot be served: {reason}.")
