@@ -117,7 +117,7 @@ class TestPackForStorage:
         worst = report.frontier.points[0].worst
         (bound,) = (point for point in report.frontier.points if (point.way, point.worst) == ("bound", worst))
         assert 1 < pack.summary.bytes.pack / bound.stored_bytes < 1.4
-        sentence = f"bound of these LoRAs, each by itself, is {numbers.size(bound.stored_bytes)} at this error."
+        sentence = f"each by itself, are {numbers.size(bound.stored_bytes)}: the Gaussian rate–distortion bound."
         assert sentence in report.verdict.findings[0].text
         assert all(point.way != "bound" or point.mean == point.worst for point in report.frontier.points)
 

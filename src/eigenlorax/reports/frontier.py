@@ -163,7 +163,10 @@ def on_bound(frontier: Frontier) -> list[str]:
     if bound is None:
         return []
     least = numbers.size(bound.stored_bytes)
-    return [f"The Gaussian rate–distortion bound of these LoRAs, each by itself, is {least} at this error."]
+    return [
+        f"About the fewest bytes in which any code holds these LoRAs at this error, each by itself, are {least}: the "
+        "Gaussian rate–distortion bound."
+    ]
 
 
 def option(coded: FrontierPoint) -> str:
