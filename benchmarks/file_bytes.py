@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from byte_collections import DEMO, SHAPES, Folders, below, planted
-from run import commit, write
 
 import eigenlorax as ex
 from eigenlorax.cli.env import collect
@@ -55,6 +54,9 @@ def main() -> None:
                 }
                 print(f"{name} | {error:g}: {sum(after.values()):,} bytes", file=sys.stderr)
     command = "python benchmarks/file_bytes.py --zoo zoo" + " --before ../before/src" * (options.before is not None)
+    # here, because experiments have a module of this name too, which tests import
+    from run import commit, write
+
     write(options.output, {"command": command, "commit": commit(), "environment": collect(), "cells": cells})
 
 

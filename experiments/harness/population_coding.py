@@ -13,7 +13,8 @@ from torch import Tensor
 import eigenlorax as ex
 from eigenlorax.codec import basis_bytes, bitstream, singular_codes, tensor_codes
 from eigenlorax.codec.adapter_codes import AdapterCodes, ModuleCodes, ModuleLayout, dequantise_module
-from eigenlorax.codec.encoder import BasisPair
+from eigenlorax.codec.module_stages import BasisPair
+from eigenlorax.codec.packed_codes import PackedCodes
 from eigenlorax.codec.quantised_basis import QuantisedBasis, quantise_basis
 from eigenlorax.codec.quantised_tensor import quantise_tensor
 from eigenlorax.codec.step_sizes import as_written
@@ -118,8 +119,9 @@ def _encode(batches: Mapping[str, SvdBatch], bases: Bases, step_sizes: Tensor) -
     codes: list[dict[str, ModuleCodes]] = [{} for _ in step_sizes]
     for name, batch in batches.items():
         updates = singular_codes.encode_updates(batch, step_sizes, *bases[name])
+        packed = PackedCodes.of(updates)
         for row, modules in enumerate(codes):
-            modules[name] = ModuleCodes.of(updates, row)
+            modules[name] = packed.codes(row)
     adapters = [AdapterCodes(step, 0, modules) for step, modules in zip(step_sizes.tolist(), codes, strict=True)]
     return bitstream.encode_adapters([(adapter, _layouts(bases)) for adapter in adapters])
 

@@ -374,7 +374,6 @@ class TestOptionsThatMeanNothing:
         [
             ({"ratio": 9.0, "sweeps": 2}, "sweeps=2 has no effect with ratio=9, which chooses bytes.* Remove it.$"),
             ({"max_bytes": 900, "solver": "exact"}, "solver='exact' has no effect with max_bytes=900"),
-            ({"max_error": 0.3, "checkpoint": "kept"}, "checkpoint='kept' has no effect with max_error=0.3"),
             ({"max_error": 0.3, "sweeps": 0}, "sweeps=0 has .* Or pass a float dtype: then only"),
             ({"ratio": 9.0, "workers": 2}, "workers=2 requires engine='processes'"),
         ],
@@ -486,10 +485,10 @@ def test_small_modules_are_coded_by_one_thread(monkeypatch, smallest, threads):
 
 def test_bases_of_all_clusters_may_have_more_rows_than_columns(tmp_path):
     """Such a pack could not be saved."""
-    originals = grouped(4, 6, noise=0.02)
-    pack = ex.fit(originals, max_error=0.05)
+    originals = grouped(5, 6, noise=0.02)
+    pack = ex.fit(originals, max_error=0.03)
     sides = [basis for bases in pack.subspace.modules.values() for basis in (bases.down, bases.up)]
     assert any(basis.k > basis.dimension for basis in sides)
     pack.save(tmp_path / "pack")
     errors = true_errors(ex.Pack.open(tmp_path / "pack"), originals)
-    assert max(errors.values()) <= 0.05
+    assert max(errors.values()) <= 0.03

@@ -205,12 +205,12 @@ CLAIMS = {
     ),
     "a cluster that is not there": (
         "coded, sharing much",
-        coded_bytes(lambda data: data[:3] + bytes([data[3] | 124]) + data[4:]),
+        coded_bytes(lambda data: bytes([0, 0, 0, 124]) + data[4:]),
         "is in cluster 31",
     ),
     "levels beyond all classes": (
         "coded, sharing nothing",
-        coded_bytes(lambda data: data[:3] + b"\x00" + bytes([1, 0, 0, 0, 0, 2, 255]) + data[4:]),
+        coded_bytes(lambda data: bytes(4) + bytes([1, 0, 0, 0, 0, 2, 255]) + data[4:]),
         "class 254",
     ),
 }

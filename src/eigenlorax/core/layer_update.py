@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +37,8 @@ from .row_groups import RowGroups
 FOLD_ALONE, FOLD_MIXED = 1.0, 2.5
 
 
-@dataclass(frozen=True, slots=True)
-class LayerResidual:
+# a named tuple, because torch.compile does not construct every dataclass
+class LayerResidual(NamedTuple):
     """The part of one adapter's two factors that the bases do not represent.
 
     Rows of `down` belong to the first components of the adapter, and columns of `up` to those from `up_start` on, so
@@ -69,9 +70,8 @@ class LayerResidual:
     def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> "LayerResidual":
         """Return the residual on another device or in another dtype."""
         down, up = (None if tensor is None else tensor.to(device, dtype) for tensor in (self.down, self.up))
-        return replace(
-            self, down=down, up=up, rows=self.rows.to(device) if isinstance(self.rows, Tensor) else self.rows
-        )
+        rows = self.rows.to(device) if isinstance(self.rows, Tensor) else self.rows
+        return self._replace(down=down, up=up, rows=rows)
 
     def up_input(self, hidden: Tensor) -> Tensor:
         """Return the components of `hidden`, (…, r), that `up` multiplies, (…, r_up)."""

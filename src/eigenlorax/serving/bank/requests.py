@@ -234,7 +234,7 @@ def _residuals_by_module(
         indices = slice(rows[0], rows[-1] + 1) if is_span else torch.tensor(rows, device=device)
         for module_slice, scaling in zip(adapter.layout.slices, adapter.scalings, strict=True):
             if (residual := adapter.residuals.get(module_slice.module)) is not None:
-                in_batch = replace(residual.to(dtype=dtype), rows=indices, scaling=scaling)
+                in_batch = residual.to(dtype=dtype)._replace(rows=indices, scaling=scaling)
                 by_module[module_slice.module] = (*by_module.get(module_slice.module, ()), in_batch)
     return by_module
 
