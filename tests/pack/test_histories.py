@@ -360,7 +360,7 @@ class TestWhatIsRefused:
         modules = {"encoder.layer.0.query": (17, 11), "encoder.layer.0.other": (13, 23)}
         other = make_adapter(tmp_path / "run" / "checkpoint-60", seed=1, head=(2, 31), modules=modules)
         message = "lacks module encoder.layer.0.value|has module encoder.layer.0.other"
-        with pytest.raises(ShapeError, match=f"({message}), unlike version run@50.*pass another name"):
+        with pytest.raises(ShapeError, match=f"({message}), unlike version run@50.*under another name"):
             runs.append(other, lossless=True)
 
     def test_other_shapes(self, runs, tmp_path):

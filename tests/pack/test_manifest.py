@@ -253,7 +253,7 @@ SIDE = ("subspace", "modules", "encoder.0.query", "down")
         (("shared_fields", "files"), {"adapter_model.safetensors": "0" * 64}, "may have .*source_config.json"),
         (("adapters", "a0", "files"), {}, "an adapter's files"),
         (("subspace", "shared_fields", "square"), 1.0, r"subspace.shared_fields has the fields .*'square'"),
-        (("subspace", "shared_fields", "grown"), [0] * 65, "more than 64 steps"),
+        (("subspace", "shared_fields", "grown"), [0] * 40_000, "of which the product may be 65,536 at most"),
         (("subspace", "shared_fields", "k"), 1000, "k is out of range"),
         (("subspace", "modules", "encoder.0.query", "sideways"), {}, "modules.encoder.0.query.down has the fields"),
         (("coefficient_dtype",), "complex64", "dtype"),

@@ -120,6 +120,12 @@ class TestGroups:
         assert len(set(in_groups.values())) == 1
         assert len(in_groups) == kinds * (1 + max(groups.values()))
 
+    def test_more_adapters_than_there_are_do_not_lessen_the_modules(self):
+        adapters = of_one_subspace(3, noise=0.4, shapes=dict.fromkeys(list(LLAMA)[:12], (13, 11)))
+        whole, more = (report_on(adapters, 4, left_out=left_out) for left_out in (3, 100_000))
+        assert more.sampling == whole.sampling
+        assert more.left_out.sampled == 3
+
     def test_single_modules_of_many_kinds_are_in_five_groups(self):
         assert set(module_sample.jackknife_groups(["embed", "head", "query", "key", "value", "out"]).values()) == {
             *range(5)

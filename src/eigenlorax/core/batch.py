@@ -20,7 +20,7 @@ BATCH_SIZE = 64
 LARGEST_ROUNDING = 1e-5
 """Rounding of an energy, as a fraction of it, up to which it counts as exact enough for a search."""
 # Squared norms whose products float32 represents
-_SAFE_SQUARES = (1e-20, 1e20)
+_SAFE_SQUARES = (1e-16, 1e16)
 
 
 @dataclass(frozen=True, slots=True)

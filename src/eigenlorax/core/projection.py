@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from . import basis
 from .adapter import LoRAFactors
-from .batch import ModuleBatch, factor_norms, project_rows, stack_factors
+from .batch import ModuleBatch, factor_norms, has_safe_squares, project_rows, stack_factors
 from .coefficients import CoefficientBatch, Coefficients, pad_coefficients
 from .subspace import ModuleBases
 
@@ -18,8 +18,6 @@ DualComponents = tuple[Float[Tensor, "k_down n_in"], Float[Tensor, "k_up n_out"]
 # Smallest ratio of a factor's norm to a dtype's smallest normal number. With it, entries a thousand times smaller than
 # the largest one still have all their digits.
 _DIGIT_HEADROOM = 2.0**20
-# Range of norms whose squares and fourth powers float32 represents
-_SQUARE_SAFE = (1e-8, 1e8)
 
 
 def dual_components(bases: ModuleBases) -> DualComponents:
@@ -110,19 +108,14 @@ def balance_batch(batch: ModuleBatch, dtype: torch.dtype, products: torch.dtype 
             the result is float64 all the same where float32 cannot hold the squares of the numbers.
     """
     wide = batch.to(products)
-    if products == torch.float32 and not _has_safe_squares(wide):
+    norms = torch.cat([factor_norms(wide, side) for side in ("down", "up")])
+    if products == torch.float32 and not has_safe_squares(norms.double().square()):
         wide = batch.to(torch.float64)
     powers = balance_exponents(wide, dtype).exp2().to(wide.down.dtype)[:, None, None]
     # usual case: saves two copies of the factors
     if bool((powers == 1).all()):
         return wide
     return replace(wide, down=wide.down / powers, up=wide.up * powers)
-
-
-def _has_safe_squares(batch: ModuleBatch) -> bool:
-    norms = torch.cat([factor_norms(batch, side) for side in ("down", "up")])
-    low, high = _SQUARE_SAFE
-    return bool(((norms == 0) | ((norms > low) & (norms < high))).all())
 
 
 def balance_exponents(batch: ModuleBatch, dtype: torch.dtype) -> Float[Tensor, " n"]:

@@ -116,6 +116,8 @@ def _sample(
 ) -> ModuleSample:
     """Choose the modules to measure, and the number of adapters to leave out of the fit."""
     sizes, k = measure.module_sizes(pack, packed), measure.largest_k(pack)
+    if left_out is not None:
+        left_out = min(left_out, len(pack))
     if full:
         return ModuleSample.whole(sizes, k, len(pack) if left_out is None else left_out)
     return module_sample.choose(sizes, k, left_out, seed)
