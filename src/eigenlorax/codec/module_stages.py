@@ -116,8 +116,7 @@ def quantise(
     updates = held.svd_batch(module)
     # the estimate may be wrong: no basis at all is tried, too
     pairs = [_quantise_pair(updates, sides, step_sizes, k, module.shape) for k in dict.fromkeys([*candidates, (0, 0)])]
-    bases = _cheapest_pair(updates, step_sizes, pairs)
-    _, squared_errors = singular_codes.measure_updates(updates, step_sizes, *bases)
+    bases, squared_errors = _cheapest_pair(updates, step_sizes, pairs)
     return QuantisedModule(bases, _energies(updates, norms, bases), squared_errors)
 
 
@@ -177,18 +176,26 @@ def _quantise_pair(
     return pair[0], pair[1]
 
 
-def _cheapest_pair(updates: SvdBatch, step_sizes: Tensor, pairs: Iterable[BasisPair]) -> BasisPair:
-    """Return the pair of bases of the least rate–distortion cost, measured on some of the updates."""
-    n = len(updates)
+def _cheapest_pair(
+    updates: SvdBatch, step_sizes: Tensor, pairs: Iterable[BasisPair]
+) -> tuple[BasisPair, Float[Tensor, " n"]]:
+    """Return the pair of bases of the least rate–distortion cost, measured on some of the updates, and all errors."""
+    n, compared, compared_steps = len(updates), updates, step_sizes
     if n > MAX_COMPARED:
-        compared = np.linspace(0, n - 1, MAX_COMPARED).round().astype(int).tolist()
-        updates, step_sizes = updates.select(compared), step_sizes[compared]
-    costs: list[tuple[float, int, BasisPair]] = []
+        indices = np.linspace(0, n - 1, MAX_COMPARED).round().astype(int).tolist()
+        compared, compared_steps = updates.select(indices), step_sizes[indices]
+    best: tuple[float, BasisPair, Tensor] | None = None
     for pair in pairs:
-        bits, squared_errors = singular_codes.measure_updates(updates, step_sizes, *pair)
-        cost = float(singular_codes.rate_distortion_cost(bits, squared_errors, step_sizes).sum())
-        costs.append((cost * n / len(updates) + sum(basis.bits() for basis in pair), len(costs), pair))
-    return min(costs)[2]
+        bits, squared_errors = singular_codes.measure_updates(compared, compared_steps, *pair)
+        cost = float(singular_codes.rate_distortion_cost(bits, squared_errors, compared_steps).sum())
+        cost = cost * n / len(compared) + sum(basis.bits() for basis in pair)
+        if best is None or cost < best[0]:
+            best = cost, pair, squared_errors
+    assert best is not None
+    _, pair, squared_errors = best
+    if n > MAX_COMPARED:
+        _, squared_errors = singular_codes.measure_updates(updates, step_sizes, *pair)
+    return pair, squared_errors
 
 
 def _energies(updates: SvdBatch, norms: Tensor, bases: BasisPair) -> Energies:
