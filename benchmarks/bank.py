@@ -72,31 +72,25 @@ def minilm() -> nn.Module:
 
 
 def llama() -> nn.Module:
-    # a small vocabulary: that of a real one would make the base model slower, and every ratio smaller
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=12,
-        num_key_value_heads=12,
-        intermediate_size=2048,
-        max_position_embeddings=1024,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(llama_config(width=768, layers=4, heads=12, kv_heads=12, inner=2048)).eval()
 
 
 def llama_block() -> nn.Module:
     """One block in the proportions of Llama-3-8B, half as wide, without embeddings of a large vocabulary or a head."""
-    config = LlamaConfig(
+    return LlamaModel(llama_config(width=2048, layers=1, heads=16, kv_heads=4, inner=7168)).eval()
+
+
+def llama_config(*, width: int, layers: int, heads: int, kv_heads: int, inner: int) -> LlamaConfig:
+    # a small vocabulary: that of a real one would make the base model slower, and every ratio smaller
+    return LlamaConfig(
         vocab_size=1000,
-        hidden_size=2048,
-        num_hidden_layers=1,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-        intermediate_size=7168,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
         max_position_embeddings=1024,
     )
-    return LlamaModel(config).eval()
 
 
 def same_weights(model: nn.Module) -> nn.Module:

@@ -39,6 +39,11 @@ def with_rests(pack, sides, seed=700):
         }
         record = replace(packed.record, coefficient_bytes=sum(one.stored_bytes for one in found.values()))
         adapters[name] = replace(packed, coefficients=found, record=record)
+    return with_adapters(pack, adapters)
+
+
+def with_adapters(pack, adapters):
+    """The same pack with other packed adapters, by name."""
     return ex.Pack(
         pack.subspace,
         pack.info,

@@ -10,7 +10,7 @@ import eigenlorax as ex
 from convnets import CONVOLUTIONS, conv_pack, images, make_convnet, with_updates
 from eigenlorax.core.layer_update import is_folding_cheaper
 from eigenlorax.errors import OptionError
-from rests import with_rests
+from rests import with_adapters, with_rests
 from served import BASE, MIXED_ROWS, Served
 
 SIDES = {
@@ -97,15 +97,7 @@ def with_few_components(served, tmp_path_factory):
             for module, c in adapters[name].coefficients.items()
         }
         adapters[name] = replace(adapters[name], coefficients=few)
-    made = ex.Pack(
-        pack.subspace,
-        pack.info,
-        adapters,
-        pack.fit_info,
-        base_model=pack.base_model,
-        revision=pack.revision,
-        coefficient_dtype=pack.coefficient_dtype,
-    )
+    made = with_adapters(pack, adapters)
     folder = tmp_path_factory.mktemp("few")
     return Served(plain.kind, made.save(folder / "pack"), made.export(folder / "loras"))
 
