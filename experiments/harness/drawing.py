@@ -8,7 +8,6 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax import tuner
-from eigenlorax.train import methods
 
 from . import diffusion, judges, record, sampler, styles, training
 from .jobs import Job
@@ -236,7 +235,7 @@ def train_coefficients(config: Json) -> Json:
     """Train coefficients on a style, and score it."""
     pack = ex.Pack.open(pack_folder(config["pack"]))
     if "random" in config["pack"]:
-        pack = methods.random_basis(pack, seed=config["pack"]["random"])
+        pack = ex.random_pack(pack, seed=config["pack"]["random"])
     trained, model = train_adapter(ex.EigenLoraxConfig(subspace=pack, **config["options"]), config)
     factors = dict(tuner.to_lora(model).modules)
     return {"train": trained, "subspace": training.subspace(pack), "test": score(config, factors)}

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eigenlorax as ex
-from eigenlorax.train import methods
 
 from . import diffusion, judges, record, recycled
 from .recycled import Factors
@@ -156,7 +155,7 @@ def recycle(config: Json) -> Json:
         stored.append(({"way": "seen", "k": k, **numbers}, dict(pack.adapter(name).modules)))
         if k == rival:
             truncated = recycled.truncated(original, numbers["numbers_an_adapter"])
-            random_pack = methods.random_basis(pack, seed=0)
+            random_pack = ex.random_pack(pack, seed=0)
             stored.append(({"way": "truncated", "k": k}, truncated))
             stored.append(({"way": "random", "k": k}, recycled.projected(original, random_pack)))
     n_pictures, rows = compare_drawings(config, stored, name)

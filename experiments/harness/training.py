@@ -28,7 +28,7 @@ def fit_pack(spec: Json, adapter_folder: Callable[[str], Path]) -> ex.Pack:
     sources = {name: adapter_folder(name) for name in spec["sources"]}
     size = {"max_error": spec["max_error"]} if "max_error" in spec else {"n_components": spec["k"]}
     pack = ex.fit(sources, **size, weighting=spec["weighting"], dtype="float32", warn_above=1.0)
-    return pack if spec.get("random") is None else methods.random_basis(pack, seed=spec["random"])
+    return pack if spec.get("random") is None else ex.random_pack(pack, seed=spec["random"])
 
 
 def make_model(config: Json, load_base: Callable[[], Any], common: CommonConfig) -> Any:

@@ -8,7 +8,6 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax.reports.analysis import losses
-from eigenlorax.train import methods
 from eigenlorax.train.comparison_run import RunData, accuracy
 from eigenlorax.train.methods import CommonConfig
 
@@ -105,7 +104,7 @@ def recycle(config: Json) -> Json:
     for k in config["k"]:
         spec = {"sources": [source for source in sources if source != name], "k": k, "weighting": config["weighting"]}
         pack = pack_of(spec)
-        for way, bases in (("left out", pack), ("random", methods.random_basis(pack, seed=0))):
+        for way, bases in (("left out", pack), ("random", ex.random_pack(pack, seed=0))):
             stored = recycled.projected(original, bases)
             rows.append({"way": way, "k": k, **recycled.compared(original, stored, bench)})
         if name not in sources:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .fitting.verify import verify
     from .formats import read_adapter, write_adapter
     from .pack.pack import Pack
+    from .pack.random_pack import random_pack
     from .pack.summary import Summary
     from .pack.track import track
     from .reports import Report, report
@@ -44,6 +45,7 @@ _DEFINED_IN = {
     "fit": "fitting.fit",
     "from_factors": "core.adapter",
     "load_into": "serving.diffusers",
+    "random_pack": "pack.random_pack",
     "read_adapter": "formats",
     "refit": "fitting.refit",
     "report": "reports",
@@ -68,6 +70,7 @@ __all__ = [
     "fit",
     "from_factors",
     "load_into",
+    "random_pack",
     "read_adapter",
     "refit",
     "report",

@@ -24,7 +24,6 @@ from eigenlorax.train import (
     demo_files,
     demo_history,
     demo_subspaces,
-    methods,
     new_task,
     recycled_evaluation,
 )
@@ -242,14 +241,6 @@ class TestTheNewTask:
             "LoRA r=8": 12 * 2 * 384 * 8,
         }
         assert all(attempt.accuracy > 0.3 for attempt in found.values())
-
-    def test_a_random_basis_is_as_large(self):
-        pack = ex.fit(demo.data() / "adapters", n_components=5)
-        other = methods.random_basis(pack)
-        assert {n: b.shape for n, b in other.subspace.modules.items()} == {
-            n: b.shape for n, b in pack.subspace.modules.items()
-        }
-        assert {b.down.k for b in other.subspace.modules.values()} == {5}
 
 
 class TestTheCommand:

@@ -10,7 +10,7 @@ from torch import nn
 
 import eigenlorax as ex
 from eigenlorax.errors import OptionError
-from eigenlorax.tuner import SOAP, coefficient_groups
+from eigenlorax.tuner import SOAP, coefficient_groups, lora_groups
 from tiny import BERT, make_bert
 
 
@@ -202,6 +202,43 @@ class TestGroupsOfAModel:
         for one in lora:
             one.requires_grad_(False)
         assert [len(group["params"]) for group in coefficient_groups(model)] == [2 * len(BERT), 2]
+
+
+class TestGroupsOfALoRA:
+    @pytest.mark.parametrize("dora", [False, True])
+    def test_are_the_factors_and_the_head(self, bert, dora):
+        config = LoraConfig(target_modules=TARGETS, r=2, use_dora=dora, task_type="SEQ_CLS")
+        model = get_peft_model(bert, config)
+        factors, head = names_of(model, groups := lora_groups(model, lr=0.03, head_lr=0.004))
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert factors == {name for name in trained if "lora_" in name}
+        assert head == {f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")}
+        assert factors | head == trained
+        assert [(group["lr"], group.get("max_side")) for group in groups] == [(0.03, None), (0.004, 0)]
+
+    def test_step_as_hand_made_ones(self, bert):
+        model = get_peft_model(bert, LoraConfig(target_modules=TARGETS, r=2, task_type="SEQ_CLS"))
+        copied = copy.deepcopy(model)
+        factors = [p for name, p in copied.named_parameters() if "lora_" in name]
+        head = [p for name, p in copied.named_parameters() if p.requires_grad and "lora_" not in name]
+        by_hand = SOAP([{"params": factors, "lr": 6e-3}, {"params": head, "lr": 5e-3, "max_side": 0}])
+        ids, labels = torch.arange(12).reshape(3, 4), torch.tensor([0, 1, 0])
+        for network, optimizer in ((model, SOAP(lora_groups(model))), (copied, by_hand)):
+            for _ in range(3):
+                network.eval()(input_ids=ids, labels=labels).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for (name, ours), theirs in zip(model.named_parameters(), copied.parameters(), strict=True):
+            assert torch.equal(ours, theirs), name
+
+    def test_of_coefficients(self, bert, bert_pack):
+        model = get_peft_model(bert, ex.EigenLoraxConfig(subspace=bert_pack, r=2))
+        with pytest.raises(OptionError, match=r"of adapter \(tuner\).*lora_groups has learning rates for LoRA"):
+            lora_groups(model)
+
+    def test_without_a_lora(self, bert):
+        with pytest.raises(OptionError, match=r"no LoRA factors: no layer has any. get_peft_model\(model, LoraC"):
+            lora_groups(bert)
 
 
 def test_gets_down_a_narrow_valley_that_adam_does_not():

@@ -224,6 +224,25 @@ def augment(basis: Basis, n_extra: int, seed: int, label: str) -> Basis:
     )
 
 
+def random(k: int, dimension: int, seed: int, label: str, dtype: torch.dtype) -> Basis:
+    """Return a basis of random orthonormal rows, whose span is uniformly distributed.
+
+    The rows are a function of the arguments alone. They differ from those that `augment` appends for the same seed and
+    label, so that a random basis can be augmented with any seed. There is no stack that was fitted: the singular values
+    are those of the rows themselves.
+
+    Args:
+        k: Number of rows, 0 to `dimension`.
+        dimension: Width of the rows.
+        seed: Seed of the rows.
+        label: Name of the matrix. It enters the random numbers, so that one seed gives each matrix its own rows.
+        dtype: Dtype of the stored components.
+    """
+    rows = torch.from_numpy(seeded_normal_rows(k, dimension, seed, f"random\0{label}"))
+    components = linalg.orthonormal_rows(rows) if k else rows
+    return Basis(components.to(dtype), torch.ones(k), energy=1.0)
+
+
 def extend(basis: Basis, rows: Float[Tensor, "m d"], payload: Mapping[str, Tensor] | None = None) -> Basis:
     """Append rows that will be stored, converted to the basis's dtype.
 

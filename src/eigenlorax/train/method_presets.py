@@ -11,6 +11,7 @@ from typing import Any
 from ..core import keys
 from ..errors import EigenloraxError, EigenloraxWarning, OptionError, reason
 from ..pack.pack import Pack
+from ..pack.random_pack import random_pack
 from . import methods
 from .methods import CommonConfig
 
@@ -77,8 +78,7 @@ def make_presets(
     """
     modules, budget = _target_modules(pack, rank, load_base())
     presets = {
-        name: _preset(name, methods.random_basis(pack) if name == "random" else pack, rank, modules, budget)
-        for name in names
+        name: _preset(name, random_pack(pack) if name == "random" else pack, rank, modules, budget) for name in names
     }
     with warnings.catch_warnings():
         # reading the pack has shown these warnings already

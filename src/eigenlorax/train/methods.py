@@ -2,20 +2,13 @@
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..core.adapter import LoRAFactors, from_factors
-from ..core.basis import Basis
 from ..core.options import suggestion
-from ..core.subspace import ModuleBases, Subspace
 from ..errors import OptionError
-from ..fitting.fit import fit
-from ..pack import manifest
 from ..pack.pack import Pack
 
 HEAD = ("classifier", "score", "modules_to_save")
@@ -105,56 +98,6 @@ def saved_bytes(model: Any) -> int:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_embedding_layers=False)
         return (Path(folder) / "adapter_model.safetensors").stat().st_size
-
-
-def random_basis(pack: Pack, *, seed: int = 0) -> Pack:
-    """Return a pack with random components, as a control for the subspace of a pack.
-
-    Args:
-        pack: Pack whose modules and numbers of components are copied.
-        seed: Seed of the random components.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    rank = max(max(bases.down.k, bases.up.k) for bases in pack.subspace.modules.values())
-
-    def random_factors(in_features: int, out_features: int) -> LoRAFactors:
-        down = torch.randn(rank, in_features, generator=generator)
-        return LoRAFactors(down, torch.randn(out_features, rank, generator=generator), 1.0)
-
-    modules = {name: random_factors(b.down.dimension, b.up.dimension) for name, b in pack.subspace.modules.items()}
-    random_pack = fit([from_factors("random", modules)], n_components=rank)
-    return _first_components(random_pack, {name: (b.down.k, b.up.k) for name, b in pack.subspace.modules.items()})
-
-
-def _first_components(pack: Pack, sizes: Mapping[str, tuple[int, int]]) -> Pack:
-    """Return a random pack with only the first components of each module.
-
-    The leading components of a random pack are as random as the others, so removing the others introduces no bias.
-
-    Args:
-        pack: Random pack.
-        sizes: Module → numbers of components (down, up).
-    """
-    modules = {
-        name: ModuleBases(_truncate_basis(bases.down, sizes[name][0]), _truncate_basis(bases.up, sizes[name][1]))
-        for name, bases in pack.subspace.modules.items()
-    }
-    subspace = Subspace(modules)
-    return Pack(
-        subspace,
-        manifest.describe(subspace),
-        {},
-        pack.fit_info,
-        base_model=pack.base_model,
-        revision=pack.revision,
-        coefficient_dtype=pack.coefficient_dtype,
-    )
-
-
-def _truncate_basis(basis: Basis, k: int) -> Basis:
-    squares = basis.singular_values.double().square()
-    # without clone() the slice keeps the whole tensor in memory
-    return replace(basis, components=basis.components[:k].clone(), energy=float(squares[:k].sum()) / basis.square)
 
 
 def _head_only(base: Any, common: CommonConfig) -> Any:

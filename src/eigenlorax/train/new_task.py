@@ -13,7 +13,8 @@ import torch
 
 from ..core.progress import Progress
 from ..pack.pack import Pack
-from . import comparison_run, methods
+from ..pack.random_pack import random_pack
+from . import comparison_run
 from .comparison_run import Recipe
 
 if TYPE_CHECKING:
@@ -82,13 +83,13 @@ def run(pack: Pack, model_folder: Path, progress: Progress) -> list[Attempt]:
 
     task = read()
     targets = sorted({name.rpartition(".")[2] for name in pack.info.modules})
-    random_pack = methods.random_basis(pack, seed=SEED)
+    control = random_pack(pack, seed=SEED)
     configs: dict[str, tuple[str, Callable[[], Any]]] = {
         "coefficients": ("coefficients", lambda: EigenLoraxConfig(subspace=pack, r=8, task_type="SEQ_CLS")),
         "core": ("coefficients", lambda: EigenLoraxConfig(subspace=pack, r=8, core=True, task_type="SEQ_CLS")),
         "coefficients, random basis": (
             "coefficients",
-            lambda: EigenLoraxConfig(subspace=random_pack, r=8, task_type="SEQ_CLS"),
+            lambda: EigenLoraxConfig(subspace=control, r=8, task_type="SEQ_CLS"),
         ),
         "LoRA r=8": ("LoRA", lambda: LoraConfig(r=8, target_modules=targets, task_type="SEQ_CLS")),
     }

@@ -278,13 +278,10 @@ def _adamw(model: Any, rate: float, head_rate: float, training_arguments: Any) -
     """Return AdamW for a LoRA and its head, with learning rates of their own."""
     import torch
 
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for name, parameter in trained if is_update(name)], "lr": rate},
-        {"params": [parameter for name, parameter in trained if not is_update(name)], "lr": head_rate},
-    ]
+    from ..tuner import lora_groups
+
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        lora_groups(model, lr=rate, head_lr=head_rate),
         betas=(training_arguments.adam_beta1, training_arguments.adam_beta2),
         eps=training_arguments.adam_epsilon,
         weight_decay=training_arguments.weight_decay,

@@ -10,7 +10,7 @@ from .config import EigenLoraxConfig  # noqa: E402
 from .convert import combine, from_lora, scaled, swap, to_lora  # noqa: E402
 from .layer import EigenLoraxLayer  # noqa: E402
 from .model import EigenLoraxModel  # noqa: E402
-from .optim import SOAP, coefficient_groups  # noqa: E402
+from .optim import SOAP, coefficient_groups, lora_groups  # noqa: E402
 from .serving import serve  # noqa: E402
 
 registration.register()
@@ -24,6 +24,7 @@ __all__ = [
     "combine",
     "from_lora",
     "lora_from_components",
+    "lora_groups",
     "scaled",
     "serve",
     "swap",

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
@@ -20,6 +22,8 @@ WIDE = 32
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 LEARNING_RATE, HEAD_LEARNING_RATE = 2e-2, 5e-3
 """Learning rates of coefficients, at the default scaling of 2, and of a head (docs/results.md)."""
+LORA_LEARNING_RATE = 6e-3
+"""Learning rate of a LoRA's factors with SOAP, at the same scaling (docs/results.md)."""
 
 
 class SOAP(Optimizer):
@@ -37,8 +41,8 @@ class SOAP(Optimizer):
 
     Args:
         params (iterable):
-            Parameters or parameter groups, as for any optimizer of torch. `coefficient_groups` returns the groups of a
-            model.
+            Parameters or parameter groups, as for any optimizer of torch. `coefficient_groups` and `lora_groups` return
+            the groups of a model.
         lr (`float`):
             The learning rate: the distance by which Adam moves each entry in the eigenbasis.
         betas (`tuple`):
@@ -143,29 +147,92 @@ def coefficient_groups(
         OptionError: The model trains no coefficients, or also trains weights of another kind of adapter, for which
             neither learning rate is suitable.
     """
+    return _adapter_groups(model, _COEFFICIENTS, lr, head_lr)
+
+
+def lora_groups(
+    model: nn.Module, *, lr: float = LORA_LEARNING_RATE, head_lr: float = HEAD_LEARNING_RATE
+) -> list[dict[str, Any]]:
+    """
+    Return parameter groups of a model with a LoRA of PEFT, for [`SOAP`] or AdamW: its factors, and all others.
+
+    A LoRA with the optimizer of the coefficients is the baseline that coefficients are compared with. `SOAP`
+    preconditions factors of layers that are at most `max_side` wide, and updates wider ones as AdamW does: pass the
+    width of the widest layer as its `max_side`. The other parameters, such as a task head, are updated by AdamW.
+
+    Args:
+        model (`nn.Module`):
+            The result of `get_peft_model` for a `LoraConfig`.
+        lr (`float`):
+            Learning rate of the factors. The default was the best of three for `SOAP`; AdamW needs about half of it
+            (docs/tuner.md).
+        head_lr (`float`):
+            Learning rate of the other parameters.
+
+    Returns:
+        `list`: The groups, without empty ones.
+
+    Raises:
+        OptionError: The model trains no LoRA, or also trains weights of another kind of adapter, for which neither
+            learning rate is suitable.
+    """
+    return _adapter_groups(model, _LORA, lr, head_lr)
+
+
+@dataclass(frozen=True, slots=True)
+class _AdapterKind:
+    """Kind of adapter that a function makes parameter groups for.
+
+    Attributes:
+        layer: Class of its layers.
+        function: Name of the function, for messages.
+        weights: What its weights are called in messages.
+        remedy: What to do for a model without such layers.
+    """
+
+    layer: type[BaseTunerLayer]
+    function: str
+    weights: str
+    remedy: str
+
+
+_COEFFICIENTS = _AdapterKind(
+    EigenLoraxLayer,
+    "coefficient_groups",
+    "coefficients",
+    "get_peft_model(model, EigenLoraxConfig(subspace=...)) makes them; for a LoRA, call lora_groups.",
+)
+_LORA = _AdapterKind(LoraLayer, "lora_groups", "LoRA factors", "get_peft_model(model, LoraConfig(...)) makes them.")
+
+
+def _adapter_groups(model: nn.Module, kind: _AdapterKind, lr: float, head_lr: float) -> list[dict[str, Any]]:
+    """Return the groups of the adapters of one kind and of all other trained parameters; errors as `lora_groups`."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     layers_by_weight = {id(weight): layer for layer in layers for weight in _adapter_weights(layer)}
-    all_coefficients = {key for key, layer in layers_by_weight.items() if isinstance(layer, EigenLoraxLayer)}
+    all_of_kind = {key for key, layer in layers_by_weight.items() if isinstance(layer, kind.layer)}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    other_weights = layers_by_weight.keys() - all_coefficients
+    other_weights = layers_by_weight.keys() - all_of_kind
     foreign = [name for name, parameter in trained.items() if id(parameter) in other_weights]
     if foreign:
-        kind = type(layers_by_weight[id(trained[foreign[0]])]).__module__.split(".")[-2]
+        other_kind = type(layers_by_weight[id(trained[foreign[0]])]).__module__.split(".")[-2]
         raise OptionError(
-            f"the model trains {len(foreign)} weights of another kind of adapter ({kind}), such as {foreign[0]}. "
-            "coefficient_groups has learning rates for coefficients and heads only. Freeze these weights "
+            f"the model trains {len(foreign)} weights of another kind of adapter ({other_kind}), such as {foreign[0]}. "
+            f"{kind.function} has learning rates for {kind.weights} and heads only. Freeze these weights "
             "(requires_grad_(False)), or pass your own groups of parameters to SOAP."
         )
-    coefficients = [parameter for parameter in trained.values() if id(parameter) in all_coefficients]
-    if not coefficients:
-        if all_coefficients:
-            why, remedy = "its coefficients are frozen", "Load the adapter with is_trainable=True, or make it active."
+    adapter_weights = [parameter for parameter in trained.values() if id(parameter) in all_of_kind]
+    if not adapter_weights:
+        if all_of_kind:
+            why, remedy = (
+                f"its {kind.weights} are frozen",
+                "Load the adapter with is_trainable=True, or make it active.",
+            )
         else:
-            why = "no layer has any"
-            remedy = "get_peft_model(model, EigenLoraxConfig(subspace=...)) makes them; other adapters need no SOAP."
-        raise OptionError(f"the {type(model).__name__} trains no coefficients: {why}. {remedy}")
-    heads = [parameter for parameter in trained.values() if id(parameter) not in all_coefficients]
-    groups = [{"params": coefficients, "lr": lr}, {"params": heads, "lr": head_lr, "max_side": 0}]
+            why, remedy = "no layer has any", kind.remedy
+        raise OptionError(f"the {type(model).__name__} trains no {kind.weights}: {why}. {remedy}")
+    heads = [parameter for parameter in trained.values() if id(parameter) not in all_of_kind]
+    # max_side=0 makes SOAP update heads as AdamW does; AdamW ignores the key
+    groups = [{"params": adapter_weights, "lr": lr}, {"params": heads, "lr": head_lr, "max_side": 0}]
     return [group for group in groups if group["params"]]
 
 
