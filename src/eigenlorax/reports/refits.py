@@ -224,11 +224,10 @@ def _crowded_refit(members: Members, options: RefitOptions, halves: tuple[list[i
     """Refit a crowded module from spectra that are computed once, without sweeps."""
     batch = members.batch
     rows = crowded.weighted(batch, members.weights, options.fit.weighting)
-    (down, *down_halves), (up, *up_halves) = (crowded.Spectrum.with_halves(side, halves) for side in rows)
-    between = [
-        Halves.of(first.vectors[:k], second.vectors[:k])
-        for (first, second), k in zip((down_halves, up_halves), options.k, strict=True)
-    ]
+    (down, *down_halves), (up, *up_halves) = (
+        crowded.Spectrum.with_halves(side, halves, k) for side, k in zip(rows, options.k, strict=True)
+    )
+    between = [Halves.of(first, second) for first, second in (down_halves, up_halves)]
     grid = [k for k in options.grid if k <= crowded.MAX_COMPONENTS]
     kept = torch.zeros(len(options.chosen), dtype=torch.float64)
     by_k = torch.full((len(options.chosen), len(options.grid)), torch.nan, dtype=torch.float64)

@@ -18,6 +18,8 @@ MANY = 256
 """Maximum number of rows for which a module is refitted, with sweeps, without each adapter."""
 MAX_COMPONENTS = 128
 """Maximum number of components at which adapters are left out of a module with many rows."""
+PARTIAL_SIZE, PARTIAL_SHARE = 320, 0.25
+"""Size of a matrix from which leading eigenvectors are computed alone, if they are at most this share of all."""
 _RELATIVE_ZERO = 1e-12
 """Maximum eigenvalue that counts as zero, relative to the largest one."""
 _ROUNDING = 1e-6
@@ -63,14 +65,15 @@ class Spectrum:
 
     @classmethod
     def with_halves(
-        cls, rows: Float[Tensor, "n r d"], halves: tuple[Sequence[int], Sequence[int]]
-    ) -> tuple["Spectrum", "Spectrum", "Spectrum"]:
-        """Decompose all rows, and the rows of two halves of the adapters, neither of which is empty."""
+        cls, rows: Float[Tensor, "n r d"], halves: tuple[Sequence[int], Sequence[int]], k: int
+    ) -> tuple["Spectrum", Float[Tensor, "_ d"], Float[Tensor, "_ d"]]:
+        """Decompose all rows, and return at most k components of each half of the adapters, neither of them empty."""
         first_rows, second_rows = (rows[list(half)] for half in halves)
         if rows.shape[0] * rows.shape[1] <= rows.shape[2]:
-            return cls.of(rows), cls.of(first_rows), cls.of(second_rows)
+            return cls.of(rows), leading_vectors(first_rows, k), leading_vectors(second_rows, k)
         first_gram, second_gram = gram(first_rows), gram(second_rows)
-        return cls.of_gram(first_gram + second_gram), cls.of_gram(first_gram), cls.of_gram(second_gram)
+        first, second = (_leading(matrix, k)[1].mT.contiguous() for matrix in (first_gram, second_gram))
+        return cls.of_gram(first_gram + second_gram), first, second
 
     def without(self, rows: Float[Tensor, "r d"], k: int) -> Float[Tensor, "k d"]:
         """Return the at most k leading components of the stack without some of its rows.
@@ -99,7 +102,25 @@ class Spectrum:
 
 
 def _descending(matrix: Float[Tensor, "s s"]) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
+    """Return all nonzero eigenvalues, descending, and their eigenvectors as columns."""
+    return _without_zeros(*torch.linalg.eigh(matrix))
+
+
+def _leading(matrix: Float[Tensor, "s s"], k: int) -> tuple[Tensor, Tensor]:
+    """Return at most k of the largest nonzero eigenvalues, descending, and their eigenvectors as columns."""
+    n = len(matrix)
+    if n < PARTIAL_SIZE or not 0 < k <= PARTIAL_SHARE * n:
+        values, vectors = _descending(matrix)
+        return values[:k], vectors[:, :k]
+    from scipy.linalg import eigh
+
+    # torch computes all eigenvectors, which takes twice the time
+    values, vectors = eigh(matrix.numpy(), subset_by_index=(n - k, n - 1), driver="evr", check_finite=False)
+    return _without_zeros(torch.from_numpy(values), torch.from_numpy(vectors))
+
+
+def _without_zeros(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the nonzero ones of ascending eigenvalues, descending, and their eigenvectors."""
     nonzero = values > _RELATIVE_ZERO * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
     return values[nonzero].flip(0), vectors[:, nonzero].flip(1)
 
@@ -140,9 +161,9 @@ def leading_vectors(rows: Float[Tensor, "n r d"], k: int) -> Float[Tensor, "k d"
     """Return at most k leading vectors of `Spectrum.of`, without computing the others."""
     flat = rows.flatten(0, 1)
     if flat.shape[0] > flat.shape[1]:
-        return _descending(gram(rows))[1][:, :k].mT.contiguous()
-    values, vectors = _descending(flat @ flat.mT)
-    return orthonormal_rows((vectors[:, :k] / values[:k].sqrt()).mT @ flat)
+        return _leading(gram(rows), k)[1].mT.contiguous()
+    values, vectors = _leading(flat @ flat.mT, k)
+    return orthonormal_rows((vectors / values.sqrt()).mT @ flat)
 
 
 def gram(rows: Float[Tensor, "n r d"]) -> Float[Tensor, "d d"]:
