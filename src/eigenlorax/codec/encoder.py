@@ -320,11 +320,17 @@ class CollectionEncoder:
 
 def split_into_clusters(whole: CollectionEncoder, error: float) -> CollectionEncoder:
     """Return the collection in as many clusters as take fewest bytes, by estimate, with this error bound."""
+    groups = best_groups(whole, error)
+    return whole if groups is None else whole.in_clusters(whole.survey.step_sizes.tolist(), groups)
+
+
+def best_groups(whole: CollectionEncoder, error: float) -> list[int] | None:
+    """Return the cluster of each adapter for `split_into_clusters`; None if one cluster is best."""
     n = len(whole.norms)
     # similarities of different modules add up only if all adapters have trained them
     compared = [module for module in whole.modules if len(module.sources) == n]
     if n < 2 * clusters.MIN_GROUP or not compared:
-        return whole
+        return None
     sampled = clusters.sample_adapters(n)
     # a few modules, evenly spaced over the depth of the model, tell groups apart
     calls = [
@@ -336,7 +342,7 @@ def split_into_clusters(whole: CollectionEncoder, error: float) -> CollectionEnc
         similarity += module_similarity
     candidates = clusters.candidate_groupings(similarity, sampled)
     if not candidates:
-        return whole
+        return None
     # clusters are compared by estimates alone; three step sizes around the planned one are enough to compare groupings
     grid = whole.survey.step_sizes
     middle = int(np.abs(np.log(grid) - np.log(whole.survey.plan(error).step_sizes).mean()).argmin())
@@ -350,9 +356,7 @@ def split_into_clusters(whole: CollectionEncoder, error: float) -> CollectionEnc
     for groups in candidates:
         if (bits := estimated_bits(groups)) < limit:
             best, limit = groups, MIN_SAVING * bits
-    if best is None:
-        return whole
-    return whole.in_clusters(grid.tolist(), best)
+    return best
 
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:

@@ -1,5 +1,6 @@
 """Quantisation step sizes of adapters: the grid that is surveyed, and the search for those that meet an error bound."""
 
+import bisect
 import math
 from collections.abc import Callable
 
@@ -106,14 +107,29 @@ def step_size_grid(error: float, numbers: int) -> list[float]:
         error: The error bound.
         numbers: Number of elements of an adapter's factors, at most.
     """
-    # a rounding error is about 0.1 of the squared step size: 1/12, and the dead zone's
-    smallest, largest = error / math.sqrt(0.1 * numbers) / 3, min(3 * error, SURVEY_RANGE[1])
-    return _log_spaced(smallest, largest)
+    return _log_spaced(_smallest_step_size(error, numbers), min(3 * error, SURVEY_RANGE[1]))
 
 
 def wide_step_size_grid() -> list[float]:
     """Return step sizes to survey for errors of every size, an octave apart."""
     return _log_spaced(*SURVEY_RANGE)
+
+
+def upper_step_size_grid(error: float, numbers: int) -> list[float]:
+    """Return those step sizes of `wide_step_size_grid` that an error of at least `error` needs.
+
+    Args:
+        error: The smallest error bound.
+        numbers: Number of elements of an adapter's factors, at most.
+    """
+    wide, smallest = wide_step_size_grid(), _smallest_step_size(error, numbers)
+    # an error is interpolated between two step sizes: the next smaller one belongs to them
+    return wide[max(bisect.bisect_right(wide, smallest) - 1, 0) :]
+
+
+def _smallest_step_size(error: float, numbers: int) -> float:
+    # a rounding error is about 0.1 of the squared step size: 1/12, and the dead zone's
+    return error / math.sqrt(0.1 * numbers) / 3
 
 
 def _log_spaced(smallest: float, largest: float) -> list[float]:

@@ -1,5 +1,6 @@
 """Bytes that the codec would take for other error bounds, estimated from a survey of some modules."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -8,7 +9,7 @@ from ...codec import encoder
 from ...codec.encoder import CollectionEncoder, RatePoint
 from ...codec.module_updates import ModuleUpdates, UpdateSource
 from ...codec.stage_runner import StageRunner
-from ...codec.step_sizes import wide_step_size_grid
+from ...codec.step_sizes import upper_step_size_grid
 from ...core.batch import delta_squares, pad_factors
 from ...core.progress import Progress
 from ...pack.packed_adapter import PackedAdapter
@@ -67,29 +68,45 @@ def rate_points(
         progress("estimating the codec's bytes", done, total)
 
     norms = torch.tensor(list(squares.values()), dtype=torch.float64).sqrt()
-    whole = CollectionEncoder(modules, norms, wide_step_size_grid(), StageRunner.of(surveyed), error=min(errors))
+    numbers = _numbers(originals, trained)
+    grid = upper_step_size_grid(min(errors), numbers)
+    whole = CollectionEncoder(modules, norms, grid, StageRunner.of(surveyed), error=min(errors))
     if len(modules) <= COMPARED_MODULES:
         return encoder.split_into_clusters(whole, CLUSTERED_AT).frontier(errors)
-    groups = _groups(modules, len(squares), surveyed)
-    clustered = whole
-    if len(set(groups)) > 1:
-        clustered = whole.in_clusters(wide_step_size_grid(), groups)
-    return clustered.frontier(errors)
+    groups = _groups(modules, len(squares), numbers, whole.runner)
+    return (whole if groups is None else whole.in_clusters(grid, groups)).frontier(errors)
 
 
-def _groups(modules: Sequence[ModuleUpdates], n: int, surveyed: Progress) -> list[int]:
-    """Return the cluster of each of n adapters, chosen by the bytes of a few modules that all of them have trained."""
+def _numbers(originals: Originals, trained: Mapping[str, Mapping[str, str]]) -> int:
+    """Return the largest number of elements of an adapter's factors in the surveyed modules."""
+    numbers = Counter[str]()
+    for members in trained.values():
+        for name, own in members.items():
+            numbers[name] += originals.adapters[name].specs[own].numbers
+    return max(numbers.values())
+
+
+def _groups(modules: Sequence[ModuleUpdates], n: int, numbers: int, runner: StageRunner) -> list[int] | None:
+    """Return the cluster of each of n adapters, chosen by the bytes of a few modules that all of them have trained.
+
+    Args:
+        modules: Updates of all modules.
+        n: Number of adapters.
+        numbers: Number of elements of an adapter's factors, at most.
+        runner: Runner of the stages, which holds the singular components of the modules.
+    """
     common = [module for module in modules if len(module.sources) == n]
     count = min(len(common), COMPARED_MODULES)
     chosen = [common[index * len(common) // count] for index in range(count)]
     if not chosen:
-        return [0] * n
+        return None
     squares = torch.zeros(n, dtype=torch.float64)
     for module in chosen:
         factors = [source.read() for source in module.sources]
         squares[module.indices] += delta_squares(pad_factors(factors, *reversed(module.shape)))
-    few = CollectionEncoder(chosen, squares.sqrt(), wide_step_size_grid(), StageRunner.of(surveyed), error=CLUSTERED_AT)
-    return encoder.split_into_clusters(few, CLUSTERED_AT).groups
+    grid = upper_step_size_grid(CLUSTERED_AT, numbers)
+    few = CollectionEncoder(chosen, squares.sqrt(), grid, runner, error=CLUSTERED_AT)
+    return encoder.best_groups(few, CLUSTERED_AT)
 
 
 def _source(index: int, originals: Originals, name: str, own: str) -> UpdateSource:
