@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from eigenlorax.codec.step_sizes import search_step_sizes
+from coded_collections import of_ranks, shared
+from eigenlorax.codec.encoder import CollectionEncoder
+from eigenlorax.codec.module_updates import ModuleUpdates, UpdateSource
+from eigenlorax.codec.stage_runner import StageRunner
+from eigenlorax.codec.step_sizes import search_step_sizes, upper_step_size_grid, wide_step_size_grid
 from eigenlorax.errors import OptionError
 
 
@@ -26,3 +30,34 @@ def test_an_error_bound_that_no_step_size_meets_is_refused():
     start = torch.ones(2, dtype=torch.float64)
     with pytest.raises(OptionError, match="32 bits"):
         search_step_sizes(lambda step_sizes, needed: torch.full_like(step_sizes, 0.6), start, 0.6 * start, 0.5)
+
+
+@pytest.mark.parametrize("make", [lambda: shared(4), lambda: of_ranks([1, 3, 2])], ids=["shared", "of other ranks"])
+def test_estimates_do_not_depend_on_step_sizes_below_those_of_the_errors(make):
+    adapters = make()
+    modules = [
+        ModuleUpdates(
+            name,
+            (factors.up.shape[0], factors.down.shape[1]),
+            tuple(
+                UpdateSource(index, lambda adapter=adapter, name=name: adapter.modules[name])
+                for index, adapter in enumerate(adapters)
+            ),
+        )
+        for name, factors in adapters[0].modules.items()
+    ]
+    squares = [
+        sum(float((f.scaling * f.up.double() @ f.down.double()).square().sum()) for f in adapter.modules.values())
+        for adapter in adapters
+    ]
+    norms = torch.tensor(squares, dtype=torch.float64).sqrt()
+    numbers = max(sum(f.up.numel() + f.down.numel() for f in adapter.modules.values()) for adapter in adapters)
+    errors = [0.02, 0.1, 0.5]
+    upper, wide = upper_step_size_grid(errors[0], numbers), wide_step_size_grid()
+    assert upper == wide[len(wide) - len(upper) :]
+    assert len(upper) < len(wide)
+    estimates = [
+        CollectionEncoder(modules, norms, grid, StageRunner.of(lambda *_: None), error=errors[0]).frontier(errors)
+        for grid in (upper, wide)
+    ]
+    assert estimates[0] == estimates[1]

@@ -15,7 +15,7 @@ from ...core.basis import component_rule
 from ...core.batch import ModuleBatch
 from ...core.exact_fit import ExactFit
 from ...core.fit_options import FitOptions
-from .losses import kept, kept_by_k
+from .losses import captured_by_k, kept
 from .spectra import Weighted
 
 
@@ -63,7 +63,7 @@ def left_out(
             nothing,
         )
     whole = ExactFit.stack(*members, options)
-    fitted, by_k, sizes, max_components = [], [], [], []
+    fitted, projected, sizes, max_components = [], [], [], []
     for index in chosen:
         others = whole.without(index)
         largest = max(grid[-1], *(k or (0, 0)), options.n_components or 0)
@@ -73,7 +73,14 @@ def left_out(
         bases = others.fit(first, size)
         alone = batch.select([index])
         fitted.append(kept(alone, bases.down.components, bases.up.components))
-        by_k.append(kept_by_k(alone, first[0].components(), first[1].components(), grid))
+        projected.append((alone.down @ first[0].components().mT, alone.up @ first[1].components().mT))
         sizes.append((bases.down.k, bases.up.k))
         max_components.append((first[0].k, first[1].k))
-    return Kept(torch.cat(fitted), torch.cat(by_k), sizes, max_components)
+    down, up = (_concatenated(side) for side in zip(*projected, strict=True))
+    return Kept(torch.cat(fitted), captured_by_k(down, up, grid), sizes, max_components)
+
+
+def _concatenated(projected: Sequence[Float[Tensor, "1 r _"]]) -> Float[Tensor, "s r k"]:
+    """Concatenate rows that are projected on different numbers of components; missing coordinates become 0."""
+    width = max(rows.shape[2] for rows in projected)
+    return torch.cat([torch.nn.functional.pad(rows, (0, width - rows.shape[2])) for rows in projected])

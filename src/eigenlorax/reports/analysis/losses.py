@@ -150,17 +150,21 @@ def rounded_rows(rows: Float[Tensor, "n r d"], bits: int) -> Float[Tensor, "n r 
     n_codes = 2 ** (bits - 1)
     shift = 0.5 if bits == 2 else 0.0
     full_scale = -blocks.gather(3, blocks.abs().argmax(3, keepdim=True)) / (n_codes - shift)
-    best, best_error = torch.zeros_like(blocks), blocks.square().sum(3, keepdim=True)
+    scale, squared_error = torch.zeros_like(full_scale), blocks.square().sum(3, keepdim=True)
     for clip in _CLIPS.get(bits, (1.0,)):
-        scale = (clip * full_scale).to(torch.float16).to(rows.dtype)
-        codes = (
-            (blocks / scale.where(scale != 0, torch.ones_like(scale)) - shift).round_().clamp_(-n_codes, n_codes - 1)
-        )
-        candidate = (codes + shift) * scale
-        error = (candidate - blocks).square().sum(3, keepdim=True)
-        best, best_error = torch.where(error < best_error, candidate, best), torch.minimum(error, best_error)
-    reconstructed: Tensor = best.reshape(n, r, -1)[:, :, :d] * size
+        clipped = (clip * full_scale).to(torch.float16).to(rows.dtype)
+        clipped_error = _on_scale(blocks, clipped, shift, n_codes).sub_(blocks).square_().sum(3, keepdim=True)
+        scale = torch.where(clipped_error < squared_error, clipped, scale)
+        squared_error = torch.minimum(clipped_error, squared_error)
+    reconstructed: Tensor = _on_scale(blocks, scale, shift, n_codes).reshape(n, r, -1)[:, :, :d] * size
     return reconstructed
+
+
+def _on_scale(blocks: Tensor, scale: Tensor, shift: float, n_codes: int) -> Tensor:
+    """Return blocks rounded to the integers from -n_codes to n_codes - 1, shifted, times their scale."""
+    # in place: blocks are the largest tensors here
+    codes = (blocks / scale.where(scale != 0, torch.ones_like(scale))).sub_(shift).round_()
+    return codes.clamp_(-n_codes, n_codes - 1).add_(shift).mul_(scale)
 
 
 def rounded_bytes(rank: int, n_out: int, n_in: int, bits: int) -> int:
