@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from .convolution import Convolution, convolve
+from .half_products import add_product_by_blocks, is_by_blocks, project_by_blocks
 from .int8_rows import BasisRows, as_float
 from .row_groups import RowGroups
 
@@ -220,7 +221,7 @@ def add_update(
         convolution,
     )
     if residual_update is not None:
-        output = _add_scaled(output, residual_update, coefficients.scaling, in_place, convolution)
+        output = add_scaled(output, residual_update, coefficients.scaling, in_place, convolution)
     return add_product(output, hidden, as_float(bases.up, dtype), coefficients.scaling, in_place, convolution)
 
 
@@ -278,18 +279,18 @@ def add_grouped_update(
     if in_place and convolution is None and output.dtype == dtype:
         groups.add_product(output.view(groups.rows, per_row, output.shape[-1]), hidden, folded, coefficients.scaling)
         return output
-    return _add_scaled(output, groups.multiply(hidden, folded), coefficients.scaling, in_place, convolution)
+    return add_scaled(output, groups.multiply(hidden, folded), coefficients.scaling, in_place, convolution)
 
 
 def project(x: Tensor, rows: Tensor, convolution: Convolution | None = None) -> Tensor:
-    """Multiply the input of a layer by rows (m, in) in place of the layer's weight: (…, in) → (…, m).
+    """Multiply the input of a layer by frozen rows (m, in), in their dtype: (…, in) → (…, m).
 
     The positions of images (n, channels, …) become one dimension: (n, positions, m).
     """
     if convolution is None:
-        return linear(x, rows)
+        return project_by_blocks(x, rows) if is_by_blocks(x, rows.dtype) else linear(x.to(rows.dtype), rows)
     # the negative index also holds for a single image without a batch dimension
-    return convolve(convolution, x, rows).flatten(-len(convolution.kernel_size)).mT
+    return convolve(convolution, x.to(rows.dtype), rows).flatten(-len(convolution.kernel_size)).mT
 
 
 def apply_coefficients(
@@ -360,7 +361,7 @@ def _add_residuals(
                 update[rows].flatten(0, 1).addmm_(*factors, alpha=residual.scaling)
             else:
                 update[rows] += (residual.scaling * torch.mm(*factors)).view(len(part), *shape[1:])
-    return output if writes_output else _add_scaled(output, update, coefficients.scaling, in_place, convolution)
+    return output if writes_output else add_scaled(output, update, coefficients.scaling, in_place, convolution)
 
 
 def in_output_shape(update: Tensor, shape: torch.Size, convolution: Convolution | None) -> Tensor:
@@ -371,13 +372,12 @@ def in_output_shape(update: Tensor, shape: torch.Size, convolution: Convolution 
     return update.reshape(*shape[: -len(convolution.kernel_size) - 1], -1, channels).mT.reshape(shape)
 
 
-def _add_scaled(
-    output: Tensor, update: Tensor, scaling: float, in_place: bool, convolution: Convolution | None
+def add_scaled(
+    output: Tensor, update: Tensor, scaling: float, in_place: bool = False, convolution: Convolution | None = None
 ) -> Tensor:
-    """Return `output` + scaling · update, in the dtype of the output."""
-    update = in_output_shape(update, output.shape, convolution)
-    update = (update if scaling == 1 else update * scaling).to(output.dtype)
-    return output.add_(update) if in_place and convolution is None else output + update
+    """Return `output` + scaling · update, rounded once to the dtype of the output."""
+    update = in_output_shape(update if scaling == 1 else update * scaling, output.shape, convolution)
+    return output.add_(update) if in_place and convolution is None else (output + update).to(output.dtype)
 
 
 def add_product(
@@ -388,9 +388,11 @@ def add_product(
     in_place: bool = False,
     convolution: Convolution | None = None,
 ) -> Tensor:
-    """Return `output` (…, out) + scaling · hidden (…, k) @ basis (k, out), in the dtype of the output."""
+    """Return `output` (…, out) + scaling · hidden (…, k) @ frozen basis (k, out), in the dtype of the output."""
+    if convolution is None and not in_place and is_by_blocks(output, hidden.dtype):
+        return add_product_by_blocks(output, hidden if scaling == 1 else hidden * scaling, basis)
     if convolution is not None or output.dtype != hidden.dtype:
-        return _add_scaled(output, hidden @ basis, scaling, in_place, convolution)
+        return add_scaled(output, hidden @ basis, scaling, in_place, convolution)
     # addmm multiplies and adds in one pass over the output. It takes matrices of one dtype
     hidden = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     flat = output.view(-1, output.shape[-1]) if in_place else output.reshape(-1, output.shape[-1])

@@ -22,6 +22,8 @@ from ..core.layer_update import (
     LayerCoefficients,
     LayerResidual,
     add_grouped_update,
+    add_product,
+    add_scaled,
     apply_coefficients,
     in_output_shape,
     project,
@@ -126,15 +128,13 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or (adapter_names is None and self.merged):
             return result
-        dtype = result.dtype
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return self._add_mixed(result, x, adapter_names)
         for adapters in self._adapters_by_bases():
-            update = self._update(adapters, x)
-            result = result + in_output_shape(update, result.shape, self._convolution)
-        return result.to(dtype)
+            result = self._add_update(result, x, adapters)
+        return result
 
     def _serve(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the output from the blended cores.
@@ -177,23 +177,23 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
             return self.eigenlorax_dropout[adapter]
         return _NO_DROPOUT
 
-    def _update(self, adapters: Sequence[str], x: Tensor) -> Tensor:
-        """Return the sum of the updates of adapters that share their bases, (…, out) with one row per position."""
+    def _add_update(self, output: Tensor, x: Tensor, adapters: Sequence[str]) -> Tensor:
+        """Add the updates of adapters that share their bases to the output of the layer."""
         down_basis, up_basis = self.bases_of(adapters[0])
-        x = self._cast_input_dtype(self._dropout(adapters[0])(x), self.factors_of(adapters[0])[0].dtype)
-        projected = project(x, down_basis.to(x.dtype), self._convolution)
-        in_basis, outside_basis = [], []
+        x = self._dropout(adapters[0])(x)
+        dtype = self.factors_of(adapters[0])[0].dtype if self.cast_input_dtype_enabled else x.dtype
+        projected = project(x, down_basis.to(dtype), self._convolution)
+        in_basis = []
         for adapter in adapters:
-            residual = LayerResidual(*self._residuals_in(x.dtype, adapter))
+            residual = LayerResidual(*self._residuals_in(dtype, adapter))
             hidden, residual_update = apply_coefficients(
                 projected, x, self.factors_of(adapter), residual, self._convolution
             )
             in_basis.append(hidden * self.scaling[adapter])
             if residual_update is not None:
-                outside_basis.append(residual_update * self.scaling[adapter])
+                output = add_scaled(output, residual_update, self.scaling[adapter], convolution=self._convolution)
         total = sum(in_basis[1:], start=in_basis[0])
-        update = linear(total, up_basis.mT.to(total.dtype))
-        return sum(outside_basis, start=update)
+        return add_product(output, total, up_basis.to(total.dtype), convolution=self._convolution)
 
     def _residuals_in(self, dtype: torch.dtype, adapter: str) -> tuple[Tensor | None, Tensor | None]:
         down, up = self.residuals_of(adapter)
