@@ -26,11 +26,11 @@ from collection import Shape, make_up
 from methods import METHODS, is_here, versions
 
 from eigenlorax.cli import env
+from eigenlorax.train import demo
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULT = HERE / "results" / "run.json"
-ADAPTERS = Path("src/eigenlorax/tasks/demo_data/adapters")
 SEED = 20261124
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -71,7 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--adapters",
         type=Path,
-        default=ROOT / ADAPTERS,
+        default=demo.data() / "adapters",
         help="real ones, for the section `errors` (default: the demo's)",
     )
     return parser.parse_args()

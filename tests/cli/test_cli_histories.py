@@ -17,6 +17,7 @@ from eigenlorax.errors import PackBusyError
 from eigenlorax.pack import track as tracking
 from outcomes import assert_refused, assert_usage_error, contents, json_of, succeeded
 from runs import WEIGHTS, make_run, write_states
+from users import make_users
 
 STEPS = (10, 20, 30, 40)
 
@@ -249,6 +250,15 @@ class TestLog:
         assert rows[-1][2] == "0.0000"
         assert rows[1][-2:] == ["0.45", "0.5"]
 
+    def test_members_of_a_population_are_compared_with_the_common_adapter(self, cli, tmp_path):
+        common, members = make_users(tmp_path, ["ann", "bob"])
+        ex.fit(members, reference=common).save(tmp_path / "pack")
+        out = succeeded(cli("log", tmp_path / "pack")).out
+        assert "to common" in out
+        assert not re.search("to previous|to latest", out)
+        entries = json_of(cli("log", tmp_path / "pack", "--json"))["histories"]["members"]
+        assert [entry["to_latest"] for entry in entries] == [None] * 3
+
     def test_the_json_has_all_figures(self, cli, folder):
         document = json_of(cli("log", folder / "history", "run", "--json"))
         pack = ex.Pack.open(folder / "history")
@@ -425,6 +435,8 @@ class TestOtherVerbs:
         out = succeeded(cli("remove", folder / "history", "run@20", "run@latest")).out
         assert ["versions", "of", "run", "left", "2"] in lines(out, ("versions",))
         assert lines(out, ("removed",)) == [["removed", "run@20,", "run@40"]]
+        # there are no adapters beside the history
+        assert "adapters left" not in out
         assert ex.Pack.open(folder / "history").histories["run"].labels == ["10", "30"]
         before = contents(folder / "history")
         assert_refused(cli("remove", folder / "history", "run@20"), 3, "no version '20' in the history 'run'")

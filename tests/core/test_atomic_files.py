@@ -315,6 +315,13 @@ class TestLock:
         other()
         assert len(failed) == 1
 
+    def test_an_error_names_the_folder(self, tmp_path):
+        folder = tmp_path / "folder"
+        folder.write_bytes(b"a file")
+        with pytest.raises(NotADirectoryError) as caught, atomic_files.lock(folder / ".lock", 0.1):
+            pass
+        assert caught.value.filename == str(folder)
+
     @needs_fork
     def test_one_that_is_killed_holds_it_no_more(self, tmp_path):
         def die():

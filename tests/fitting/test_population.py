@@ -10,6 +10,7 @@ import torch
 
 import eigenlorax as ex
 import reference
+from adapters import make_adapter
 from eigenlorax.errors import AdapterNameError, OptionError, PackDamagedError, ShapeError
 from eigenlorax.pack import history_figures
 from eigenlorax.pack.bundles import bundle
@@ -95,6 +96,17 @@ class TestMembers:
         # it has no change to be relative to
         assert history_figures.figures(history).worst_change_error == history["ann"].change_error
 
+    def test_that_were_not_trained_from_the_common_adapter_have_a_note(self, users, tmp_path):
+        common, members = users
+        apart = make_adapter(tmp_path / "eve", seed=9, head=(2, 31))
+        assert ex.fit(members, reference=common).notes == []
+        pack = ex.fit({**members, "eve": apart}, reference=common)
+        exact, shared = updates(ex.read_adapter(apart)), updates(pack["members@common"])
+        share = max(1 - float(np.sum((exact - shared) ** 2) / np.sum(exact**2)), 0.0)
+        assert share < 0.5
+        (note,) = pack.notes
+        assert f"less than half of the squared norm of 1 of 5 adapters: eve ({share:.2f})." in note
+
     def test_do_not_depend_on_the_order_of_arguments(self, users, pack, tmp_path):
         common, members = users
         again = ex.fit(dict(reversed(members.items())), reference=common).save(tmp_path / "again")
@@ -142,7 +154,7 @@ class TestMembers:
     def test_of_another_shape_are_refused(self, users, tmp_path):
         common, _ = users
         (other,) = make_run(tmp_path / "run", [1], seed=3, modules={"encoder.layer.0.key": (31, 37)})
-        with pytest.raises(ShapeError, match="unlike version members@common"):
+        with pytest.raises(ShapeError, match=r"unlike version members@common .* It was not trained from this common"):
             ex.fit({"eve": other}, reference=common)
 
     @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from eigenlorax.errors import (
     AdapterNameError,
     BaseModelError,
     NonFiniteError,
+    NothingSharedWarning,
     OptionError,
     PackBusyError,
     PackDamagedError,
@@ -351,6 +352,12 @@ class TestWhatIsRefused:
         with pytest.raises(BaseModelError, match="different base models: adapter 'run@60' has 'org/other'"):
             runs.append(other, lossless=True)
         assert runs.append(other, same_base=True, lossless=True).version == "60"
+
+    def test_another_model_under_the_same_name_is_noticed(self, runs, tmp_path):
+        modules = {"decoder.0.q": (17, 11), "decoder.1.q": (13, 23)}
+        other = make_run(tmp_path / "other", [60], base="org/other", modules=modules)[0]
+        with pytest.warns(NothingSharedWarning, match="'decoder.0.q', has no module in common with the pack, with"):
+            runs.append(other, name="other", same_base=True)
 
     def test_no_base_model_is_that_of_the_pack(self, runs, tmp_path):
         with pytest.warns(UnknownBaseWarning, match="no base model is stated by adapter 'run@60'"):

@@ -7,7 +7,7 @@ import pytest
 
 import eigenlorax as ex
 from adapters import change_tensors, make_adapter
-from eigenlorax.errors import AdapterNameError, FormatError, PackBusyError
+from eigenlorax.errors import AdapterNameError, FormatError, PackBusyError, PackDamagedError
 from eigenlorax.pack import track as tracking
 from outcomes import contents
 from runs import WEIGHTS, make_run, write_states
@@ -144,3 +144,26 @@ def test_the_name_is_that_of_the_folder_if_it_is_valid(run, tmp_path, monkeypatc
     assert ex.track(".", tmp_path / "history").name == "run"
     odd = run.rename(tmp_path / "my run")
     assert ex.track(odd, tmp_path / "history").name == "adapter"
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_version_that_was_damaged_is_an_error_until_it_is_replaced(run, tmp_path, lossless):
+    history = tmp_path / "history"
+    ex.track(run, history, lossless=lossless)
+    intact = contents(history)
+    record = ex.Pack.open(history).histories["run"]["20"]
+    (history / record.file).write_bytes((history / record.file).read_bytes()[:-1] + b"x")
+    with pytest.raises(PackDamagedError, match=r"was changed after it was written.*overwrite=True"):
+        ex.track(run, history, lossless=lossless)
+    tracked = ex.track(run, history, lossless=lossless, overwrite=True)
+    assert [version.step for version in tracked.appended] == [20, 30]
+    assert contents(history) == intact
+
+
+def test_what_was_tracked_is_one_line(run, tmp_path):
+    tracked = ex.track(run, tmp_path / "history")
+    assert str(tracked) == "history 'run': 3 appended; the run is finished"
+    with ex.Pack.edit(tmp_path / "history") as pack:
+        pack.remove("run@10")
+    again = ex.track(run, tmp_path / "history")
+    assert str(again) == "history 'run': 0 appended, 1 earlier; the run is finished"

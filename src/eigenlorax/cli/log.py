@@ -61,15 +61,22 @@ def log(
         console.print_json({"pack": pack, "histories": histories})
         return
     for history, entries in logs.items():
-        _print_log(f"history {history} in {pack}", entries, metric or [])
+        is_population = opened.histories[history].is_population
+        _print_log(f"history {history} in {pack}", entries, metric or [], is_population=is_population)
 
 
-def _print_log(title: str, entries: list["LogEntry"], metrics: list[str]) -> None:
+def _print_log(title: str, entries: list["LogEntry"], metrics: list[str], *, is_population: bool) -> None:
     records = [entry.record for entry in entries]
+    changes = [version_rows.distance(record.change) for record in records]
+    # the members of a population are in the order of their names
+    distances = (
+        {"to common": changes}
+        if is_population
+        else {"to previous": changes, "to latest": [version_rows.distance(entry.to_latest) for entry in entries]}
+    )
     columns = {
         "version": [record.version for record in records],
-        "to previous": [version_rows.distance(record.change) for record in records],
-        "to latest": [version_rows.distance(entry.to_latest) for entry in entries],
+        **distances,
         "bytes": [f"{record.file_bytes:,}" for record in records],
         "delta error": [version_rows.error(record) for record in records],
         **version_rows.metric_columns(records, metrics),

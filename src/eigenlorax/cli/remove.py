@@ -39,9 +39,12 @@ def remove(
         histories = {"histories": versions} if versions else {}
         console.print_json({"pack": str(pack), "removed": removed, "left": opened.names, **histories})
     else:
-        rows = [("removed", ", ".join(removed)), ("left", str(len(opened.names)))]
-        left = [(f"versions of {name} left", str(count)) for name, count in versions.items()]
-        console.print_rows(f"pack {pack}", [*rows, *left])
+        rows = [("removed", ", ".join(removed))]
+        # a pack of histories alone has no adapters to count
+        if opened.names or not versions:
+            rows.append(("adapters left", str(len(opened.names))))
+        rows += [(f"versions of {name} left", str(count)) for name, count in versions.items()]
+        console.print_rows(f"pack {pack}", rows)
 
 
 def _own_name(pack: "Pack", name: str) -> str:

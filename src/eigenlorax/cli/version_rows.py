@@ -89,7 +89,7 @@ def print_histories(histories: Mapping[str, "HistoryFigures"], files: "FileBytes
         "latest": [each.latest for each in histories.values()],
         "LoRA bytes": [_of(each.lora_bytes, each.source_lora_bytes) for each in histories.values()],
         "other bytes": [_of(each.tensor_bytes, each.source_tensor_bytes) for each in histories.values()],
-        "files of sources": [
+        "all bytes (÷ source files)": [
             "unknown" if each.source_file_bytes is None else _of(each.bytes, each.source_file_bytes)
             for each in histories.values()
         ],

@@ -303,16 +303,26 @@ def lock(path: Path, timeout: float) -> Iterator[None]:
     Raises:
         PackBusyError: Another process holds the lock for longer than `timeout`.
         PackExistsError: `path` is not a lock file.
+        OSError: The folder of the lock file cannot be written to.
     """
-    _check_lock(path)
+    held = filelock.FileLock(path, timeout=timeout, is_singleton=True)
     try:
-        with filelock.FileLock(path, timeout=timeout, is_singleton=True):
-            yield
+        _check_lock(path)
+        held.acquire()
     except filelock.Timeout as error:
         raise PackBusyError(
             f"another process is writing to {path.parent}: its lock was held for more than {timeout:g} s. "
             "Nothing was changed; run the command again when that process is done."
         ) from error
+    except PackExistsError:
+        raise
+    except OSError as error:
+        # a user knows the folder, and not the lock file
+        raise type(error)(error.errno, error.strerror, str(path.parent)) from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def _check_lock(path: Path) -> None:

@@ -10,6 +10,7 @@ from ..errors import AdapterNameError, OptionError
 from ..formats import checks, sources
 from ..formats.sources import AdapterSource, Source, Sources
 from ..pack.bundles import bundle
+from ..pack.history import History, VersionRecord
 from ..pack.pack import Pack
 from .collection import NONE_LEFT
 from .options import ReadOptions
@@ -22,6 +23,12 @@ COMMON_ERROR = 0.002
 Closer, it is larger and the members are not smaller: the common adapter of the writers in docs/results.md has 35,348
 bytes in 16 bits, 25,164 at 0.0005 and 20,200 at 0.002, and the first eight users 4,626 and 4,623 bytes on average at an
 error of 0.2 of their change. If it is stored exactly, there are no whole numbers that predict those of a member."""
+
+
+LITTLE_EXPLAINED = 0.5
+"""Share of a member's squared norm below which a note says that the common adapter explains little of it."""
+MAX_LISTED = 5
+"""Maximum number of members that a note names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +94,36 @@ def fit_population(
         progress("encoding adapters", done, len(chosen))
         pack.append(source.source, name, reference=keys.COMMON, **sizes, **reading)
     progress("encoding adapters", len(chosen), len(chosen))
+    pack.notes.extend(_notes(pack.histories[members.name]))
     store = pack.history_store
     store.histories[members.name] = bundle(store, store.histories[members.name], chosen)
     return pack
+
+
+def _notes(history: History) -> list[str]:
+    """Return a note that names the members of which the common adapter explains little."""
+    shares = {record.version: _explained(record) for record in history.versions[1:]}
+    apart = {name: share for name, share in shares.items() if share < LITTLE_EXPLAINED}
+    if not apart:
+        return []
+    listed = [f"{name} ({share:.2f})" for name, share in sorted(apart.items(), key=lambda pair: pair[1])]
+    more = ", …" if len(listed) > MAX_LISTED else ""
+    return [
+        f"The common adapter explains less than half of the squared norm of {len(apart)} of {len(shares)} adapters: "
+        f"{', '.join(listed[:MAX_LISTED])}{more}. If they were not trained from it, fit them in a pack of "
+        "their own, and leave them out here (exclude_adapters, --exclude-adapter)."
+    ]
+
+
+def _explained(record: VersionRecord) -> float:
+    """Return 1 − ‖D − C‖² / ‖D‖² of a member D and the common adapter C, at least 0."""
+    if record.change_error is None:
+        # a member that does not refer to the common adapter: relative to ‖C‖ instead
+        return max(1 - (record.change or 0.0) ** 2, 0.0)
+    if not record.change_error:
+        return 1.0
+    # both are errors of the same update, ‖D − D̂‖ relative to ‖D‖ and to ‖D − C‖
+    return max(1 - (record.delta_error / record.change_error) ** 2, 0.0)
 
 
 def _choose(found: list[AdapterSource], options: ReadOptions) -> dict[str, AdapterSource]:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..codec.versions.version import DecodedVersion, EncodedVersion, Version
 from ..core import atomic_files, keys, metrics
 from ..core.adapter import Adapter, LoRAFactors
 from ..core.options import format_value, to_float, to_int
-from ..errors import AdapterNameError, OptionError, ShapeError
+from ..errors import AdapterNameError, NothingSharedWarning, OptionError, ShapeError
 from ..formats import checks, in_memory, lora_config, run_folders, sources
 from ..formats.checks import StatedBase
 from ..formats.sources import AdapterSource, Source
@@ -202,6 +203,8 @@ def append(source: AdapterSource, name: str, pack: PackContents, options: Versio
         # a decoded version computes its factors at each access
         previous = dict(decoded.modules)
         _check_same_shapes(adapter, previous, decoded.tensors, history.full_name(compared))
+    elif options.same_base:
+        _warn_if_apart(adapter, pack)
     scan = checks.scan(adapter)
     offered = chosen or offered_reference(history, lossless=options.lossless)
     reference = store.decode(history, offered) if offered is not None else None
@@ -270,6 +273,22 @@ def _check_new_name(name: str, pack: PackContents) -> None:
             )
 
 
+def _warn_if_apart(adapter: Adapter, pack: PackContents) -> None:
+    """Warn if the first version of a history has no module in common with any adapter or history of its pack."""
+    store = pack.history_store
+    known = set(pack.info.modules)
+    for history in store.histories.values():
+        known |= store.decode(history, history.latest).modules.keys()
+    if known and known.isdisjoint(adapter.specs):
+        warnings.warn(
+            f"Adapter {adapter.name!r}, with modules like {min(adapter.specs)!r}, has no module in common with the "
+            f"pack, with modules like {min(known)!r}. If it belongs to another base model, store it in a pack of its "
+            "own.",
+            NothingSharedWarning,
+            stacklevel=4,
+        )
+
+
 def _label(history: History, options: VersionOptions) -> str:
     """Return the label of a new version: the one that was passed, the step, or the next integer."""
     label = options.label
@@ -333,6 +352,11 @@ def _check_same_shapes(
         compared: Full name of the earlier version.
     """
     remedy = "It belongs to another run, or was trained from another adapter: append it under another name (name=)."
+    if compared.endswith(keys.VERSION_MARK + keys.COMMON):
+        remedy = (
+            "It was not trained from this common adapter: leave it out (exclude_adapters, --exclude-adapter), or store "
+            "it in another pack."
+        )
     own = {**adapter.heads, **adapter.carried}
     for kind, names, known in (("module", adapter.specs, modules), ("tensor", own, tensors)):
         differing = sorted(names.keys() ^ known.keys())

@@ -11,7 +11,15 @@ from typing import Any
 from ..core import keys
 from ..core.options import to_float
 from ..core.progress import Progress
-from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, PackBusyError, PackExistsError
+from ..errors import (
+    AdapterNameError,
+    FormatError,
+    NonFiniteError,
+    OptionError,
+    PackBusyError,
+    PackDamagedError,
+    PackExistsError,
+)
 from ..formats import checks, run_folders
 from ..formats.run_folders import LogHistory
 from ..formats.sources import AdapterSource
@@ -42,6 +50,19 @@ class Tracked:
     unfinished: Mapping[Path, str]
     not_finite: Mapping[Path, str]
     is_finished: bool
+
+    def __str__(self) -> str:
+        """Return one line: the history, and the numbers of versions and of checkpoints that were left out."""
+        counts = {
+            "appended": self.appended,
+            "earlier": self.earlier_steps,
+            "unfinished": self.unfinished,
+            "not finite": self.not_finite,
+        }
+        listed = ", ".join(
+            f"{len(members)} {label}" for label, members in counts.items() if members or label == "appended"
+        )
+        return f"history {self.name!r}: {listed}; the run is {'finished' if self.is_finished else 'not finished'}"
 
 
 def track(
@@ -88,6 +109,7 @@ def track(
         BaseModelError, ShapeError: A checkpoint does not belong to the history.
         OptionError: An option is invalid.
         PackBusyError: Another process is writing to the pack.
+        PackDamagedError: The file of a version is missing or was changed.
 
     Example:
         >>> tracked = eigenlorax.track("run/", "history/")
@@ -207,6 +229,7 @@ def append_new(
     Raises:
         AdapterNameError: The history has another version of this step, or later ones, or has it within an error bound
             and was to have it lossless; and `overwrite` is not set.
+        PackDamagedError: The file of the version is missing or was changed, and `overwrite` is not set.
     """
     assert source.name is not None
     history, label = pack.histories.get(source.name), str(step)
@@ -215,8 +238,9 @@ def append_new(
         is_lossless = bool(options.get("lossless"))
         if history[label].source_sha256 == checks.scan(adapter).content_hash:
             if history[label].lossless or not is_lossless:
-                return None
-            if not overwrite:
+                if _is_readable(pack, history[label], overwrite=overwrite):
+                    return None
+            elif not overwrite:
                 raise AdapterNameError(
                     f"The history {source.name!r} has step {step} within an error bound, and it was to be stored "
                     "lossless. Pass another name (--name), or overwrite=True (--overwrite) to replace this version and "
@@ -236,6 +260,24 @@ def append_new(
         )
     pack.remove(*repeated)
     return pack.append(source.source, label, name=source.name, step=step, **options)
+
+
+def _is_readable(pack: Pack, record: VersionRecord, *, overwrite: bool) -> bool:
+    """Return whether the file of a version is in the pack, unchanged.
+
+    Raises:
+        PackDamagedError: It is missing or was changed, and `overwrite` is not set.
+    """
+    try:
+        pack.history_store.read(record)
+    except PackDamagedError as error:
+        if not overwrite:
+            raise PackDamagedError(
+                f"{error} Or pass overwrite=True (--overwrite): the run still has the checkpoint, which then replaces "
+                "this version and later ones."
+            ) from error
+        return False
+    return True
 
 
 def run_name(run: Path) -> str:

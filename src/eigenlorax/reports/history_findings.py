@@ -22,6 +22,8 @@ def headline(report: ReportData) -> str:
             return f"These are {members} that were trained from a common one{about}. {_stored(report)}."
         return f"These are {plural(len(history.versions), 'version')} of one run{about}. {_stored(report)}."
     versions = sum(len(history.versions) for history in histories)
+    if any(history.is_population for history in histories):
+        return f"These are {plural(versions, 'version')} in {len(histories)} histories. {_stored(report)}."
     return f"These are {plural(versions, 'version')} of {len(histories)} runs. {_stored(report)}."
 
 
@@ -49,8 +51,9 @@ def _history(history: HistoryFigures) -> Finding:
         text += f", each at a distance of {error(median(changes))} from {previous} (median, relative to its norm)"
     shared = _shared(history)
     if shared:
+        member = "an adapter" if history.is_population else "a version"
         text += (
-            f". They share {shared}: a version that is left out has a mean error of {error(history.left_out)} in "
+            f". They share {shared}: {member} that is left out has a mean error of {error(history.left_out)} in "
             f"{history.k} components per side of the others"
         )
     smaller = history.source_bytes > stored

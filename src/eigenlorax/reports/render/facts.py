@@ -10,6 +10,9 @@ def title(report: ReportData) -> str:
     counted = numbers.plural(about.adapters, "LoRA adapter")
     if not report.adapters:
         versions = sum(len(history.versions) for history in report.histories)
+        if all(history.is_population for history in report.histories):
+            members = numbers.plural(versions - len(report.histories), "LoRA adapter")
+            return f"{members} and their common one, of {about.base_model or 'an unnamed base model'}"
         counted = f"{numbers.plural(versions, 'version')} of {numbers.plural(len(report.histories), 'LoRA adapter')}"
     return f"{counted} of {about.base_model or 'an unnamed base model'}"
 

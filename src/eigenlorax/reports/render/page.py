@@ -34,6 +34,9 @@ SECTIONS = {
 }
 """Text of the link and heading of each section, by name of its template, in the order of the page."""
 
+POPULATION_HEADING = "Adapters as changes from a common one"
+"""Heading of the section on histories if one of them is a population."""
+
 HISTORY_SECTIONS = ("histories", "notes")
 """Sections of the report of a pack that has histories only."""
 
@@ -71,7 +74,7 @@ def render(report: ReportData) -> str:
         pack_bytes=pack_bytes(report),
         worst_error=worst_error(report),
         marks=MARKS,
-        sections=[(name, *SECTIONS[name], content) for name, content in contents.items() if content],
+        sections=[(name, *_headings(name, report), content) for name, content in contents.items() if content],
     )
     shell = html_environment().get_template("page.html")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -81,6 +84,13 @@ def render(report: ReportData) -> str:
 def section(name: str, report: ReportData) -> str:
     """Return one section as HTML without its heading; "" if nothing was measured."""
     return _compact(f"sections/{name}.html", **_context(report))
+
+
+def _headings(name: str, report: ReportData) -> tuple[str, str]:
+    """Return the text of the link to a section, and its heading."""
+    if name == "histories" and any(history.is_population for history in report.histories):
+        return SECTIONS[name][0], POPULATION_HEADING
+    return SECTIONS[name]
 
 
 def _compact(template: str, **context: Any) -> str:
