@@ -19,6 +19,7 @@ import history_tables
 import measured
 import profile_tables
 import recorded
+import training_memory_tables
 import vllm_tables
 from markdown_table import table
 
@@ -30,6 +31,7 @@ RUN, DEMO, TUNER, REPORT, CONTINUAL, BANK, VLLM, SDXL = (
 BYTES, CORES, HISTORIES, PROFILE, CODED_FIT, GROWTH, FILE_BYTES = (
     RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile", "coded_fit", "growth", "file_bytes")
 )
+TRAINING_MEMORY = RESULTS / "training_memory.json"
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -70,6 +72,9 @@ def main() -> int:
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
         (ROOT / "README.md", "sharing"): sharing_table(demo),
         (ROOT / "README.md", "results"): figures_table(run, demo),
+        (docs / "tuner.md", "memory"): training_memory_tables.markdown(
+            json.loads(TRAINING_MEMORY.read_text(encoding="utf-8"))
+        ),
         (docs / "tuner.md", "results"): tuner_table(tuner),
         (docs / "diffusion.md", "sdxl"): sdxl_table(sdxl),
         (docs / "vllm.md", "serving-bytes"): vllm_tables.computed_bytes(vllm),

@@ -24,8 +24,7 @@ def markdown(result: Json) -> str:
         "and its bases (r = 8, k = 32). A batch is one row. *No adapter* is the frozen model with a gradient to its "
         "input.\n\n"
         f"{peaks(result['cases'])}\n\n"
-        "The same with other kinds of adapters, 512 tokens:\n\n"
-        f"{variants(result['cases'])}\n\n"
+        f"{variants(result['cases'])}"
         "Kept for backward without checkpoints, in MiB, by the part of the model that keeps it:\n\n"
         f"{parts(result['cases'])}\n\n"
         f"`{result['command']}`: bytes of PyTorch's allocator; {resident(result['cases'])} "
@@ -73,7 +72,10 @@ def variants(cases: list[Json]) -> str:
         if length == 512 and found[-1]:
             figures = [f"{each / MIB:.0f}" if each else "–" for each in found]
             rows.append([MODELS[model], targets, CHECKPOINTS[checkpointing], *figures])
-    return table(("", "adapted", "checkpoints", *methods), rows)
+    if not rows:
+        return ""
+    header = ("", "adapted", "checkpoints", *methods)
+    return f"The same with other kinds of adapters, 512 tokens:\n\n{table(header, rows)}\n\n"
 
 
 def parts(cases: list[Json]) -> str:
