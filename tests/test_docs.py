@@ -19,7 +19,15 @@ from eigenlorax.core import subspace, update_changes
 from eigenlorax.fitting import refit
 from eigenlorax.pack import history, history_figures, manifest, prune, record, summary, track
 from eigenlorax.serving.vllm import checking, plan
-from eigenlorax.train import comparison_summary, demo, evaluate, method_comparison, search_space, training_record
+from eigenlorax.train import (
+    comparison_summary,
+    demo,
+    evaluate,
+    figures,
+    method_comparison,
+    search_space,
+    training_record,
+)
 from runs import make_run, write_states
 
 ROOT = Path(__file__).parent.parent
@@ -150,8 +158,8 @@ class TestCommandLine:
             (demo.Outcome, "`eigenlorax demo`"),
             (training_record.TrainingResult, "`eigenlorax train`"),
             (evaluate.EvaluationResult, "`eigenlorax evaluate`"),
-            (evaluate.ClassificationFigures, "`eigenlorax evaluate`"),
-            (evaluate.LanguageModelFigures, "`eigenlorax evaluate`"),
+            (figures.ClassificationFigures, "`eigenlorax evaluate`"),
+            (figures.LanguageModelFigures, "`eigenlorax evaluate`"),
             (method_comparison.ComparisonResult, "`eigenlorax compare`"),
             (comparison_summary.MethodSummary, "`eigenlorax compare`"),
             (comparison_summary.Difference, "`eigenlorax compare`"),

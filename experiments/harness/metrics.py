@@ -4,8 +4,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from eigenlorax.train.comparison_run import Metric, accuracy
 from eigenlorax.train.examples import IGNORED
+from eigenlorax.train.metrics import Metric, accuracy
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:

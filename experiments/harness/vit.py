@@ -8,8 +8,9 @@ import torch
 
 import eigenlorax as ex
 from eigenlorax.reports.analysis import losses
-from eigenlorax.train.comparison_run import RunData, accuracy
+from eigenlorax.train.comparison_run import RunData
 from eigenlorax.train.methods import CommonConfig
+from eigenlorax.train.metrics import accuracy
 
 from . import images, record, recycled, training
 from .images import Rows, Task

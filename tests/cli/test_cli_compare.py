@@ -68,12 +68,13 @@ class TestAComparison:
     def test_of_one_method_by_one_seed_has_no_columns_without_figures(self, cli, place):
         done = succeeded(cli(*shlex.split(QUICK)))
         assert done.err == "note: 1 training of 1 epoch: 1 seed on 40 rows.\n"
-        assert re.search(r"method +parameters +file bytes +accuracy *\n", done.out)
+        assert re.search(r"method +parameters +file bytes +accuracy +macro-F1 *\n", done.out)
         assert re.findall(r"^· (no better)?", done.out, re.MULTILINE) in ([], ["no better"])
 
     def test_of_less_than_an_epoch_shows_what_there_is(self, cli, place):
-        out = succeeded(cli(*shlex.split(QUICK.replace("--epochs 1", "--epochs 1.5")))).out
-        assert "57 rows after 1.5 epochs on 40" in re.sub(r"\s+", " ", out)
+        out = succeeded(cli(*shlex.split(QUICK.replace("--epochs 1", "--epochs 1.5")), "--metric", "f1_macro")).out
+        assert "57 rows after 1.5 epochs on 40; the most frequent class alone has 0.3" in re.sub(r"\s+", " ", out)
+        assert re.search(r"method +parameters +file bytes +f1_macro +accuracy", out)
         assert re.search(r"method +rate +epoch 0\.667 +epoch 1\.333 +epoch 1\.667 +steps", out)
 
     def test_that_is_resumed(self, cli, place):
@@ -101,6 +102,7 @@ BAD = {
     "rates below 0": (f"{ROWS} --learning-rates lora=-1", 3, "must be numbers above 0, got -1.0 for lora"),
     "rates twice": (f"{QUICK} --learning-rates 0.2", 3, "learning rates of all are given twice"),
     "another task": (f"{QUICK} --task causal-lm", 3, "compared by accuracy, which causal-lm does not have"),
+    "no such metric": (f"{QUICK} --metric f1_makro", 3, "there is no metric 'f1_makro' of predicted classes. Did you"),
     "no such model": (f"{QUICK} --model no/such", 3, "the model no/such is not a local folder"),
     "a file in the way": (
         f"{QUICK} -o odd.jsonl",

@@ -56,8 +56,10 @@ class TestATrainingAndItsEvaluation:
         assert re.search(r"accuracy +1\.0000", out)
         assert re.search(r"pack +added to the pack; delta error \d\.\de-\d\d", out)
         assert re.search(r"epoch +loss +evaluation: loss +evaluation: accuracy", out)
-        out = succeeded(cli("evaluate", "pack", "out", "--data", "eval.jsonl", "--labels", "bad,good")).out
-        assert re.search(r"accuracy +1\.0000", out)
+        out = succeeded(
+            cli("evaluate", "pack", "out", "--data", "eval.jsonl", "--labels", "bad,good", "--metric", "f1_macro")
+        ).out
+        assert re.search(r"f1_macro +1\.0000 *\n +most frequent class alone +0\.3\d+ *\n accuracy +1\.0000", out)
         table = re.search(r"class \\ prediction +bad +good.*\n.*\n +bad +(\d+) +0 *\n +good +0 +(\d+)", out)
         assert int(table[1]) + int(table[2]) == 57
 
@@ -218,6 +220,16 @@ BAD = {
     "rows of another kind": (f"{TRAIN} --train odd.txt", 3, "rows are read from JSON lines"),
     "no such column": (f"{TRAIN} --label-column gold", 3, "no column 'gold'. It has: text, label"),
     "classes that were not trained": (f"{TRAIN} --eval odd.jsonl", 3, "'odd' is not one of the 2 classes"),
+    "no such metric": (
+        f"{TRAIN} --metric f1_makro",
+        3,
+        "no metric 'f1_makro' of predicted classes. Did you mean 'f1_macro'",
+    ),
+    "a metric of classes": (
+        "evaluate pack a1 --data eval.jsonl --task causal-lm --metric f1",
+        3,
+        "task",
+    ),
     "no such model": (f"{TRAIN} --model no/such", 3, "the model no/such is not a local folder"),
     "a folder without a model": (f"{TRAIN} --model empty", 3, "empty is not a model"),
     "no such start": (f"{TRAIN} --start nope", 3, "--start nope is neither"),

@@ -1,5 +1,6 @@
 """A result beside what needs no training: when it is better, and what becomes of an adapter that is not."""
 
+import itertools
 import json
 import math
 import os
@@ -9,12 +10,13 @@ import stat
 from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 
 import eigenlorax as ex
 import trainable
 from eigenlorax.errors import BaselineWarning, FormatError
-from eigenlorax.train import baselines, data, evaluate, examples, models, trainer
+from eigenlorax.train import baselines, data, evaluate, examples, figures, metrics, models, trainer
 from eigenlorax.train.data import Labels
 from eigenlorax.train.options import MAX_POINTS, MIN_STEPS, Columns, Training
 from eigenlorax.train.train import CHECKPOINTS, train
@@ -49,13 +51,13 @@ def model_language(place, **fields):
 def test_the_binomial_test(right, rows, rate):
     share = Fraction(rate)
     ways = (math.comb(rows, one) * share**one * (1 - share) ** (rows - one) for one in range(right, rows + 1))
-    assert evaluate.binomial_test(right, rows, rate) == pytest.approx(float(sum(ways)), rel=1e-9)
+    assert figures.binomial_test(right, rows, rate) == pytest.approx(float(sum(ways)), rel=1e-9)
 
 
-def figures(pairs):
-    """Of (class, answer)."""
-    wanted, answers = zip(*pairs, strict=True)
-    return evaluate._classification_figures(list(wanted), list(answers), 1.0, Labels(("a", "b", "c")))
+def measured(pairs, metric=metrics.ACCURACY):
+    """Figures of (class, answer)."""
+    wanted, answers = map(np.array, zip(*pairs, strict=True))
+    return figures.classification_figures(wanted, np.eye(3)[answers], 1.0, Labels(("a", "b", "c")), metric)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +81,53 @@ def figures(pairs):
 )
 def test_an_accuracy_is_better_where_chance_does_not_explain_it(pairs, better):
     random.Random(0).shuffle(pairs)
-    found = baselines.classification_baseline(figures(pairs), trained_on=False)
+    found = baselines.classification_baseline(measured(pairs), trained_on=False)
     assert found.better is better
     assert found.score == pytest.approx(sum(one == other for one, other in pairs) / len(pairs))
     assert f"{found.score:.4f}, and the most frequent class alone would reach {found.baseline:.4f}" in found.sentence()
+
+
+def test_the_permutation_test():
+    """Against all orders of five rows."""
+    predictions, labels = np.eye(3)[[0, 1, 1, 2, 0]], np.array([0, 1, 2, 2, 0])
+    metric = metrics.find("f1_macro", 3)
+    score = metric.score(predictions, labels)
+    orders = [metric.score(predictions, labels[list(order)]) for order in itertools.permutations(range(5))]
+    exact = sum(other >= score for other in orders) / len(orders)
+    assert 0.02 < exact < 0.5
+    # three standard errors of a share of 999 draws
+    error = 3 * math.sqrt(exact * (1 - exact) / figures.PERMUTATIONS)
+    assert figures.permutation_test(metric, predictions, labels) == pytest.approx(exact, abs=error)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "better", "said"),
+    [
+        # a rare class is found, at the price of more errors than the most frequent class alone makes
+        (
+            [(0, 0)] * 80 + [(0, 1)] * 10 + [(1, 1)] * 8 + [(1, 0)] * 2,
+            True,
+            r"f1_macro on the 100 .* is better",
+        ),
+        (
+            [(0, 0)] * 90 + [(1, 0)] * 10,
+            False,
+            r"is 0.4737, and the most .* reach 0.4737: .* is not better",
+        ),
+        ([(0, 0)] * 3 + [(1, 1)], False, r"is 1.0000, and .* 0.4286: with so few rows, that may be chance \(p = 0.2"),
+    ],
+)
+def test_another_metric_decides(pairs, better, said):
+    found = baselines.classification_baseline(measured(pairs, metrics.find("f1_macro", 3)), trained_on=False)
+    assert (found.metric, found.better) == ("f1_macro", better)
+    assert re.search(said, found.sentence())
+
+
+def test_a_metric_that_the_most_frequent_class_alone_does_not_have():
+    metric = metrics.NamedMetric("auc", lambda logits, labels: math.nan if (logits == logits[0]).all() else 0.9)
+    found = baselines.classification_baseline(measured([(0, 0)] * 5 + [(1, 1)] * 5, metric), trained_on=False)
+    assert (found.baseline, found.better) == (None, False)
+    assert re.search(r"the auc on the 10 evaluation rows is 0.9000: with so few rows", found.sentence())
 
 
 @pytest.mark.parametrize(
@@ -96,11 +141,26 @@ def test_an_accuracy_is_better_where_chance_does_not_explain_it(pairs, better):
     ],
 )
 def test_a_perplexity_is_better_where_it_is_lower(losses, better, said):
-    mine, base = (evaluate.LanguageModelFigures(5, 90, loss, evaluate.perplexity(loss)) for loss in losses)
+    mine, base = (figures.LanguageModelFigures(5, 90, loss, figures.perplexity(loss)) for loss in losses)
     found = baselines.language_model_baseline(mine, base, trained_on=True)
     assert found.better is better
     assert found.trained_on
     assert re.search(said, found.sentence())
+
+
+@pytest.mark.parametrize(
+    ("metric", "options", "expected"),
+    [
+        (None, {}, (None, None)),
+        # the Trainer alone would take the lowest value of what ends with "loss"
+        ("neg_log_loss", {}, ("neg_log_loss", True)),
+        ("f1_macro", {"metric_for_best_model": "loss"}, ("loss", False)),
+    ],
+)
+def test_the_metric_chooses_the_best_checkpoint(place, metric, options, expected):
+    training = classify(place, evaluation=place / "eval.jsonl", metric=metric, trainer_options=options)
+    arguments = trainer.arguments(training, place / "out", 9)
+    assert (arguments.metric_for_best_model, arguments.greater_is_better) == expected
 
 
 class TestTheDefaultNumberOfEpochs:

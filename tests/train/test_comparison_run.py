@@ -9,7 +9,7 @@ import torch
 import tiny
 import trainable
 from eigenlorax.errors import NonFiniteError
-from eigenlorax.train import comparison_run, examples, methods
+from eigenlorax.train import comparison_run, examples, methods, metrics
 from eigenlorax.train.comparison_run import Recipe, RunData
 from eigenlorax.train.methods import CommonConfig
 
@@ -76,8 +76,8 @@ def test_predictions_are_in_the_order_of_the_rows(done, encoded):
         alone = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy() for row in test]
     np.testing.assert_allclose(found.predictions, np.stack(alone), atol=1e-4)
     wanted = np.array([row["labels"] for row in test])
-    assert found.score == comparison_run.accuracy(found.predictions, wanted)
-    assert found.checkpoints[-1].score == comparison_run.accuracy(found.predictions[:11], wanted[:11])
+    assert found.score == metrics.accuracy(found.predictions, wanted)
+    assert found.checkpoints[-1].score == metrics.accuracy(found.predictions[:11], wanted[:11])
 
 
 def test_numbers_are_counted(done):

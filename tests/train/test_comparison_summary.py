@@ -4,10 +4,11 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from eigenlorax.reports.numbers import plural
-from eigenlorax.train import comparison_summary
+from eigenlorax.train import comparison_summary, metrics
 from eigenlorax.train.comparison_summary import Difference, MethodRun, difference
 
 ROWS = 1000
@@ -71,8 +72,11 @@ def made(method, share, *, numbers, scores=((0.5, 0.6, 0.7, 0.7),), rate=0.01):
             head_numbers=9,
             file_bytes=4 * numbers,
             score=one.count("1") / ROWS,
+            accuracy=one.count("1") / ROWS,
+            f1_macro=0.7 + 0.1 * seed,
             loss=0.5,
             right=one,
+            resampled=[],
             steps=[5, 10, 15, 20],
             scores=list(scores[seed % len(scores)]),
             seconds=2.0 + seed,
@@ -97,6 +101,53 @@ def test_some(number, text):
     assert plural(number, "epoch") == text
 
 
+class TestAnotherMetric:
+    """The interval of accuracies by resampling is that of `difference`, which draws rows in another way."""
+
+    def test_has_an_interval_of_resampled_rows_and_seeds(self):
+        labels = np.arange(ROWS) % 2
+        mine, theirs = ([right(share, seed) for seed in (0, 1)] for share in (0.8, 0.7))
+
+        def runs_of(rows):
+            runs = []
+            for run, digits in zip(made("core", 0.5, numbers=9), rows, strict=True):
+                hits = np.array([digit == "1" for digit in digits])
+                logits = np.eye(2)[np.where(hits, labels, 1 - labels)]
+                resampled = comparison_summary.resample(metrics.accuracy, logits, labels)
+                runs.append(replace(run, score=float(hits.mean()), resampled=resampled))
+            return runs
+
+        found, wanted = (
+            comparison_summary.resampled_difference(runs_of(mine), runs_of(theirs)),
+            difference(mine, theirs),
+        )
+        assert found.value == pytest.approx(wanted.value)
+        # the ends of 1,000 draws have a standard error of about 0.001
+        assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=0.005)
+
+    def test_is_undefined_on_some_draws(self):
+        labels = np.array([0] * 20 + [1])
+
+        def both_classes(logits, drawn):
+            if len(set(drawn)) < 2:
+                raise ValueError("one class")
+            return 0.5
+
+        draws = comparison_summary.resample(both_classes, np.eye(2)[labels], labels)
+        # the class of one row is left out with the probability (20/21)^21
+        assert draws.count(None) / len(draws) == pytest.approx((20 / 21) ** 21, abs=0.05)
+        run = replace(made("core", 0.5, numbers=9)[0], score=0.5, resampled=draws)
+        assert comparison_summary.resampled_difference([run], [run]) == Difference(0.0, 0.0, 0.0)
+
+    def test_below_zero_reaches_two_per_cent_below_the_baseline(self):
+        runs = {
+            "lora": made("lora", 0.9, numbers=100, scores=((-0.9, -0.8, -0.7, -0.5),)),
+            "core": made("core", 0.9, numbers=20, scores=((-0.9, -0.52, -0.509, -0.4),)),
+        }
+        lora, core = table_of(runs)
+        assert (lora.steps, core.steps) == (20, 15)
+
+
 class TestTheTable:
     def test_of_means_and_steps(self):
         curves = ((0.2, 0.79, 0.9, 1.0), (0.4, 0.79, 1.0, 1.0))
@@ -114,6 +165,7 @@ class TestTheTable:
         assert (core.numbers, core.head_numbers, core.file_bytes, core.seconds) == (20, 9, 80, 2.5)
         assert core.scores == pytest.approx([0.8, 0.9])
         assert (core.mean, core.spread) == pytest.approx((0.85, math.sqrt(0.005)))
+        assert (core.accuracy, core.f1_macro) == pytest.approx((0.85, 0.75))
         assert core.rates == {"0.01": 0.8, "0.1": 0.7}
         assert core.difference.value == pytest.approx(-0.05)
 

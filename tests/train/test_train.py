@@ -76,8 +76,13 @@ def ids():
 class TestClassification:
     @pytest.mark.parametrize("core", [False, True])
     def test_learns_the_rule_and_adds_what_it_has_learned(self, place, ids, core):
-        training = classify(place, evaluation=place / "eval.jsonl", epochs=5.0, core=core)
+        metric = "balanced_accuracy" if core else None
+        training = classify(place, evaluation=place / "eval.jsonl", epochs=5.0, core=core, metric=metric)
         found = train(place / "pack", training, place / "out" / "new")
+        assert found.baseline.metric == found.figures.metric == (metric or "accuracy")
+        assert found.figures.score == found.baseline.score == found.history[-1][f"eval_{metric or 'accuracy'}"] > 0.95
+        assert found.figures.f1_macro == pytest.approx(found.history[-1]["eval_f1_macro"])
+        assert (found.figures.majority_score == 0.5) is core
         assert found.figures.accuracy > 0.95
         assert found.figures.majority < 0.7
         assert (found.labels, found.rows, found.figures.rows) == (["bad", "good"], 192, 57)

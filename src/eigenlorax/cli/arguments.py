@@ -140,6 +140,15 @@ MaxLength = Annotated[
         rich_help_panel=verbs.ROWS,
     ),
 ]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Metric of a classification that decides: f1_macro, a name of scikit-learn such as matthews_corrcoef, or "
+        "evaluate:NAME (default: accuracy).",
+        rich_help_panel=verbs.ROWS,
+    ),
+]
 TextColumn = Annotated[str, typer.Option(metavar="NAME", help="Column with the text.", rich_help_panel=verbs.ROWS)]
 LabelColumn = Annotated[str, typer.Option(metavar="NAME", help="Column with the label.", rich_help_panel=verbs.ROWS)]
 PairColumn = Annotated[

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import OptionError
-from ..train.options import DEFAULTS, Columns
+from ..train.options import DEFAULTS, METRIC, Columns
 from ..train.search_space import DEFAULT_METHODS, LEARNING_RATES, SEEDS, ComparisonOptions
 from . import arguments, console, verbs
 
@@ -111,6 +111,7 @@ def compare(
     label_column: arguments.LabelColumn = "label",
     pair_column: arguments.PairColumn = None,
     max_length: arguments.MaxLength = None,
+    metric: arguments.Metric = None,
 ) -> None:
     """Train a new task with several methods, and compare coefficients with LoRA and others."""
     names = [name.strip() for name in methods.split(",")]
@@ -127,6 +128,7 @@ def compare(
         batch_size=batch_size,
         max_length=max_length,
         bf16=bf16,
+        metric=metric or METRIC,
         columns=Columns(text_column, label_column, pair_column),
     )
     from ..train import method_comparison
@@ -179,28 +181,39 @@ def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, l
 def _print_scores(comparison: "ComparisonResult") -> None:
     from ..reports.numbers import plural
 
+    majority = comparison.majority_score
     header = [
         "method",
         "parameters",
         "file bytes",
-        "accuracy",
+        comparison.metric,
         "±",
         "least–most",
         f"points above {comparison.yardstick} (95 %)",
+        *_other_metrics(comparison).values(),
     ]
-    rows = [_score_row(summary) for summary in comparison.methods]
+    rows = [_score_row(summary, comparison) for summary in comparison.methods]
     # with one seed there is no spread, and with one method no difference
     columns = [index for index in range(len(header)) if any(row[index] for row in rows)]
     console.print_table(
-        f"{comparison.evaluated:,} rows after {plural(comparison.epochs, 'epoch')} on {comparison.rows:,}; the most "
-        f"frequent class alone has {comparison.majority:.3f}",
+        f"{comparison.evaluated:,} rows after {plural(comparison.epochs, 'epoch')} on {comparison.rows:,}"
+        + (f"; the most frequent class alone has {majority:.3f}" if majority is not None else ""),
         [header[index] for index in columns],
         [[row[index] for index in columns] for row in rows],
         numbers=range(1, len(columns)),
     )
 
 
-def _score_row(summary: "MethodSummary") -> list[str]:
+def _other_metrics(comparison: "ComparisonResult") -> dict[str, str]:
+    """Return the metrics beside the chosen one: field of `MethodSummary` → header."""
+    return {
+        field: header
+        for field, header in (("accuracy", "accuracy"), ("f1_macro", "macro-F1"))
+        if field != comparison.metric
+    }
+
+
+def _score_row(summary: "MethodSummary", comparison: "ComparisonResult") -> list[str]:
     from ..train.comparison_summary import format_points
 
     spread = f"{summary.spread:.3f}" if summary.spread is not None else ""
@@ -214,6 +227,7 @@ def _score_row(summary: "MethodSummary") -> list[str]:
         spread,
         score_range,
         difference,
+        *(f"{getattr(summary, field):.3f}" for field in _other_metrics(comparison)),
     ]
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..train.options import EVALUATION_BATCH, TASKS, Columns
+from ..train.options import EVALUATION_BATCH, METRIC, TASKS, Columns
 from . import arguments, console, verbs
 
 if TYPE_CHECKING:
-    from ..train.evaluate import Figures
+    from ..train.figures import Figures
 
 EXAMPLES = r"""
 eigenlorax evaluate pack/ sms-spam-a --data demo/spam.csv --labels ham,spam \
@@ -49,12 +49,13 @@ def evaluate(
         int, typer.Option(metavar="N", help="Rows per batch.", rich_help_panel=verbs.ROWS)
     ] = EVALUATION_BATCH,
     max_length: arguments.MaxLength = None,
+    metric: arguments.Metric = None,
     text_column: arguments.TextColumn = "text",
     label_column: arguments.LabelColumn = "label",
     pair_column: arguments.PairColumn = None,
     json: arguments.Json = False,
 ) -> None:
-    """Load an adapter of a pack with PEFT, and measure its accuracy or perplexity on a file of rows."""
+    """Load an adapter of a pack with PEFT, and measure its accuracy, macro-F1 or perplexity on a file of rows."""
     from ..train import evaluate as evaluation
 
     names = class_names(labels) if labels is not None else None
@@ -69,6 +70,7 @@ def evaluate(
             columns=Columns(text_column, label_column, pair_column),
             batch_size=batch_size,
             max_length=max_length,
+            metric=metric,
             progress=progress,
         )
     if json:
@@ -99,13 +101,20 @@ def class_names(argument: str) -> Sequence[str]:
 
 def figure_rows(figures: "Figures") -> list[tuple[str, str]]:
     """Return the table rows of an adapter's figures."""
-    from ..train.evaluate import ClassificationFigures
+    from ..train.figures import ClassificationFigures
 
     if isinstance(figures, ClassificationFigures):
+        chosen = []
+        if figures.metric != METRIC:
+            chosen.append((figures.metric, f"{figures.score:.4f}"))
+            if figures.majority_score is not None:
+                chosen.append(("  most frequent class alone", f"{figures.majority_score:.4f}"))
         return [
             ("evaluated rows", f"{figures.rows:,}"),
+            *chosen,
             ("accuracy", f"{figures.accuracy:.4f}"),
             ("  most frequent class alone", f"{figures.majority:.4f}"),
+            *[("macro-F1", f"{figures.f1_macro:.4f}")] * (figures.metric != "f1_macro"),
             ("loss", f"{figures.loss:.4f}"),
         ]
     return [
@@ -118,7 +127,7 @@ def figure_rows(figures: "Figures") -> list[tuple[str, str]]:
 
 def print_confusion(figures: "Figures") -> None:
     """Print the confusion matrix of a classification with few classes."""
-    from ..train.evaluate import ClassificationFigures
+    from ..train.figures import ClassificationFigures
 
     if isinstance(figures, ClassificationFigures) and figures.confusion is not None:
         rows = [[label, *map(str, row)] for label, row in zip(figures.labels, figures.confusion, strict=True)]

@@ -39,6 +39,7 @@ OPTIONS = {
     "max_error": "--max-error",
     "max_length": "--max-length",
     "max_loras": "--max-loras",
+    "metric": "--metric",
     "model": "--model",
     "n_components": "-k",
     "n_extra": "--n-extra",

@@ -216,6 +216,7 @@ def train(
     label_column: arguments.LabelColumn = "label",
     pair_column: arguments.PairColumn = None,
     max_length: arguments.MaxLength = None,
+    metric: arguments.Metric = None,
 ) -> None:
     """Train coefficients for a new task in a pack's subspace, or a LoRA from a trained one, and add it to the pack."""
     if pack is None:
@@ -249,6 +250,7 @@ def train(
                 batch_size=batch_size,
                 seed=seed,
                 max_length=max_length,
+                metric=metric,
                 columns=Columns(text_column, label_column, pair_column),
                 trainer_options=trainer.read_options(trainer_options) if trainer_options else {},
             ),
@@ -312,20 +314,20 @@ def _rows(trained: "TrainingResult", reference: str | None, pack: Path | None) -
 def _baseline_rows(trained: "TrainingResult", reference: str | None) -> list[tuple[str, str]]:
     """Return the rows of the baseline that `figure_rows` does not contain."""
     baseline = trained.baseline
-    is_accuracy = baseline.metric == "accuracy"
+    is_score = baseline.metric != "perplexity"
     score, baseline_score = (
-        "too large" if number is None else f"{number:.4f}" if is_accuracy else f"{number:,.4g}"
+        ("undefined" if is_score else "too large") if number is None else f"{number:{'.4f' if is_score else ',.4g'}}"
         for number in (baseline.score, baseline.baseline)
     )
     score_row = (f"{baseline.metric} on {baseline.rows:,} training rows", score)
     if reference is not None:
         baseline_name = f"  {baseline.metric} of the reference"
     else:
-        baseline_name = "  most frequent class alone" if is_accuracy else "  base model without the adapter"
+        baseline_name = "  most frequent class alone" if is_score else "  base model without the adapter"
     if baseline.trained_on:
         return [score_row, (baseline_name, baseline_score)]
     # `figure_rows` has the most frequent class
-    return [] if is_accuracy and reference is None else [(baseline_name, baseline_score)]
+    return [] if is_score and reference is None else [(baseline_name, baseline_score)]
 
 
 def _print_history(history: list[dict[str, Any]]) -> None:
@@ -333,7 +335,8 @@ def _print_history(history: list[dict[str, Any]]) -> None:
     by_step: dict[int, dict[str, Any]] = {}
     for entry in history:
         by_step.setdefault(entry["step"], {}).update(entry)
-    columns = ["epoch", *[name for name in ("loss", "eval_loss", "eval_accuracy") if any(name in e for e in history)]]
+    columns = list(dict.fromkeys(["epoch", "loss", *(name for entry in history for name in entry if name != "step")]))
+    columns = [name for name in columns if any(name in entry for entry in history)]
     rows = [[f"{entry[name]:.4g}" if name in entry else "" for name in columns] for entry in by_step.values()]
     header = ["epoch", *[name.replace("eval_", "evaluation: ") for name in columns[1:]]]
     console.print_table("During training", header, rows, numbers=range(len(columns)))

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .evaluate import ClassificationFigures, Figures, LanguageModelFigures
 from .examples import Example
+from .figures import ClassificationFigures, Figures, LanguageModelFigures
 
 T = TypeVar("T")
 
 SIGNIFICANT = 0.05
-"""Maximum p-value at which an accuracy counts as better than that of the most frequent class."""
+"""Maximum p-value at which a score counts as better than that of the most frequent class."""
 MARGIN = 1e-3
 """Minimum difference to the base model's loss per token, in nats: about a thousandth of the perplexity. Rounding alone
 causes smaller differences."""
@@ -26,13 +26,16 @@ class Baseline:
     """Comparison of a trained adapter with its baseline.
 
     Attributes:
-        metric: "accuracy", with the most frequent class as baseline, or "perplexity", with the base model as baseline.
-            For an adapter that was trained from a reference, the reference is the baseline of both.
+        metric: "accuracy" or the metric that was chosen, with the most frequent class as baseline; or "perplexity",
+            with the base model as baseline. For an adapter that was trained from a reference, the reference is the
+            baseline of all.
         rows: Number of rows of the comparison.
         trained_on: Whether these are training rows.
         score: Metric of the adapter; None for a perplexity that overflows.
-        baseline: Metric of the baseline; None for a perplexity that overflows.
-        p_value: p-value of a binomial test of the accuracy against the most frequent class; None for other baselines.
+        baseline: Metric of the baseline; None for a perplexity that overflows, and for metrics that the most frequent
+            class alone does not have.
+        p_value: p-value of the score against the most frequent class: of a binomial test of the accuracy, or of a
+            permutation test of another metric; None for other baselines.
         better: Whether the adapter is better than the baseline. Where there is a `p_value`, it must be at most
             `SIGNIFICANT`.
     """
@@ -59,21 +62,16 @@ class Baseline:
                 f"the perplexity on {rows} is {_format_perplexity(self.score)}, and that of {other} "
                 f"{_format_perplexity(self.baseline)}: {verdict}"
             )
+        score = f"the {self.metric} on {rows} is {self.score:.4f}"
         if reference is not None:
-            return (
-                f"the accuracy on {rows} is {self.score:.4f}, and that of the reference {reference} "
-                f"{self.baseline:.4f}: {verdict}"
-            )
-        accuracies = (
-            f"the accuracy on {rows} is {self.score:.4f}, and the most frequent class alone would reach "
-            f"{self.baseline:.4f}"
-        )
-        if self.better:
-            return f"{accuracies}: {verdict}"
-        if self.score is None or self.baseline is None or self.score <= self.baseline:
-            return f"{accuracies}: {verdict}"
+            return f"{score}, and that of the reference {reference} {self.baseline:.4f}: {verdict}"
+        scores = score
+        if self.baseline is not None:
+            scores = f"{score}, and the most frequent class alone would reach {self.baseline:.4f}"
+        if self.better or self.score is None or (self.baseline is not None and self.score <= self.baseline):
+            return f"{scores}: {verdict}"
         return (
-            f"{accuracies}: with so few rows, that may be chance (p = {self.p_value:.2g}; at most {SIGNIFICANT} counts "
+            f"{scores}: with so few rows, that may be chance (p = {self.p_value:.2g}; at most {SIGNIFICANT} counts "
             "as better)."
         )
 
@@ -122,13 +120,13 @@ def compare_with_reference(figures: Figures, reference: Figures, *, trained_on: 
         return language_model_baseline(figures, reference, trained_on=trained_on)
     assert isinstance(reference, ClassificationFigures)
     return Baseline(
-        metric="accuracy",
+        metric=figures.metric,
         rows=figures.rows,
         trained_on=trained_on,
-        score=figures.accuracy,
-        baseline=reference.accuracy,
+        score=figures.score,
+        baseline=reference.score,
         p_value=None,
-        better=figures.accuracy > reference.accuracy,
+        better=figures.score > reference.score,
     )
 
 
@@ -138,20 +136,21 @@ def sample(rows: Sequence[T], maximum: int = TRAINED_ROWS) -> Sequence[T]:
 
 
 def classification_baseline(figures: ClassificationFigures, *, trained_on: bool) -> Baseline:
-    """Compare a classifier's accuracy with that of the most frequent class.
+    """Compare a classifier's score with that of the most frequent class.
 
     Args:
         figures: Figures of the classifier.
         trained_on: Whether the rows are training rows.
     """
+    is_higher = figures.majority_score is None or figures.score > figures.majority_score
     return Baseline(
-        metric="accuracy",
+        metric=figures.metric,
         rows=figures.rows,
         trained_on=trained_on,
-        score=figures.accuracy,
-        baseline=figures.majority,
+        score=figures.score,
+        baseline=figures.majority_score,
         p_value=figures.p_value,
-        better=figures.accuracy > figures.majority and figures.p_value <= SIGNIFICANT,
+        better=is_higher and figures.p_value <= SIGNIFICANT,
     )
 
 

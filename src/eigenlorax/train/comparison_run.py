@@ -17,20 +17,8 @@ from torch import Tensor
 
 from ..errors import NonFiniteError
 from . import methods
+from .metrics import Metric, accuracy
 from .options import HEAD_LEARNING_RATE
-
-Metric = Callable[[np.ndarray, np.ndarray], float]
-"""Function (predictions, labels) that returns a score, with one prediction per row. Higher is better."""
-
-
-def accuracy(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the fraction of rows whose class is predicted.
-
-    Args:
-        predictions: Logits, (rows, classes).
-        labels: Class numbers, (rows,).
-    """
-    return float((predictions.argmax(axis=-1) == labels).mean())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Evaluation of an adapter of a pack on a file of rows: accuracy or perplexity."""
+"""Evaluation of an adapter of a pack on a file of rows: accuracy, macro-F1 and other metrics, or perplexity."""
 
 import copy
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -20,57 +21,12 @@ from ..core.progress import Progress
 from ..errors import AdapterNameError, FormatError, NonFiniteError, OptionError, reason
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
-from . import data, examples, models
+from . import data, examples, figures, metrics, models
 from .data import Labels
 from .examples import IGNORED, Collate, Example
+from .figures import Figures, LanguageModelFigures
+from .metrics import NamedMetric
 from .options import EVALUATION_BATCH, TASKS, Columns, check_task
-
-CONFUSION_CLASSES = 20
-"""Maximum number of classes for which a confusion matrix is computed."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClassificationFigures:
-    """Figures of a classification.
-
-    Attributes:
-        rows: Number of rows.
-        loss: Mean cross-entropy per row, in nats.
-        accuracy: Fraction of rows whose class was predicted.
-        majority: Fraction of the most frequent class among the rows.
-        p_value: p-value of a one-sided binomial test of the accuracy against `majority`.
-        labels: Class names in the order of the head.
-        confusion: Confusion matrix: [i][j] is the number of rows of class i that were predicted as class j. None for
-            more than `CONFUSION_CLASSES` classes.
-    """
-
-    rows: int
-    loss: float
-    accuracy: float
-    majority: float
-    p_value: float
-    labels: list[str]
-    confusion: list[list[int]] | None
-
-
-@dataclass(frozen=True, slots=True)
-class LanguageModelFigures:
-    """Figures of a language model.
-
-    Attributes:
-        rows: Number of rows.
-        tokens: Number of predicted tokens.
-        loss: Mean cross-entropy per predicted token of all rows, in nats.
-        perplexity: Exponential of the loss; None if it overflows.
-    """
-
-    rows: int
-    tokens: int
-    loss: float
-    perplexity: float | None
-
-
-Figures = ClassificationFigures | LanguageModelFigures
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +61,7 @@ def evaluate(
     columns: Columns | None = None,
     batch_size: int = EVALUATION_BATCH,
     max_length: int | None = None,
+    metric: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult:
     """Load an adapter of a pack with PEFT, and evaluate it on a file of rows.
@@ -120,12 +77,14 @@ def evaluate(
         batch_size: Rows per batch, at least 1.
         max_length: Maximum number of tokens per row, at least 2. Default: 128 for classification, 512 for language
             models.
+        metric: Name of a classification's metric, as in `metrics.find`. Default: accuracy.
         progress: Function that is called with ("evaluating", rows done, number of rows).
 
     Raises:
         OptionError: An option is out of range, or does not fit the adapter or the rows.
         FormatError: The rows or the base model cannot be read, or the adapter belongs to a different base model.
         AdapterNameError: The pack has no such adapter, or the adapter has no head for a classification.
+        MissingExtraError: The metric needs a package that is not installed.
         NonFiniteError: The loss is NaN or Inf.
     """
     started, columns = time.perf_counter(), columns or Columns()
@@ -135,6 +94,11 @@ def evaluate(
     opened = Pack.open(pack)
     adapter, folder = opened.packed(name), opened.adapter_folder(name)
     task = resolve_task(adapter, task)
+    if metric is not None and task != "text-classification":
+        raise OptionError(
+            f"metric={metric!r} (--metric) scores predicted classes, and {task} has none: it is measured by its "
+            "perplexity. Remove it."
+        )
     table = data.read(rows, columns.label)
     models.check_installed()
     with models.quiet():
@@ -142,10 +106,12 @@ def evaluate(
         config = models.load_config(base, revision)
         tokenizer = models.load_tokenizer(base, revision)
         token_limit = examples.max_tokens(task, max_length, tokenizer, config)
-        classes = None
+        classes, chosen = None, metrics.ACCURACY
         if task == "text-classification":
             classes = label_names(count_head_classes(adapter, config), labels, table, columns)
             encoded = examples.encode_classification(table, classes, columns, tokenizer, token_limit)
+            if metric is not None:
+                chosen = metrics.find(metric, len(classes.names), [row["labels"] for row in encoded])
         else:
             check_language_model(adapter, config)
             encoded = examples.encode_language_model(table, columns, tokenizer, token_limit)
@@ -153,8 +119,9 @@ def evaluate(
 
         peft_model = PeftModel.from_pretrained(models.load_model(base, revision, classes, tokenizer), folder)
         peft_model.to(device())
-        figures = measure(peft_model, encoded, examples.collator(task, tokenizer), classes, batch_size, progress)
-    return EvaluationResult(name, task, base, rows, figures, time.perf_counter() - started)
+        collate = examples.collator(task, tokenizer)
+        measured = measure(peft_model, encoded, collate, classes, batch_size, progress, metric=chosen)
+    return EvaluationResult(name, task, base, rows, measured, time.perf_counter() - started)
 
 
 def check_sizes(batch_size: int, max_length: int | None) -> None:
@@ -314,6 +281,8 @@ def measure(
     labels: Labels | None,
     batch_size: int,
     progress: Progress | None = None,
+    *,
+    metric: NamedMetric = metrics.ACCURACY,
 ) -> Figures:
     """Evaluate a loaded model on its device.
 
@@ -324,6 +293,7 @@ def measure(
         labels: Classes of the head; None for a language model.
         batch_size: Rows per batch.
         progress: Function that is called with ("evaluating", rows done, number of rows).
+        metric: Metric of a classification that is computed beside accuracy and macro-F1.
 
     Raises:
         NonFiniteError: The loss is NaN or Inf.
@@ -339,9 +309,9 @@ def measure(
         if labels is None:
             logits, targets = next_token_logits(logits, targets)
             tokens += len(targets)
-        else:
-            predictions += logits.argmax(dim=-1).tolist()
         logits = to_float64(logits)
+        if labels is not None:
+            predictions.append(logits.cpu().numpy())
         loss += float(cross_entropy(logits, targets.to(logits.device), reduction="sum"))
     if progress is not None:
         progress("evaluating", len(rows), len(rows))
@@ -350,8 +320,9 @@ def measure(
             "the model's loss on these rows is NaN or Inf: its weights are damaged, or its training diverged."
         )
     if labels is None:
-        return LanguageModelFigures(len(rows), tokens, loss / tokens, perplexity(loss / tokens))
-    return _classification_figures([row["labels"] for row in rows], predictions, loss / len(rows), labels)
+        return LanguageModelFigures(len(rows), tokens, loss / tokens, figures.perplexity(loss / tokens))
+    classes = np.array([row["labels"] for row in rows])
+    return figures.classification_figures(classes, np.concatenate(predictions), loss / len(rows), labels, metric)
 
 
 def batches(
@@ -388,60 +359,3 @@ def next_token_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def to_float64(logits: Tensor) -> Tensor:
     """Convert logits to float64, on the CPU if they are on MPS, which has no float64."""
     return (logits.cpu() if logits.device.type == "mps" else logits).double()
-
-
-def perplexity(loss: float) -> float | None:
-    """Return the exponential of a mean loss, or None if it would overflow."""
-    # exp(709.8) overflows float64
-    return math.exp(loss) if loss < 700 else None
-
-
-def binomial_test(correct: int, rows: int, rate: float) -> float:
-    """Return the p-value of a one-sided binomial test: P(X ≥ correct) for X ~ Binomial(rows, rate).
-
-    If `rate` is the fraction of the most frequent class, this tests an accuracy against the no-information rate.
-
-    Args:
-        correct: Number of correct predictions.
-        rows: Number of predictions.
-        rate: Probability of a correct prediction under the null hypothesis, above 0 and at most 1.
-    """
-    if correct == 0 or rate == 1:
-        return 1.0
-    log_rate, log_complement = math.log(rate), math.log1p(-rate)
-    # binomial coefficients of thousands of rows overflow, so compute their logarithms
-    log_factorial = math.lgamma(rows + 1)
-    return min(
-        1.0,
-        math.fsum(
-            math.exp(
-                log_factorial
-                - math.lgamma(k + 1)
-                - math.lgamma(rows - k + 1)
-                + k * log_rate
-                + (rows - k) * log_complement
-            )
-            for k in range(correct, rows + 1)
-        ),
-    )
-
-
-def _classification_figures(
-    targets: list[int], predictions: list[int], loss: float, labels: Labels
-) -> ClassificationFigures:
-    counts = Counter(zip(targets, predictions, strict=True))
-    n, classes = len(targets), range(len(labels.names))
-    majority = max(Counter(targets).values()) / n
-    correct = sum(counts[index, index] for index in classes)
-    confusion = None
-    if len(classes) <= CONFUSION_CLASSES:
-        confusion = [[counts[target, prediction] for prediction in classes] for target in classes]
-    return ClassificationFigures(
-        rows=n,
-        loss=loss,
-        accuracy=correct / n,
-        majority=majority,
-        p_value=binomial_test(correct, n, majority),
-        labels=list(labels.names),
-        confusion=confusion,
-    )

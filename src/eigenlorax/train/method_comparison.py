@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -27,15 +28,18 @@ from . import (
     examples,
     method_presets,
     methods,
+    metrics,
     models,
     results_file,
     row_split,
 )
-from .comparison_run import Recipe, RunData
+from .comparison_run import Recipe, RunData, TrainingRun
 from .comparison_summary import MethodRun, MethodSummary
 from .data import Labels
 from .examples import Collate
 from .method_presets import Preset
+from .metrics import NamedMetric
+from .options import METRIC
 from .row_split import RowSplit
 from .search_space import ComparisonOptions
 
@@ -70,6 +74,7 @@ class PreparedComparison:
         load_base: Function that loads the base model with a new head.
         collate: Function that makes a padded batch of rows.
         presets: Method → its preset.
+        metric: Metric by which learning rates are chosen and methods compared.
         basis_bytes: Size of the pack's bases, in bytes.
         finished: Runs that the results file already has.
     """
@@ -82,6 +87,7 @@ class PreparedComparison:
     load_base: Callable[[], Any]
     collate: Collate
     presets: Mapping[str, Preset]
+    metric: NamedMetric
     basis_bytes: int
     finished: Runs
 
@@ -116,7 +122,9 @@ class ComparisonResult:
         task: "text-classification".
         model: Base model that was loaded.
         labels: Class names in the order of the head.
+        metric: Metric by which learning rates are chosen and methods compared.
         majority: Fraction of the most frequent class among the test rows.
+        majority_score: Value of the metric if the most frequent class is always predicted; None if it has none.
         rows: Number of training rows.
         held_out: Number of training rows that are held out to choose learning rates.
         evaluated: Number of test rows.
@@ -137,7 +145,9 @@ class ComparisonResult:
     task: str
     model: str
     labels: list[str]
+    metric: str
     majority: float
+    majority_score: float | None
     rows: int
     held_out: int
     evaluated: int
@@ -167,6 +177,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
 
     Raises:
         OptionError: An option does not fit the pack or the rows, or differs from the resumed comparison.
+        MissingExtraError: The metric needs a package that is not installed.
         FormatError: The rows, the base model or the resumed file cannot be read.
         PackExistsError: `output` exists, and `resume` is False.
     """
@@ -181,6 +192,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
         max_length = examples.max_tokens(options.task, options.max_length, tokenizer, model_config)
         labels = data.infer_labels(train, options.columns)
         rows = row_split.split_rows(options, train, test, labels, tokenizer, max_length)
+        metric = _find_metric(options, labels, rows)
         settings = {
             "task": options.task,
             "train": data.rows_sha256(train),
@@ -189,7 +201,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
             "model": base_model,
             "revision": revision,
             "subspace": opened.info.fingerprint,
-            **{name: getattr(options, name) for name in ("rank", "epochs", "batch_size", "bf16")},
+            **{name: getattr(options, name) for name in ("rank", "epochs", "batch_size", "bf16", "metric")},
             "max_length": max_length,
         }
         stored = results_file.read_runs(output, settings) if resume else []
@@ -207,9 +219,18 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
         load_base=load_base,
         collate=examples.collator(options.task, tokenizer),
         presets=presets,
+        metric=metric,
         basis_bytes=opened.info.stored_bytes,
         finished=finished,
     )
+
+
+def _find_metric(options: ComparisonOptions, labels: Labels, rows: RowSplit) -> NamedMetric:
+    """Return the chosen metric, tried on all rows that will be scored."""
+    scored = [rows.validation, rows.test]
+    if any(options.searches(method) for method in options.methods):
+        scored.append(rows.held_out)
+    return metrics.find(options.metric, len(labels.names), *([row["labels"] for row in some] for some in scored))
 
 
 def run(prepared: PreparedComparison, progress: Progress | None = None) -> ComparisonResult:
@@ -266,7 +287,7 @@ def _final_keys(options: ComparisonOptions, method: str, runs: Runs) -> list[Run
 
 
 def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
-    """Return the learning rate with the highest accuracy on the rows held out. The lowest loss breaks ties.
+    """Return the learning rate with the highest score on the rows held out. The lowest loss breaks ties.
 
     Raises:
         NonFiniteError: The method diverged at every rate.
@@ -303,9 +324,9 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
     torch.manual_seed(seed)
     model = preset.apply(prepared.load_base())
     if key.seed is None:
-        run_data = RunData(rows.search_train, rows.held_out, rows.held_out, prepared.collate)
+        run_data = RunData(rows.search_train, rows.held_out, rows.held_out, prepared.collate, prepared.metric.score)
     else:
-        run_data = RunData(rows.train, rows.validation, rows.test, prepared.collate)
+        run_data = RunData(rows.train, rows.validation, rows.test, prepared.collate, prepared.metric.score)
     recipe = Recipe(
         learning_rate=key.learning_rate,
         optimizer=preset.optimizer,
@@ -315,27 +336,55 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
         bf16=options.bf16,
     )
     parameters, head_parameters = methods.count_parameters(model)
-    diverged = MethodRun(
-        *key, parameters, head_parameters, methods.saved_bytes(model), None, None, "", steps=[], scores=[], seconds=0.0
+    unscored = MethodRun(
+        *key,
+        numbers=parameters,
+        head_numbers=head_parameters,
+        file_bytes=methods.saved_bytes(model),
+        score=None,
+        accuracy=None,
+        f1_macro=None,
+        loss=None,
+        right="",
+        resampled=[],
+        steps=[],
+        scores=[],
+        seconds=0.0,
     )
     try:
         training = comparison_run.run(model, run_data, recipe, seed=seed)
     except NonFiniteError:
         # another learning rate may work; `_chosen_rate` raises an error if none does
-        return diverged
+        return unscored
     except torch.cuda.OutOfMemoryError as error:
         raise OptionError(
             "the device has no memory left. Pass a smaller batch_size= (--batch-size) or max_length= (--max-length) "
             "and another results file, or continue on a larger device with resume=True (--resume)."
         ) from error
-    logits = torch.from_numpy(training.predictions).double()
-    classes = torch.tensor([row["labels"] for row in run_data.test])
-    correct = (logits.argmax(dim=-1) == classes).int().tolist()
+    return _scored(unscored, training, np.array([row["labels"] for row in run_data.test]), prepared.metric)
+
+
+def _scored(run: MethodRun, training: TrainingRun, classes: np.ndarray, metric: NamedMetric) -> MethodRun:
+    """Return the run with its scores.
+
+    Args:
+        run: The run without scores.
+        training: Result of the training.
+        classes: Class numbers of the test rows, (rows,).
+        metric: The chosen metric.
+    """
+    logits, is_final = training.predictions, run.seed is not None
+    scores = metrics.all_scores(logits, classes, metric)
+    correct = (logits.argmax(axis=-1) == classes).astype(int).tolist()
+    has_draws = is_final and metric.name != METRIC
     return replace(
-        diverged,
+        run,
         score=training.score,
-        loss=float(cross_entropy(logits, classes)),
-        right="" if key.seed is None else "".join(map(str, correct)),
+        accuracy=scores["accuracy"],
+        f1_macro=scores["f1_macro"],
+        loss=float(cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(classes))),
+        right="".join(map(str, correct)) if is_final else "",
+        resampled=comparison_summary.resample(metric.score, logits, classes) if has_draws else [],
         steps=[checkpoint.step for checkpoint in training.checkpoints],
         scores=[checkpoint.score for checkpoint in training.checkpoints],
         seconds=training.seconds,
@@ -351,14 +400,17 @@ def _summarise(prepared: PreparedComparison, runs: Runs, seconds: float) -> Comp
         for name in options.methods
     }
     summaries = comparison_summary.summarise(runs_by_method, search_scores, options.baseline)
-    majority = max(Counter(row["labels"] for row in rows.test).values()) / len(rows.test)
+    classes, n_classes = np.array([row["labels"] for row in rows.test]), len(prepared.labels.names)
+    majority = max(Counter(classes.tolist()).values()) / len(classes)
     steps = runs_by_method[options.baseline][0].steps
     steps_per_epoch = -(-len(rows.train) // options.batch_size)
     return ComparisonResult(
         task=options.task,
         model=prepared.settings["model"],
         labels=list(prepared.labels.names),
+        metric=prepared.metric.name,
         majority=majority,
+        majority_score=metrics.constant_score(prepared.metric, classes, n_classes),
         rows=len(rows.train),
         held_out=len(rows.held_out),
         evaluated=len(rows.test),

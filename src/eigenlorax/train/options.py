@@ -20,6 +20,9 @@ TASKS = {"text-classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 MAX_LENGTH = {"text-classification": 128, "causal-lm": 512}
 """Task → default maximum number of tokens per row. The model's limit applies if it is lower."""
 
+METRIC = "accuracy"
+"""Metric of a classification that decides unless another one is passed."""
+
 EVALUATION_BATCH = 64
 """Default number of rows per batch in an evaluation."""
 
@@ -90,6 +93,9 @@ class Training:
         batch_size: Rows per batch. Default: 16.
         seed: Seed of the head's initial values and of the order of the rows. Default: 0.
         max_length: Maximum number of tokens per row. Default: `MAX_LENGTH` of the task.
+        metric: Name of a classification's metric, as in `metrics.find`. It decides whether the adapter is better than
+            its baseline, and which checkpoint is best (`load_best_model_at_end`). Default: accuracy, and the loss for
+            checkpoints.
         columns: Names of the columns.
         trainer_options: Other fields of `TrainingArguments`. By default no checkpoint is kept after the training; with
             a `save_total_limit`, this number of checkpoints is kept.
@@ -116,6 +122,7 @@ class Training:
     batch_size: int | None = None
     seed: int | None = None
     max_length: int | None = None
+    metric: str | None = None
     columns: Columns = Columns()
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -135,6 +142,11 @@ class Training:
                     f"{trainer_field!r} is among the Trainer's options, and {option} was passed too. Pass one of them."
                 )
         self._check_reference()
+        if self.metric is not None and not self.has_classes:
+            raise OptionError(
+                f"metric={self.metric!r} (--metric) scores predicted classes, and {self.task} has none: it is measured "
+                "by its perplexity. Remove it."
+            )
         if self.head_learning_rate is not None and not self.has_default_optimizer:
             raise OptionError(
                 "an optimizer is among the Trainer's options (optim). It has a single learning rate, and "

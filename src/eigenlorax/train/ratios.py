@@ -26,7 +26,7 @@ from ..reports.analysis.per_adapter import Cut
 from ..reports.frontier import FIT
 from ..reports.measure import own_name
 from ..reports.task_data import Evaluation, TaskFrontier, TaskPoint, TaskRun
-from . import evaluate, recycled_evaluation
+from . import figures, recycled_evaluation
 from .adapter_versions import ORIGINAL, WITHOUT_UPDATE
 from .recycled_evaluation import RECYCLED, EvaluationJob, EvaluationPlan, JobScores
 
@@ -310,7 +310,7 @@ def _run(job: EvaluationJob, job_scores: JobScores, version: str) -> TaskRun:
         name=job.name,
         data=str(job.file),
         accuracy=score.accuracy if job.labelled else None,
-        perplexity=evaluate.perplexity(score.loss) if job.classes is None else None,
+        perplexity=figures.perplexity(score.loss) if job.classes is None else None,
         agreement=score.agreement,
         kl=score.kl,
     )
@@ -326,7 +326,7 @@ def _means(scored_jobs: ScoredJobs, version: str) -> tuple[float | None, float |
     losses = [score.loss for job, score in scores if job.classes is None]
     return (
         statistics.fmean(accuracies) if accuracies else None,
-        evaluate.perplexity(statistics.fmean(losses)) if losses else None,
+        figures.perplexity(statistics.fmean(losses)) if losses else None,
         statistics.fmean(score.agreement for _, score in scores),
         statistics.fmean(score.kl for _, score in scores),
     )

@@ -20,7 +20,7 @@ from ..errors import FormatError, NonFiniteError, OptionError, RowsWarning
 from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from ..reports.task_data import Evaluation
-from . import data, evaluate, examples, models
+from . import data, evaluate, examples, figures, models
 from .adapter_versions import ORIGINAL, WITHOUT_UPDATE, LoadedVersions, VersionLoader
 from .data import Table
 from .examples import IGNORED, Collate, Example
@@ -442,7 +442,7 @@ def evaluation(job: EvaluationJob, job_scores: JobScores) -> Evaluation:
     is_language_model = job.classes is None
     accuracy = [score.accuracy if job.labelled else None for score in (original, recycled, without)]
     perplexity = [
-        evaluate.perplexity(score.loss) if is_language_model else None for score in (original, recycled, without)
+        figures.perplexity(score.loss) if is_language_model else None for score in (original, recycled, without)
     ]
     return Evaluation(
         name=job.name,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core.options import suggestion
 from ..errors import OptionError
-from .options import DEFAULTS, Columns, check_task
+from .options import DEFAULTS, METRIC, Columns, check_task
 
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
     "lora": (1e-3, 3e-3, 9e-3),
@@ -54,6 +54,7 @@ class ComparisonOptions:
         batch_size: Rows per batch.
         max_length: Maximum number of tokens per row, at least 2. Default: `options.MAX_LENGTH` of the task.
         bf16: Compute in bfloat16 by autocast. Trained parameters stay float32.
+        metric: Name of the metric by which learning rates are chosen and methods compared, as in `metrics.find`.
         columns: Names of the columns.
 
     Raises:
@@ -72,6 +73,7 @@ class ComparisonOptions:
     batch_size: int = int(DEFAULTS["per_device_train_batch_size"])
     max_length: int | None = None
     bf16: bool = False
+    metric: str = METRIC
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:

@@ -17,9 +17,10 @@ from ..core import atomic_files, keys
 from ..core.progress import Progress
 from ..errors import BaselineWarning, EigenloraxError, NonFiniteError, OptionError, PackExistsError, reason
 from ..pack import writer
-from . import baselines, data, evaluate, examples, models, starts, trainer, training_record
+from . import baselines, data, evaluate, examples, metrics, models, starts, trainer, training_record
 from .data import Labels, Table
-from .evaluate import Figures
+from .figures import Figures
+from .metrics import NamedMetric
 from .options import Training
 from .starts import Start
 from .training_record import RECORD, TrainingResult
@@ -106,6 +107,7 @@ class _Run:
         rows: Encoded training rows.
         evaluation: Encoded evaluation rows; None without evaluation rows.
         collate: Function that makes a padded batch of rows.
+        metric: Metric that decides; without effect on a language model.
         settings: Everything that the training depends on, as JSON.
     """
 
@@ -118,7 +120,13 @@ class _Run:
     rows: list[examples.Example]
     evaluation: list[examples.Example] | None
     collate: examples.Collate
+    metric: NamedMetric
     settings: dict[str, Any]
+
+    @property
+    def compared_rows(self) -> Sequence[examples.Example]:
+        """Rows for the comparison with the baseline: the evaluation rows, else a sample of the training rows."""
+        return baselines.sample(self.rows) if self.evaluation is None else self.evaluation
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -161,7 +169,7 @@ def _prepare(
     }
     # the token is a secret and must not be written to the record
     settings["trainer_options"].pop("hub_token", None)
-    return _Run(
+    run = _Run(
         model=model,
         revision=revision,
         labels=labels,
@@ -171,8 +179,13 @@ def _prepare(
         rows=rows[0],
         evaluation=rows[1] if evaluation_table else None,
         collate=examples.collator(training.task, tokenizer),
+        metric=metrics.ACCURACY,
         settings=settings,
     )
+    if labels is None or training.metric is None:
+        return run
+    metric = metrics.find(training.metric, len(labels.names), [row["labels"] for row in run.compared_rows])
+    return replace(run, metric=metric)
 
 
 def _load_model(run: _Run) -> Any:
@@ -204,20 +217,20 @@ def _train_and_save(training: Training, output: Path, run: _Run, resume: bool, r
     # the folder is removed again if the training cannot start
     with atomic_files.ensure_folder(output / CHECKPOINTS):
         hf_trainer = trainer.make(
-            model, training, run.arguments, trainer.Rows(run.rows, run.evaluation, run.collate), report
+            model, training, run.arguments, trainer.Rows(run.rows, run.evaluation, run.collate, run.metric), report
         )
         if not resume:
             training_record.write(output, run.settings, run.labels, None)
 
     def measure(network: Any, rows: Sequence[examples.Example]) -> Figures:
         batch_size = run.arguments.per_device_eval_batch_size
-        return evaluate.measure(network, rows, run.collate, run.labels, batch_size, report)
+        return evaluate.measure(network, rows, run.collate, run.labels, batch_size, report, metric=run.metric)
 
     trained_on = run.evaluation is None
-    compared_rows = baselines.sample(run.rows) if run.evaluation is None else run.evaluation
+    compared_rows = run.compared_rows
     reference = measure(model, compared_rows) if training.reference is not None else None
     with _clear_errors(output):
-        training_fields = _run_trainer(model, hf_trainer, resume)
+        training_fields = _run_trainer(model, hf_trainer, run.metric, resume)
     figures = measure(model, compared_rows)
     if reference is not None:
         baseline = baselines.compare_with_reference(figures, reference, trained_on=trained_on)
@@ -242,7 +255,7 @@ def _train_and_save(training: Training, output: Path, run: _Run, resume: bool, r
     )
 
 
-def _run_trainer(model: Any, hf_trainer: Any, resume: bool) -> dict[str, Any]:
+def _run_trainer(model: Any, hf_trainer: Any, metric: NamedMetric, resume: bool) -> dict[str, Any]:
     """Train the model, and return the fields of `TrainingResult` from `modules` to `history`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -261,7 +274,7 @@ def _run_trainer(model: Any, hf_trainer: Any, resume: bool) -> dict[str, Any]:
         "head_numbers": sum(trained.values()) - numbers,
         "steps": hf_trainer.state.global_step,
         "epochs": float(hf_trainer.state.epoch),
-        "history": trainer.history(hf_trainer.state.log_history),
+        "history": trainer.history(hf_trainer.state.log_history, metric),
     }
 
 

@@ -13,6 +13,8 @@ from ..core import atomic_files
 from ..core.options import suggestion
 from ..core.progress import Progress
 from ..errors import FormatError, MissingExtraError, NonFiniteError, OptionError, reason
+from . import metrics
+from .metrics import NamedMetric
 from .options import (
     DEFAULTS,
     EVALUATION_BATCH,
@@ -28,7 +30,7 @@ from .training_record import RECORD
 
 _RESERVED = ("output_dir", "resume_from_checkpoint", "disable_tqdm", "do_train", "do_eval", "do_predict")
 """Fields of `TrainingArguments` that users must not set."""
-_HISTORY = ("loss", "eval_loss", "eval_accuracy")
+_LOSSES = ("loss", "eval_loss")
 
 
 def read_options(path: Path) -> dict[str, Any]:
@@ -87,6 +89,7 @@ def arguments(training: Training, checkpoints: Path, rows: int) -> Any:
     defaults = {
         **DEFAULTS,
         **(REFERENCE_DEFAULTS if training.reference is not None else {}),
+        **_best_checkpoint(training),
         "per_device_eval_batch_size": EVALUATION_BATCH,
         "eval_strategy": evaluation_strategy,
         "save_strategy": "epoch",
@@ -118,6 +121,14 @@ def arguments(training: Training, checkpoints: Path, rows: int) -> Any:
     min_steps = MIN_STEPS if training.reference is None else MIN_REFERENCE_STEPS
     schedule = _default_schedule(steps_per_epoch(training_arguments, rows), min_steps, fields)
     return TrainingArguments(output_dir=str(checkpoints), disable_tqdm=True, **{**fields, **schedule})
+
+
+def _best_checkpoint(training: Training) -> dict[str, Any]:
+    """Return the fields that make the chosen metric decide which checkpoint is best, unless the user has set them."""
+    if training.metric is None or "metric_for_best_model" in training.trainer_options:
+        return {}
+    # explicitly greater: of metrics whose names end with "loss", such as neg_log_loss, the Trainer assumes lower
+    return {"metric_for_best_model": training.metric, "greater_is_better": True}
 
 
 def steps_per_epoch(training_arguments: Any, rows: int) -> int:
@@ -192,11 +203,13 @@ class Rows:
         train: Training rows.
         evaluation: Evaluation rows; None without evaluation rows.
         collate: Function that makes a padded batch of rows.
+        metric: Metric of classifications, computed during the training beside accuracy and macro-F1.
     """
 
     train: Any
     evaluation: Any
     collate: Any
+    metric: NamedMetric
 
 
 def make(model: Any, training: Training, training_arguments: Any, rows: Rows, progress: Progress) -> Any:
@@ -235,8 +248,8 @@ def make(model: Any, training: Training, training_arguments: Any, rows: Rows, pr
                     "pack. Try a lower learning_rate= (--learning-rate)."
                 )
 
-    def accuracy(evaluated: Any) -> dict[str, float]:
-        return {"accuracy": float((evaluated.predictions.argmax(axis=-1) == evaluated.label_ids).mean())}
+    def scores(evaluated: Any) -> dict[str, float]:
+        return metrics.all_scores(evaluated.predictions, evaluated.label_ids, rows.metric)
 
     try:
         optimizer = _optimizer(model, training, training_arguments) if training.has_default_optimizer else None
@@ -246,7 +259,7 @@ def make(model: Any, training: Training, training_arguments: Any, rows: Rows, pr
             train_dataset=rows.train,
             eval_dataset=rows.evaluation,
             data_collator=rows.collate,
-            compute_metrics=accuracy if training.has_classes else None,
+            compute_metrics=scores if training.has_classes else None,
             optimizers=(optimizer, None),
             callbacks=[ProgressCallback()],
         )
@@ -310,10 +323,16 @@ def _is_complete(checkpoint: Path) -> bool:
         return False
 
 
-def history(log: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Return the losses and accuracies in the Trainer's log, with their epoch and step."""
+def history(log: list[dict[str, Any]], metric: NamedMetric) -> list[dict[str, float]]:
+    """Return the losses and scores in the Trainer's log, with their epoch and step.
+
+    Args:
+        log: `TrainerState.log_history`.
+        metric: Metric that was computed beside accuracy and macro-F1.
+    """
+    names = (*_LOSSES, *(f"eval_{name}" for name in dict.fromkeys((*metrics.METRICS, metric.name))))
     return [
-        {"epoch": entry["epoch"], "step": entry["step"], **{name: entry[name] for name in _HISTORY if name in entry}}
+        {"epoch": entry["epoch"], "step": entry["step"], **{name: entry[name] for name in names if name in entry}}
         for entry in log
-        if any(name in entry for name in _HISTORY)
+        if any(name in entry for name in names)
     ]

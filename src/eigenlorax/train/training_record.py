@@ -12,7 +12,7 @@ from ..errors import FormatError, OptionError
 from ..version import __version__
 from .baselines import Baseline
 from .data import Labels
-from .evaluate import ClassificationFigures, Figures, LanguageModelFigures
+from .figures import ClassificationFigures, Figures, LanguageModelFigures
 
 RECORD = "training.json"
 """File in the folder of a training with its settings and its result."""
