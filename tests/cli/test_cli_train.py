@@ -228,7 +228,7 @@ BAD = {
     "a metric of classes": (
         "evaluate pack a1 --data eval.jsonl --task causal-lm --metric f1",
         3,
-        "task",
+        "--metric f1 scores predicted classes, and causal-lm has none",
     ),
     "no such model": (f"{TRAIN} --model no/such", 3, "the model no/such is not a local folder"),
     "a folder without a model": (f"{TRAIN} --model empty", 3, "empty is not a model"),

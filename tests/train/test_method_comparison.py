@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import eigenlorax as ex
 import tiny
 import trainable
 from eigenlorax.cli.compare import parse_rates
 from eigenlorax.errors import FormatError, NonFiniteError, OptionError, PackExistsError, RowsWarning
-from eigenlorax.train import method_comparison, method_presets, models, row_split
+from eigenlorax.train import comparison_duration, method_comparison, method_presets, models, row_split
+from eigenlorax.train.comparison_duration import MethodTimes
 from eigenlorax.train.data import Labels, Table
 from eigenlorax.train.method_presets import TargetModule
 from eigenlorax.train.search_space import LEARNING_RATES, ComparisonOptions
@@ -69,6 +71,21 @@ def trainings(path):
 
 def choices(path):
     return [one for one in trainings(path) if one["seed"] is None]
+
+
+def test_the_estimated_duration_counts_every_step_and_every_evaluated_row(place, asked):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RowsWarning)
+        prepared = method_comparison.prepare(place / "pack", asked, place / "out.json")
+    state = torch.get_rng_state()
+    measured = comparison_duration.measure(prepared)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert measured.keys() == {"lora", "core"}
+    assert all(min(times.loading, times.step, times.evaluated_row) > 0 for times in measured.values())
+    times = {"lora": MethodTimes(1.0, 0.1, 0.01), "core": MethodTimes(2.0, 0.2, 0.02)}
+    # two rates on 33 rows, scored on 7 twice; two seeds on 40 rows, scored on 23 three times
+    search, final = 1 + 3 * 0.1 + 2 * 7 * 0.01, 1 + 3 * 0.1 + 3 * 23 * 0.01
+    assert comparison_duration.total_seconds(prepared, times) == pytest.approx(2 * search + 2 * final + 2 * 2 * final)
 
 
 class TestAComparison:

@@ -1,6 +1,6 @@
 """`eigenlorax compare`: train a new task with several methods, and compare accuracy, size and steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,12 +9,21 @@ import typer
 
 from ..errors import OptionError
 from ..train.options import DEFAULTS, METRIC, Columns
-from ..train.search_space import DEFAULT_METHODS, LEARNING_RATES, SEEDS, ComparisonOptions
-from . import arguments, console, verbs
+from ..train.search_space import (
+    DEFAULT_METHODS,
+    LEARNING_RATES,
+    QUICK_METHODS,
+    QUICK_SEEDS,
+    SEEDS,
+    ComparisonOptions,
+    quick_rates,
+)
+from . import arguments, console, durations, verbs
 
 if TYPE_CHECKING:
+    from ..train.comparison_duration import MethodTimes
     from ..train.comparison_summary import MethodSummary
-    from ..train.method_comparison import ComparisonResult
+    from ..train.method_comparison import ComparisonResult, PreparedComparison
 
 EXAMPLES = r"""
 eigenlorax compare pack/ --train demo/train.csv --eval demo/test.csv \
@@ -53,13 +62,21 @@ def compare(
     ],
     model: arguments.Model = None,
     methods: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="A,B,…",
             help=f"Methods to compare, of {', '.join(LEARNING_RATES)} (default: {', '.join(DEFAULT_METHODS)}).",
             show_default=False,
         ),
-    ] = ",".join(DEFAULT_METHODS),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help=f"Train {', '.join(QUICK_METHODS)} only, once each, at the middle one of their learning rates: no "
+            "choice of rates, no spread between seeds. Options that are passed have precedence.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the comparison in FILE; methods, rates and seeds may be added.")
     ] = False,
@@ -73,13 +90,14 @@ def compare(
         ),
     ] = None,
     seeds: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="N",
-            help="Number of trainings per method, at the chosen learning rate.",
+            help=f"Number of trainings per method, at the chosen rate (default: {SEEDS}, or {QUICK_SEEDS} with "
+            "--quick).",
             rich_help_panel=verbs.TRAINING,
         ),
-    ] = SEEDS,
+    ] = None,
     rank: Annotated[
         int,
         typer.Option(
@@ -114,15 +132,18 @@ def compare(
     metric: arguments.Metric = None,
 ) -> None:
     """Train a new task with several methods, and compare coefficients with LoRA and others."""
-    names = [name.strip() for name in methods.split(",")]
+    names = list(QUICK_METHODS if quick else DEFAULT_METHODS)
+    if methods is not None:
+        names = [name.strip() for name in methods.split(",")]
+    rates = parse_rates(learning_rates or [], names)
     options = ComparisonOptions(
         train=rows,
         evaluation=evaluation,
         task=task,
         model=model,
         methods=names,
-        rates=parse_rates(learning_rates or [], names),
-        seeds=seeds,
+        rates={**quick_rates(names), **rates} if quick else rates,
+        seeds=seeds if seeds is not None else QUICK_SEEDS if quick else SEEDS,
         rank=rank,
         epochs=epochs,
         batch_size=batch_size,
@@ -131,11 +152,13 @@ def compare(
         metric=metric or METRIC,
         columns=Columns(text_column, label_column, pair_column),
     )
-    from ..train import method_comparison
+    from ..train import comparison_duration, method_comparison
 
     with console.working():
         prepared = method_comparison.prepare(pack, options, output, resume=resume)
-    console.note(prepared.plan)
+    with console.working() as progress:
+        times = comparison_duration.measure(prepared, progress)
+    console.note(" ".join([prepared.plan, *_announcements(prepared, times, quick=quick)]))
     with console.working() as progress:
         comparison = method_comparison.run(prepared, progress)
     if json:
@@ -145,6 +168,32 @@ def compare(
     _print_curves(comparison)
     for sentence in comparison.findings:
         console.say(f"· {sentence}")
+
+
+def _announcements(prepared: "PreparedComparison", times: "Mapping[str, MethodTimes]", *, quick: bool) -> Iterator[str]:
+    """Yield sentences on how long the comparison takes, and on what --quick leaves out."""
+    from ..train import comparison_duration
+
+    seconds = comparison_duration.total_seconds(prepared, times)
+    if seconds >= durations.WORTH_SAYING:
+        yield f"They take about {durations.in_words(seconds)}, by the first steps of each method."
+    left_out = "the choice of learning rates on your rows and the spread between seeds"
+    if quick:
+        other_methods = [name for name in DEFAULT_METHODS if name not in prepared.options.methods]
+        yield f"--quick leaves out {', '.join([*other_methods, left_out])}."
+    elif seconds >= durations.WORTH_SAYING and times:
+        quick_seconds = sum(
+            comparison_duration.run_seconds(prepared, times.get(name) or _slowest(times), is_search=False)
+            for name in QUICK_METHODS
+        )
+        yield (
+            f"--quick, with another results file, takes about {durations.in_words(quick_seconds)}: it trains "
+            f"{', '.join(QUICK_METHODS)}, and leaves out the other methods, {left_out}."
+        )
+
+
+def _slowest(times: "Mapping[str, MethodTimes]") -> "MethodTimes":
+    return max(times.values(), key=lambda method: method.step)
 
 
 def parse_rates(arguments: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:

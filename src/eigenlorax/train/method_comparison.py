@@ -7,7 +7,8 @@ at that rate. Every finished run is written to the results file, so that a compa
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,18 @@ class RunKey(NamedTuple):
 Runs = Mapping[RunKey, MethodRun]
 
 
+class RunsLeft(NamedTuple):
+    """Numbers of a method's runs that are not finished.
+
+    Attributes:
+        search: Runs that choose the learning rate.
+        final: Runs at the chosen learning rate.
+    """
+
+    search: int
+    final: int
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedComparison:
     """A comparison whose options were checked and whose rows are encoded.
@@ -94,7 +107,12 @@ class PreparedComparison:
     @property
     def runs_left(self) -> int:
         """Number of runs to do."""
-        return sum(_runs_left(self.options, name, self.finished) for name in self.options.methods)
+        return sum(left.search + left.final for left in self.runs_left_by_method.values())
+
+    @property
+    def runs_left_by_method(self) -> dict[str, RunsLeft]:
+        """Method → numbers of its runs to do."""
+        return {name: _runs_left(self.options, name, self.finished) for name in self.options.methods}
 
     @property
     def plan(self) -> str:
@@ -206,7 +224,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
         }
         stored = results_file.read_runs(output, settings) if resume else []
         finished = {RunKey(run.method, run.learning_rate, run.seed): run for run in stored}
-        unfinished = [name for name in options.methods if _runs_left(options, name, finished)]
+        unfinished = [name for name in options.methods if any(_runs_left(options, name, finished))]
         load_base = partial(models.load_model, base_model, revision, labels, tokenizer)
         presets = method_presets.make_presets(opened, options.methods, unfinished, options.rank, load_base)
     results_file.write(output, settings, finished.values(), None)
@@ -308,13 +326,18 @@ def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
     return min(ranking)[2]
 
 
-def _runs_left(options: ComparisonOptions, method: str, runs: Runs) -> int:
-    """Return the number of the method's runs that are not in `runs`."""
+def evaluations(options: ComparisonOptions) -> int:
+    """Return the number of scores during one run at the chosen learning rate: two per epoch."""
+    return max(1, round(2 * options.epochs))
+
+
+def _runs_left(options: ComparisonOptions, method: str, runs: Runs) -> RunsLeft:
+    """Return the numbers of the method's runs that are not in `runs`."""
     search_left = sum(key not in runs for key in _search_keys(options, method))
     if search_left:
         # the search may choose another rate, for which all runs must be done
-        return search_left + options.seeds
-    return sum(key not in runs for key in _final_keys(options, method, runs))
+        return RunsLeft(search_left, options.seeds)
+    return RunsLeft(0, sum(key not in runs for key in _final_keys(options, method, runs)))
 
 
 def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
@@ -332,7 +355,7 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
         optimizer=preset.optimizer,
         epochs=options.epochs,
         batch_size=options.batch_size,
-        evaluations=1 if key.seed is None else max(1, round(2 * options.epochs)),
+        evaluations=1 if key.seed is None else evaluations(options),
         bf16=options.bf16,
     )
     parameters, head_parameters = methods.count_parameters(model)
@@ -352,16 +375,24 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
         seconds=0.0,
     )
     try:
-        training = comparison_run.run(model, run_data, recipe, seed=seed)
+        with memory_errors():
+            training = comparison_run.run(model, run_data, recipe, seed=seed)
     except NonFiniteError:
         # another learning rate may work; `_chosen_rate` raises an error if none does
         return unscored
+    return _scored(unscored, training, np.array([row["labels"] for row in run_data.test]), prepared.metric)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Replace an out-of-memory error of the device by `OptionError`."""
+    try:
+        yield
     except torch.cuda.OutOfMemoryError as error:
         raise OptionError(
             "the device has no memory left. Pass a smaller batch_size= (--batch-size) or max_length= (--max-length) "
             "and another results file, or continue on a larger device with resume=True (--resume)."
         ) from error
-    return _scored(unscored, training, np.array([row["labels"] for row in run_data.test]), prepared.metric)
 
 
 def _scored(run: MethodRun, training: TrainingRun, classes: np.ndarray, metric: NamedMetric) -> MethodRun:

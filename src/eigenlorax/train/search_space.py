@@ -28,13 +28,28 @@ LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
 }
 """Method → learning rates to try. They apply to the method's parameters, or to the head if the method has no others."""
 
-DEFAULT_METHODS = ("lora", "lora-small", "core", "factors", "random", "vera", "lora-xs", "head")
+DEFAULT_METHODS = ("lora", "lora-soap", "lora-small", "core", "factors", "random", "lora-xs", "head")
+
+QUICK_METHODS = ("lora", "lora-soap", "factors", "random")
+"""Methods of a quick comparison: LoRA with either optimizer, and factors in the pack's basis and in a random one."""
+
+QUICK_SEEDS = 1
+"""Number of runs per method of a quick comparison."""
 
 BASELINE = "lora"
 """Method that the others are compared with. Without it, the first method is the baseline."""
 
 SEEDS = 3
 """Default number of runs per method at the chosen learning rate."""
+
+
+def quick_rates(methods: Sequence[str]) -> dict[str, list[float]]:
+    """Return the learning rates of a quick comparison, which searches none: the middle one of `LEARNING_RATES`.
+
+    Args:
+        methods: Keys of `LEARNING_RATES`; other names are left out.
+    """
+    return {name: [sorted(LEARNING_RATES[name])[1]] for name in methods if name in LEARNING_RATES}
 
 
 @dataclass(frozen=True, slots=True)
