@@ -94,6 +94,22 @@ def test_difference_of_products_keeps_its_digits():
     assert found == pytest.approx(float(wanted), rel=1e-6)
 
 
+@pytest.mark.parametrize("batch", [(), (3,)], ids=["one pair", "several"])
+def test_difference_of_products_keeps_its_digits_in_an_ill_conditioned_gauge(batch):
+    """B·G and G⁻¹·A have entries up to 1e8 times those of B·A, whose digits squares of them lose."""
+    left, right, other_left, other_right = (
+        normal(*batch, *shape, seed=seed) for seed, shape in enumerate([(11, 4), (4, 13), (11, 4), (4, 13)])
+    )
+    rotation, other_rotation = (torch.linalg.qr(normal(4, 4, seed=seed)).Q for seed in (7, 8))
+    gauge = rotation * torch.logspace(0, -8, 4, dtype=torch.float64) @ other_rotation
+    factors = left @ gauge, torch.linalg.solve(gauge, right)
+    found = linalg.difference_square(*factors, other_left, other_right)
+    dense = (factors[0] @ factors[1] - other_left @ other_right).square().sum((-2, -1))
+    torch.testing.assert_close(found, dense, rtol=1e-6, atol=0)
+    # of an update and itself nothing is left
+    assert float(linalg.difference_square(*factors, *factors).max()) == 0
+
+
 def test_product_square_is_the_dense_norm():
     left, right = normal(21, 4, seed=1), normal(4, 33, seed=2)
     assert linalg.product_square(left, right) == pytest.approx(float((left @ right).square().sum()), rel=1e-12)

@@ -57,6 +57,21 @@ class TestMetrics:
             assert found[index].squared_error == pytest.approx(lost, rel=1e-7, abs=1e-26 * square)
             assert found[index].squared_rounding == pytest.approx(rounded, rel=1e-6, abs=1e-26 * square)
 
+    def test_errors_in_an_ill_conditioned_gauge_are_those_of_dense_matrices(self):
+        """The factors B·G and G⁻¹·A of one update have entries up to 1e8 times those of B and A."""
+        factors = random_factors(5, OUT, IN, seed=1)
+        rotation, other_rotation = (torch.linalg.qr(normal(5, 5, seed=seed)).Q for seed in (7, 8))
+        gauge = rotation * torch.logspace(0, -8, 5, dtype=torch.float64) @ other_rotation
+        changed = replace(
+            factors, down=torch.linalg.solve(gauge, factors.down.double()), up=factors.up.double() @ gauge
+        )
+        bases = subspace.round_bases(fitted(collection(), n_components=3), torch.float64)
+        coefficients = projection.project(changed, bases, torch.float64)
+        found = metrics.module_error(changed, coefficients, bases)
+        delta, back = reference.dense(changed), reference.dense(projection.reconstruct(coefficients, bases))
+        assert found.square == pytest.approx(np.square(delta).sum(), rel=1e-6)
+        assert found.squared_error == pytest.approx(np.square(delta - back).sum(), rel=1e-6)
+
     def test_products_in_float32_leave_six_digits_of_the_error(self):
         factors = [replace(f, down=f.down.bfloat16(), up=f.up.bfloat16()) for f in collection(ranks=(5,) * 6)]
         bases = subspace.round_bases(fitted(factors, n_components=14), torch.bfloat16)

@@ -21,6 +21,8 @@ GRAM_RESOLUTION = 1e-5
 FLOAT32_GRAM_RESOLUTION = 1e-3
 # Rows of `symmetric_product` that are multiplied at once: enough for the full speed of a product
 _SYMMETRIC_BLOCK = 128
+# Rounding, as a fraction of a squared norm, from which on its Gram matrices are not exact enough
+_MAX_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +292,8 @@ def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_rig
     """Return ‖L·R − L'·R'‖²_F, accurate also where the two products are nearly equal.
 
     L·R − L'·R' = (L − L')·R + L'·(R − R'), so that no two large numbers are subtracted, as they would be in
-    ‖L·R‖² − 2⟨L·R, L'·R'⟩ + ‖L'·R'‖².
+    ‖L·R‖² − 2⟨L·R, L'·R'⟩ + ‖L'·R'‖². Where the factors are so much larger than their products that r × r Gram matrices
+    lose the digits, as in the factors B·G and G⁻¹·A with an ill-conditioned G, triangular factors take their place.
 
     Args:
         left: L, (…, m, r).
@@ -299,15 +302,44 @@ def difference_square(left: Tensor, right: Tensor, other_left: Tensor, other_rig
         other_right: R', shaped like R.
     """
     left_error, right_error = left - other_left, right - other_right
-    square = (
-        _inner_product(left_error, left_error, right, right)
-        + 2 * _inner_product(left_error, other_left, right, right_error)
-        + _inner_product(other_left, other_left, right_error, right_error)
+    terms = (
+        _inner_products(left_error, left_error, right, right),
+        2 * _inner_products(left_error, other_left, right, right_error),
+        _inner_products(other_left, other_left, right_error, right_error),
     )
-    return square.clamp_min(0)
+    square = sum((term.sum((-2, -1)) for term in terms[1:]), terms[0].sum((-2, -1))).clamp_min(0)
+    cancelled = is_cancelled(square, terms, left.dtype)
+    if bool(cancelled.any()):
+        columns = torch.cat([left_error[cancelled], other_left[cancelled]], dim=-1)
+        rows = torch.cat([right[cancelled], right_error[cancelled]], dim=-2)
+        square[cancelled] = triangular_product_square(columns, rows)
+    return square
+
+
+def is_cancelled(square: Tensor, terms: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return whether the rounding of terms, (…, r, r), computed in `dtype`, exceeds a thousandth of their sum (…)."""
+    size = sum((term.abs().sum((-2, -1)) for term in terms[1:]), terms[0].abs().sum((-2, -1)))
+    return torch.finfo(dtype).eps * size > _MAX_ROUNDING * square
+
+
+def triangular_product_square(left: Tensor, right: Tensor) -> Tensor:
+    """Return `product_square` through triangular factors: twice the digits of Gram matrices, in several times the time.
+
+    Args:
+        left: Matrices, (…, m, r).
+        right: Matrices, (…, r, n).
+    """
+    # QR leaves each column as exact as it was, however its norm differs from those of the others
+    core = triangular_factor(left.to(torch.float64)) @ triangular_factor(right.to(torch.float64).mT).mT
+    return core.square().sum((-2, -1))
 
 
 def _inner_product(left: Tensor, other_left: Tensor, right: Tensor, other_right: Tensor) -> Tensor:
     """Return ⟨left @ right, other_left @ other_right⟩, float64, through r × r matrices."""
+    return _inner_products(left, other_left, right, other_right).sum((-2, -1))
+
+
+def _inner_products(left: Tensor, other_left: Tensor, right: Tensor, other_right: Tensor) -> Tensor:
+    """Return the terms of `_inner_product`, (…, r, r) float64."""
     # tr(Rᵀ·Lᵀ·L'·R') = tr(Lᵀ·L' · R'·Rᵀ); products in the dtype of the factors, their sum in float64
-    return ((left.mT @ other_left).to(torch.float64) * (right @ other_right.mT).to(torch.float64)).sum((-2, -1))
+    return (left.mT @ other_left).to(torch.float64) * (right @ other_right.mT).to(torch.float64)

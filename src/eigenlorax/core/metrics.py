@@ -133,7 +133,7 @@ def module_errors(
     rank = max(batch.down.shape[1], coefficients.down.shape[1])
     rows = {side: _pad_rows(batch.rows(side), rank) for side in ("down", "up")}
     stored = {"down": _pad_rows(coefficients.down, rank), "up": _pad_rows(coefficients.up.mT, rank)}
-    grams = {side: _ErrorGrams.of(rows[side], stored[side], bases.side(side).components) for side in rows}
+    sides = {side: _SideErrors.of(rows[side], stored[side], bases.side(side).components) for side in rows}
     exact = exact or unrounded_bases(bases, bases)
     down_dual, up_dual = (dual.mT.to(batch.down.dtype) for dual in exact.duals)
     if before is None:
@@ -144,29 +144,33 @@ def module_errors(
     # the scaling is known exactly, so it enters the squares alone
     scaling_square = batch.scaling.square()
     squares = (
-        scaling_square * (grams["up"].rows * grams["down"].rows).sum((1, 2)),
-        scaling_square * _difference_square(grams["up"], grams["down"]),
+        scaling_square * _update_square(sides["up"], sides["down"]),
+        scaling_square * _difference_square(sides["up"], sides["down"]),
         scaling_square * _rounding_square((exact_down, exact_up), (stored["down"], stored["up"]), exact),
     )
     return [ModuleError(*adapter) for adapter in zip(*(square.tolist() for square in squares), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
-class _ErrorGrams:
-    """Inner products of the rows R of each adapter on one side and of their errors E, (n, r, r) float64.
+class _SideErrors:
+    """Rows R of each adapter on one side, their errors E, and the inner products of both.
 
     Attributes:
-        rows: R·Rᵀ.
-        mixed: R·Eᵀ.
-        errors: E·Eᵀ.
+        rows: R, (n, r, d).
+        errors: E, (n, r, d).
+        row_gram: R·Rᵀ, (n, r, r) float64.
+        mixed_gram: R·Eᵀ.
+        error_gram: E·Eᵀ.
     """
 
     rows: Tensor
-    mixed: Tensor
     errors: Tensor
+    row_gram: Tensor
+    mixed_gram: Tensor
+    error_gram: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor, coefficients: Tensor, components: Tensor) -> "_ErrorGrams":
+    def of(cls, rows: Tensor, coefficients: Tensor, components: Tensor) -> "_SideErrors":
         """Compute the products in the dtype of the rows.
 
         Args:
@@ -179,19 +183,36 @@ class _ErrorGrams:
         errors = torch.addmm(flat, coefficients.flatten(0, 1).to(dtype), components.to(dtype), alpha=-1)
         errors = errors.view(rows.shape)
         products = (rows @ rows.mT, rows @ errors.mT, errors @ errors.mT)
-        return cls(*(product.to(torch.float64) for product in products))
+        return cls(rows, errors, *(product.to(torch.float64) for product in products))
 
 
-def _difference_square(up: _ErrorGrams, down: _ErrorGrams) -> Tensor:
+def _update_square(up: _SideErrors, down: _SideErrors) -> Tensor:
+    """Return ‖B·A‖² of each adapter."""
+    terms = up.row_gram * down.row_gram
+    square = terms.sum((1, 2))
+    cancelled = linalg.is_cancelled(square, [terms], up.rows.dtype)
+    if bool(cancelled.any()):
+        square[cancelled] = linalg.triangular_product_square(up.rows[cancelled].mT, down.rows[cancelled])
+    return square
+
+
+def _difference_square(up: _SideErrors, down: _SideErrors) -> Tensor:
     """Return ‖B·A − B̂·Â‖² of each adapter, with B = B̂ + E_B and A = Â + E_A, as in `linalg.difference_square`.
 
     B·A − B̂·Â = E_B·A + B̂·E_A. The products with B̂ = B − E_B follow from those with B and E_B, and stand beside E_A, so
     that their rounding is small relative to what they are added to.
     """
-    rebuilt_errors = up.mixed.mT - up.errors
-    rebuilt = up.rows - up.mixed - rebuilt_errors
-    square = (up.errors * down.rows + 2 * rebuilt_errors * down.mixed + rebuilt * down.errors).sum((1, 2))
-    return square.clamp_min(0)
+    rebuilt_errors = up.mixed_gram.mT - up.error_gram
+    rebuilt = up.row_gram - up.mixed_gram - rebuilt_errors
+    terms = (up.error_gram * down.row_gram, 2 * rebuilt_errors * down.mixed_gram, rebuilt * down.error_gram)
+    square = (terms[0] + terms[1] + terms[2]).sum((1, 2)).clamp_min(0)
+    cancelled = linalg.is_cancelled(square, terms, up.rows.dtype)
+    if bool(cancelled.any()):
+        up_errors = up.errors[cancelled]
+        columns = torch.cat([up_errors, up.rows[cancelled] - up_errors], dim=1).mT
+        rows = torch.cat([down.rows[cancelled], down.errors[cancelled]], dim=1)
+        square[cancelled] = linalg.triangular_product_square(columns, rows)
+    return square
 
 
 def _rounding_square(before: tuple[Tensor, Tensor], stored: tuple[Tensor, Tensor], exact: UnroundedBases) -> Tensor:
