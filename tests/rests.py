@@ -51,5 +51,5 @@ def with_adapters(pack, adapters):
         pack.fit_info,
         base_model=pack.base_model,
         revision=pack.revision,
-        coefficient_dtype=pack.coefficient_dtype,
+        coefficient_dtype=pack.coefficient_storage,
     )

@@ -21,6 +21,7 @@ from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import NonFiniteError, OptionError, PackDamagedError
 from outcomes import contents
 from planted import normal, random_adapter, random_collection, shared_collection
+from rests import with_adapters
 from versions import older, unfolded
 
 pytestmark = pytest.mark.slow
@@ -99,15 +100,7 @@ class TestWritten:
         opened = ex.Pack.open(place)
         # with everything read, and with nothing
         assert contents(opened.save(tmp_path / "other")) == before
-        loaded = ex.Pack(
-            opened.subspace,
-            opened.info,
-            {name: opened.packed(name) for name in opened.names},
-            opened.fit_info,
-            base_model=opened.base_model,
-            revision=opened.revision,
-            coefficient_dtype=opened.coefficient_storage,
-        )
+        loaded = with_adapters(opened, {name: opened.packed(name) for name in opened.names})
         assert contents(loaded.save(tmp_path / "loaded")) == before
 
     def test_in_the_bytes_that_it_says(self, made):
@@ -358,15 +351,7 @@ class TestVerbs:
         rest = normal(c.rank, 11, seed=8, dtype=torch.float32)
         changed = {**one.coefficients, QUERY: replace(c, down_residual=rest)}
         adapters = {"a": replace(one, coefficients=changed, payload=None), "b": pack.packed("b")}
-        made = ex.Pack(
-            pack.subspace,
-            pack.info,
-            adapters,
-            pack.fit_info,
-            base_model=pack.base_model,
-            revision=pack.revision,
-            coefficient_dtype=pack.coefficient_storage,
-        )
+        made = with_adapters(pack, adapters)
         opened = ex.Pack.open(made.save(tmp_path / "made"))
         found = opened.packed("a").coefficients[QUERY]
         assert torch.equal(found.down_residual, rest)

@@ -11,6 +11,9 @@ from coded_collections import COLLECTIONS, of_ranks, true_errors
 from eigenlorax.codec import encoder, module_stages, stage_runner
 from eigenlorax.codec.held_updates import HeldUpdates
 from eigenlorax.codec.module_updates import ModuleUpdates, UpdateSource
+from eigenlorax.core import limits
+from eigenlorax.core.checkpoint import open_checkpoint
+from eigenlorax.core.engine import run_serially
 from eigenlorax.fitting import coded_checkpoint
 from planted import tree
 
@@ -161,6 +164,22 @@ def results():
     assert quantised.bases[0].k
     encoded = module_stages.encode(module, held, quantised.bases, 0.05 * norms, range(len(factors)))
     return survey, quantised, encoded
+
+
+def test_results_that_memory_does_not_hold_are_computed_again(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(coded_checkpoint, "KEPT_FROM", 0.0)
+    computed = []
+
+    def call():
+        computed.append(results[1])
+        return results[1]
+
+    needed = coded_checkpoint.PART_COPIES * len(coded_checkpoint.to_bytes(results[1], "0" * 64))
+    for memory, total in ((needed - 1, 1), (needed, 2), (needed, 2), (needed - 1, 3)):
+        monkeypatch.setattr(limits, "machine_memory", lambda memory=memory: memory)
+        with open_checkpoint(tmp_path / "kept", {"fit": 1}) as checkpoint:
+            list(coded_checkpoint.ResumableCalls(run_serially, checkpoint).run([call]))
+        assert len(computed) == total
 
 
 class TestBytes:

@@ -11,7 +11,7 @@ from eigenlorax.core.batch import pad_factors
 from eigenlorax.errors import PackDamagedError
 from eigenlorax.reports.analysis import losses
 from planted import TOLERANCE, random_adapter
-from rests import SIDES, with_rest, with_rests
+from rests import SIDES, with_adapters, with_rest, with_rests
 
 QUERY = "encoder.0.query"
 
@@ -78,15 +78,7 @@ class TestFiles:
         wide = pack.packed("a0")
         one = wide.coefficients[QUERY]
         bad = replace(one, down_residual=torch.nn.functional.pad(one.down_residual, (0, 1)))
-        broken = ex.Pack(
-            pack.subspace,
-            pack.info,
-            {"a0": replace(wide, coefficients={**wide.coefficients, QUERY: bad})},
-            pack.fit_info,
-            base_model=None,
-            revision=None,
-            coefficient_dtype=torch.float32,
-        )
+        broken = with_adapters(pack, {"a0": replace(wide, coefficients={**wide.coefficients, QUERY: bad})})
         path = broken.save(tmp_path / "pack")
         with pytest.raises(PackDamagedError, match=f"residual of module {QUERY} is"):
             ex.Pack.open(path).packed("a0")

@@ -27,6 +27,7 @@ from ..codec.packed_codes import PackedCodes
 from ..codec.quantised_basis import QuantisedBasis
 from ..codec.rate_allocation import RateEstimate, SideStatistics
 from ..core import checkpoint as checkpoints
+from ..core import limits
 from ..core.checkpoint import Checkpoint
 from ..core.engine import Engine
 from ..core.iterative import RunCalls
@@ -37,7 +38,9 @@ from .options import Execution, Target
 KEPT_FROM = 0.5
 """Seconds from which on the result of a call is kept: to write a file may take longer than a short call."""
 MAX_PART_BYTES = 2**31
-"""Size above which a file is not read."""
+"""Size above which a result is neither written nor read."""
+PART_COPIES = 4
+"""Number of copies of a result in memory while it is read: the file, its content, its tensors, and their arrays."""
 _ABOUT = "about"
 
 StageResult = ModuleSurvey | QuantisedModule | EncodedModule
@@ -83,13 +86,24 @@ class ResumableCalls:
                 continue
             seconds, outcome = next(computed)
             if seconds >= KEPT_FROM and isinstance(outcome, StageResult):
-                self._checkpoint.keep(number, to_bytes(outcome, digests[number]))
+                self._keep(number, to_bytes(outcome, digests[number]))
             yield outcome
+
+    def _keep(self, number: int, content: bytes) -> None:
+        assert self._checkpoint is not None
+        # a larger one would not be read
+        if len(content) <= _max_part_bytes():
+            self._checkpoint.keep(number, content)
 
     def _find(self, number: int, digest: str) -> StageResult | None:
         assert self._checkpoint is not None
-        content = self._checkpoint.find(number, MAX_PART_BYTES)
+        content = self._checkpoint.find(number, _max_part_bytes())
         return from_bytes(content, digest) if content is not None else None
+
+
+def _max_part_bytes() -> int:
+    """Return the largest size of a result that is read: one whose copies fit into the memory of this machine."""
+    return int(min(MAX_PART_BYTES, limits.machine_memory() / PART_COPIES))
 
 
 def _digest_of(call: Callable[[], Any]) -> str:
