@@ -222,7 +222,7 @@ def fit(
     from ..core import checkpoint, keys
     from ..fitting.fit import fit as fit_adapters
     from ..fitting.options import Target
-    from ..pack import history_figures, writer
+    from ..pack import writer
     from ..reports import extra
 
     started = time.perf_counter()
@@ -235,68 +235,70 @@ def fit(
         extra.require()
     checkpoint.discard_finished(output, output / keys.MANIFEST)
     writer.check_free(output, overwrite)
-    byte_budget = parse_byte_count("--max-bytes", max_bytes) if max_bytes is not None else None
     sizes = {
         "n_components": n_components,
         "energy": energy,
         "max_error": max_error,
-        "max_bytes": byte_budget,
+        "max_bytes": _byte_count("--max-bytes", max_bytes),
         "ratio": ratio,
     }
+    options: dict[str, Any] = {
+        "purpose": purpose,
+        **sizes,
+        "reference": reference,
+        "max_bytes_per_adapter": _byte_count("--max-bytes-per-adapter", max_bytes_per_adapter),
+        "basis": basis,
+        "head_error": arguments.head_error(head_error, exact=exact_heads),
+        "weighting": weighting,
+        "sweeps": sweeps,
+        "exclude_adapters": exclude_adapter or (),
+        "exclude_modules": exclude_module or (),
+        "dtype": dtype,
+        "coefficient_dtype": coefficient_dtype,
+        "same_base": same_base,
+        "skip_bad": skip_bad,
+        "warn_above": warn_above,
+        "device": device,
+        "solver": solver,
+        "engine": engine,
+        "workers": workers,
+    }
+    reading: dict[str, Any] = {"allow_pickle": allow_pickle, "revision": revision}
     checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)
+    options["checkpoint"] = None if reference is not None else checkpoints
     is_coded = (
         reference is not None or Target.of(sizes, weighting, sweeps, (dtype, coefficient_dtype), purpose, None).is_coded
-    )
-    per_adapter = (
-        parse_byte_count("--max-bytes-per-adapter", max_bytes_per_adapter)
-        if max_bytes_per_adapter is not None
-        else None
     )
     headline = None
     with (
         console.explain_interrupt(lambda: _state_after_interrupt(output, old_manifest, checkpoints)),
         console.working("The fit", durations.fit_seconds(adapters, is_coded=is_coded)) as progress,
     ):
-        pack = fit_adapters(
-            adapters,
-            purpose=purpose,
-            **sizes,
-            reference=reference,
-            max_bytes_per_adapter=per_adapter,
-            basis=basis,
-            head_error=arguments.head_error(head_error, exact=exact_heads),
-            weighting=weighting,
-            sweeps=sweeps,
-            exclude_adapters=exclude_adapter or (),
-            exclude_modules=exclude_module or (),
-            dtype=dtype,
-            coefficient_dtype=coefficient_dtype,
-            same_base=same_base,
-            skip_bad=skip_bad,
-            warn_above=warn_above,
-            device=device,
-            solver=solver,
-            engine=engine,
-            workers=workers,
-            checkpoint=None if reference is not None else checkpoints,
-            progress=progress,
-            allow_pickle=allow_pickle,
-            revision=revision,
-        )
+        pack = fit_adapters(adapters, **options, **reading, progress=progress)
         pack.save(output, overwrite=overwrite)
         fit_seconds = time.perf_counter() - started
         if reference is None and (report or (report is None and _can_report())):
-            headline = _write_report(pack, adapters, output, progress, allow_pickle=allow_pickle, revision=revision)
+            headline = _write_report(pack, adapters, output, progress, **reading)
     report_seconds = time.perf_counter() - started - fit_seconds if headline is not None else None
     for note in pack.notes:
         console.note(note)
     if json:
         _print_json(pack, output, fit_seconds, headline)
     elif reference is not None:
-        console.print_rows(f"pack {output}", [("seconds", f"{fit_seconds:.1f}")])
-        version_rows.print_histories(history_figures.all_figures(pack.histories), pack.summary.files)
+        _print_population(pack, output, fit_seconds)
     else:
         _print_table(pack, output, fit_seconds, report_seconds, headline)
+
+
+def _byte_count(option: str, text: str | None) -> int | None:
+    return parse_byte_count(option, text) if text is not None else None
+
+
+def _print_population(pack: "Pack", output: Path, seconds: float) -> None:
+    from ..pack import history_figures
+
+    console.print_rows(f"pack {output}", [("seconds", f"{seconds:.1f}")])
+    version_rows.print_histories(history_figures.all_figures(pack.histories), pack.summary.files)
 
 
 def _print_json(pack: "Pack", output: Path, seconds: float, headline: str | None) -> None:

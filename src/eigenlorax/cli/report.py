@@ -58,6 +58,17 @@ class _MeasureOptions:
     full: bool
     seed: int
 
+    @property
+    def passed(self) -> dict[str, bool]:
+        """True for each option that was passed, by name; those that need the original adapters."""
+        return {
+            "--left-out": self.left_out is not None,
+            "--full": self.full,
+            "--seed": self.seed != 0,
+            "--allow-pickle": self.reading["allow_pickle"],
+            "--revision": self.reading["revision"] is not None,
+        }
+
     def report(self, pack: "Pack", matched: "Originals", progress: "Progress") -> "Report":
         """Return the report of a pack with these originals."""
         from ..reports import report as make_report
@@ -88,6 +99,27 @@ class _EvaluationOptions:
     columns: Columns
     batch_size: int
     max_length: int | None
+
+    @property
+    def passed(self) -> dict[str, bool]:
+        """True for each option that was passed, by name; all of them need the original adapters."""
+        return {"--evaluate": bool(self.targets), **self.passed_for_rows}
+
+    @property
+    def passed_for_rows(self) -> dict[str, bool]:
+        """True for each option that was passed, by name; those that need rows to evaluate on."""
+        default = Columns()
+        return {
+            "--frontier": bool(self.ratios),
+            "--model": self.model is not None,
+            "--task": self.task is not None,
+            "--labels": bool(self.labels),
+            "--batch-size": self.batch_size != EVALUATION_BATCH,
+            "--max-length": self.max_length is not None,
+            "--text-column": self.columns.text != default.text,
+            "--label-column": self.columns.label != default.label,
+            "--pair-column": self.columns.pair is not None,
+        }
 
 
 def report(
@@ -179,70 +211,58 @@ def report(
     revision: arguments.Revision = None,
 ) -> None:
     """Report whether a pack's adapters share a subspace, its errors, the path of its histories, and what to do."""
-    from ..errors import OptionError
     from ..pack.pack import Pack
-    from ..reports import files, json_document, stored
-    from ..reports import report as make_report
-    from ..reports.build import HISTORIES_ONLY
+    from ..reports import files, json_document
 
-    columns = Columns(text_column, label_column, pair_column)
-    evaluation_options = {
-        "--frontier": frontier is not None,
-        "--model": model is not None,
-        "--task": task is not None,
-        "--labels": bool(labels),
-        "--batch-size": batch_size != EVALUATION_BATCH,
-        "--max-length": max_length is not None,
-        "--text-column": columns.text != Columns().text,
-        "--label-column": columns.label != Columns().label,
-        "--pair-column": columns.pair is not None,
-    }
-    adapter_options = {
-        "--left-out": left_out is not None,
-        "--full": full,
-        "--seed": seed != 0,
-        "--evaluate": bool(evaluate),
-        "--allow-pickle": allow_pickle,
-        "--revision": revision is not None,
-    }
-    if not adapters:
-        _check_unused(adapter_options | evaluation_options, "--adapters with the original adapters")
-    if not evaluate:
-        _check_unused(evaluation_options, "--evaluate with a file of rows")
-    for path in output or ():
-        files.check(path)
-    left_out_count = _parse_left_out(left_out)
+    reading = {"allow_pickle": allow_pickle, "revision": revision}
+    measure = _MeasureOptions(adapters or (), reading, _parse_left_out(left_out), full, seed)
     evaluation = _EvaluationOptions(
         targets=evaluate or (),
         ratios=_parse_ratios(frontier),
         model=model,
         task=task,
         labels=labels or (),
-        columns=columns,
+        columns=Columns(text_column, label_column, pair_column),
         batch_size=batch_size,
         max_length=max_length,
     )
-    opened = Pack.from_pretrained(pack, revision=pack_revision)
-    if adapters and not opened.names and opened.histories:
-        raise OptionError(HISTORIES_ONLY)
-    seconds = stored.seconds(opened, full) if adapters and opened.names else 0.0
-    with console.working("The report", seconds) as progress:
-        if adapters:
-            reading = {"allow_pickle": allow_pickle, "revision": revision}
-            measure = _MeasureOptions(adapters, reading, left_out_count, full, seed)
-            pack_report = _report_on_originals(opened, measure, evaluation, progress)
-        else:
-            pack_report = stored.load(opened) or make_report(opened, seed=seed, progress=progress)
-        for done, path in enumerate(output or ()):
-            progress("writing the report", done, len(output or ()))
-            files.write(pack_report, path)
-        progress("writing the report", len(output or ()), len(output or ()))
+    if not adapters:
+        _check_unused(measure.passed | evaluation.passed, "--adapters with the original adapters")
+    if not evaluate:
+        _check_unused(evaluation.passed_for_rows, "--evaluate with a file of rows")
+    for path in output or ():
+        files.check(path)
+    pack_report = _make_report(Pack.from_pretrained(pack, revision=pack_revision), measure, evaluation, output or ())
     if json:
         console.print_document(json_document.to_json(pack_report))
         return
     print_verdict(pack_report)
     for path in output or ():
         console.note(f"{path} was written.")
+
+
+def _make_report(
+    pack: "Pack", measure: _MeasureOptions, evaluation: _EvaluationOptions, output: Sequence[Path]
+) -> "Report":
+    """Return the report of a pack, and write it to files."""
+    from ..errors import OptionError
+    from ..reports import files, stored
+    from ..reports import report as make_report
+    from ..reports.build import HISTORIES_ONLY
+
+    if measure.adapters and not pack.names and pack.histories:
+        raise OptionError(HISTORIES_ONLY)
+    seconds = stored.seconds(pack, measure.full) if measure.adapters and pack.names else 0.0
+    with console.working("The report", seconds) as progress:
+        if measure.adapters:
+            pack_report = _report_on_originals(pack, measure, evaluation, progress)
+        else:
+            pack_report = stored.load(pack) or make_report(pack, seed=measure.seed, progress=progress)
+        for done, path in enumerate(output):
+            progress("writing the report", done, len(output))
+            files.write(pack_report, path)
+        progress("writing the report", len(output), len(output))
+    return pack_report
 
 
 def _report_on_originals(

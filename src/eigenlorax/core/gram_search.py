@@ -11,17 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import krylov, linalg
+from . import krylov, linalg, side_search
 from .basis import Basis
 from .batch import ModuleBatch, has_exact_energies, has_safe_squares
 from .fit_options import FitOptions
 from .krylov import RitzPairs
+from .side_search import SIDES
 from .subspace import ModuleBases
 
 LARGEST_GRAM = 1024
 """Number of rows up to which forming the Gram matrices takes less time than the passes over the rows of a search."""
-MIN_GAIN = 1e-3
-"""Fraction of the energy that a sweep's step has to gain for a search to continue from it."""
 RESOLUTION = {torch.float32: 1e-4, torch.float64: 1e-10}
 """Eigenvalues below this fraction of the largest one are too near to the rounding of the Gram matrix, by its dtype.
 
@@ -168,43 +167,40 @@ def _fit(
 ) -> ModuleBases:
     assert options.n_components is not None
     gram_dtype, dtype = dtypes
-    scale_squares = [batch.row_scale.square()[:, None, None] for batch in batches]
-    sides = {name: _Side.of([batch.rows(name) for batch in batches], gram_dtype) for name in ("down", "up")}
-    weights = _first_weights(sides, scale_squares, options.weighting)
+    sides = {name: _Side.of([batch.rows(name) for batch in batches], gram_dtype) for name in SIDES}
+    weights = _first_weights(sides, batches, options.weighting)
     totals = {name: _total_energy(side, weights[name]) for name, side in sides.items()}
     # relative to the total energy, so that the trace of a weighted Gram matrix is 1
     roots = {name: [linalg.graded_root(weight / totals[name]) for weight in weights[name]] for name in sides}
     # each side alone, as the first step of the exact fit
     first = {name: _search(side, roots[name], options.n_components, f"{label}.{name}") for name, side in sides.items()}
-    last = dict(first)
+    scale_squares = [batch.row_scale.square()[:, None, None] for batch in batches]
+
+    def step(name: str, opposite: _Components, current: _Components) -> _Components:
+        projected = sides[SIDES[name]].split(opposite.projected)
+        swept_roots = [
+            linalg.graded_root(square / totals[name] * (rows @ rows.mT))
+            for square, rows in zip(scale_squares, projected, strict=True)
+        ]
+        return _sweep(sides[name], swept_roots, current)
+
+    last = first
     for _ in range(options.sweeps if options.weighting == "delta" else 0):
-        for name, opposite in (("down", "up"), ("up", "down")):
-            projected = sides[opposite].split(last[opposite].projected)
-            swept_roots = [
-                linalg.graded_root(square / totals[name] * (rows @ rows.mT))
-                for square, rows in zip(scale_squares, projected, strict=True)
-            ]
-            last[name] = _sweep(sides[name], swept_roots, last[name])
+        last = side_search.sweep(last, step)
     down, up = (_as_basis(sides[name], roots[name], (first[name], last[name]), totals[name], dtype) for name in sides)
     return ModuleBases(down, up)
 
 
 def _first_weights(
-    sides: Mapping[str, _Side], scale_squares: Sequence[Tensor], weighting: str
+    sides: Mapping[str, _Side], batches: Sequence[ModuleBatch], weighting: str
 ) -> dict[str, list[Tensor]]:
-    """Return, by side, the matrices M between the rows of each adapter in the first fit, (adapters, r, r) per batch."""
-    if weighting == "factors":
-        # unit weights for adapters that take part
-        identities = [
-            (square > 0) * torch.eye(rank, dtype=torch.float64, device=square.device)
-            for square, (_, rank) in zip(scale_squares, sides["down"].shapes, strict=True)
-        ]
-        return {"down": identities, "up": identities}
-    # each side is weighted by the Gram matrices of the opposite one
-    return {
-        name: [square * gram for square, gram in zip(scale_squares, sides[opposite].own_grams(), strict=True)]
-        for name, opposite in (("down", "up"), ("up", "down"))
-    }
+    """Return, by side, the matrices of `side_search.first_weights` of each batch."""
+    grams = zip(*(side.own_grams() for side in sides.values()), strict=True)
+    by_batch = [
+        side_search.first_weights(batch.row_scale, dict(zip(sides, own_grams, strict=True)), weighting)
+        for batch, own_grams in zip(batches, grams, strict=True)
+    ]
+    return {name: [weights[name] for weights in by_batch] for name in sides}
 
 
 def _total_energy(side: _Side, weights: Sequence[Tensor]) -> float:
@@ -237,11 +233,9 @@ def _sweep(side: _Side, roots: Sequence[Tensor], current: _Components) -> _Compo
     values, rotation = linalg.descending_eigh(start.mT @ (matrix @ start))
     k = len(values)
     stepped = _Components.of(side, roots, RitzPairs(values, start @ rotation, current.shortfall), k)
-    if stepped.kept_energy(side, roots) - current.kept_energy(side, roots) < MIN_GAIN:
-        return stepped
-    # where the spectrum is nearly flat, one step improves the components only a little
-    pairs = krylov.leading_eigenvectors(matrix.matmul, stepped.vectors, k, tolerance=krylov.TOLERANCE)
-    return _Components.of(side, roots, pairs, k)
+    gain = stepped.kept_energy(side, roots) - current.kept_energy(side, roots)
+    pairs = side_search.search_on(matrix.matmul, stepped.vectors, gain)
+    return stepped if pairs is None else _Components.of(side, roots, pairs, k)
 
 
 def _as_basis(
@@ -256,13 +250,8 @@ def _as_basis(
     Its spectrum and energy are of the first stack, whose weights are `roots`. Products with rows are in `dtype`.
     """
     first, last = components
-    rows, squares = _stack(side.batches, dtype), first.values * total
+    rows = _stack(side.batches, dtype)
     rows_of_basis = linalg.orthonormal_rows((last.combination.to(dtype).mT @ rows).to(torch.float64))
     projected = (rows @ rows_of_basis.to(dtype).mT).to(torch.float64)
-    return Basis(
-        components=rows_of_basis.cpu(),
-        singular_values=squares.sqrt().float().cpu(),
-        energy=min(float(side.multiply(roots, projected).square().sum()), 1.0),
-        shortfall=first.shortfall,
-        tail=max(total - float(squares.sum()), 0.0),
-    )
+    energy = float(side.multiply(roots, projected).square().sum())
+    return side_search.to_basis(rows_of_basis, first.values, total, energy, first.shortfall)

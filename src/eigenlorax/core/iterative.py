@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import gram_search, krylov, linalg
+from . import gram_search, krylov, linalg, side_search
 from .basis import Basis
 from .batch import (
     ModuleBatch,
@@ -29,6 +29,7 @@ from .batch import (
 )
 from .engine import run_serially
 from .fit_options import FitOptions
+from .side_search import SIDES
 from .subspace import ModuleBases
 
 LARGEST_SIDE = 384
@@ -132,15 +133,8 @@ class _BatchWeights:
 def _batch_weights(load: LoadBatch, weighting: str, dtype: torch.dtype) -> _BatchWeights:
     """Compute the weights of one batch, with products in `dtype`, or in float64 where that is too inexact."""
     batch = load()
-    grams = {side: gram_matrices(batch.rows(side).to(dtype)).to(torch.float64) for side in ("down", "up")}
-    if weighting == "factors":
-        identity = torch.eye(batch.down.shape[1], dtype=torch.float64, device=batch.down.device)
-        takes_part = (batch.row_scale > 0).to(torch.float64)[:, None, None] * identity
-        inner = {"down": takes_part, "up": takes_part}
-    else:
-        # M = w²s²·BᵀB between the rows of A: no matrix root is needed, since only Aᵀ·M·A enters
-        scale_square = batch.row_scale.square()[:, None, None]
-        inner = {"down": scale_square * grams["up"], "up": scale_square * grams["down"]}
+    grams = {side: gram_matrices(batch.rows(side).to(dtype)).to(torch.float64) for side in SIDES}
+    inner = side_search.first_weights(batch.row_scale, grams, weighting)
     fits_float32 = all(
         has_safe_squares(gram.diagonal(dim1=1, dim2=2)) and has_exact_energies(inner[side], gram, torch.float32)
         for side, gram in grams.items()
@@ -201,7 +195,7 @@ def fit(
     weights: list[_BatchWeights] = list(
         run(partial(_batch_weights, load, options.weighting, dtype) for load in loaders)
     )
-    sides = {name: _Side(name, loaders, run) for name in ("down", "up")}
+    sides = {name: _Side(name, loaders, run) for name in SIDES}
     total = {name: sum(batch.square[name] for batch in weights) for name in sides}
     # relative to the total energy, the matrices are in the range of float32 whatever the norms of the factors are
     inner = {name: [batch.inner[name] / total[name] for batch in weights] for name in sides}
@@ -209,18 +203,21 @@ def fit(
     dtype = torch.promote_types(dtype, search_dtype)
     # each side alone, as the first step of the exact fit
     first = {name: _search(side, inner[name], k, f"{label}.{name}", search_dtype) for name, side in sides.items()}
-    last = dict(first)
+
+    def step(name: str, opposite: _Components, current: _Components) -> _Components:
+        return _sweep(sides[name], _projected_inner(opposite, weights, total[name]), current)
+
+    last = first
     sweeps = options.sweeps if options.weighting == "delta" else 0
     for sweep in range(sweeps):
         if sweep == sweeps - 1:
             # only the last sweep decides how exact the result is
             last = {name: components.to(dtype) for name, components in last.items()}
-        for name, opposite in (("down", "up"), ("up", "down")):
-            last[name] = _sweep(sides[name], _projected_inner(last[opposite], weights, total[name]), last[name])
+        last = side_search.sweep(last, step)
     # without sweeps, one step in float64 corrects the rounding of the search in float32
     if sweeps == 0 and dtype == torch.float64:
         last = {name: _iterate(sides[name], inner[name], components.to(dtype)) for name, components in last.items()}
-    down, up = (_as_basis(first[name], last[name], inner[name], total[name]) for name in ("down", "up"))
+    down, up = (_as_basis(first[name], last[name], inner[name], total[name]) for name in SIDES)
     return ModuleBases(down, up)
 
 
@@ -255,11 +252,9 @@ def _sweep(side: _Side, inner: list[Tensor], current: _Components) -> _Component
     """Return the components of a side after one sweep: a step of subspace iteration, and a search if it gained much."""
     stepped = _iterate(side, inner, current)
     gain = float((_kept_energy(inner, stepped.projected) - _kept_energy(inner, current.projected)).trace())
-    if gain < gram_search.MIN_GAIN:
+    ritz = side_search.search_on(partial(side.multiply, inner), stepped.columns, gain)
+    if ritz is None:
         return stepped
-    # where the spectrum is nearly flat, one step improves the columns only a little
-    start = stepped.columns
-    ritz = krylov.leading_eigenvectors(partial(side.multiply, inner), start, start.shape[1], tolerance=krylov.TOLERANCE)
     return replace(current, columns=ritz.vectors, projected=side.project(ritz.vectors))
 
 
@@ -283,12 +278,7 @@ def _kept_energy(inner: Sequence[Tensor], projected: Sequence[Tensor]) -> Tensor
 
 def _as_basis(first: _Components, last: _Components, inner: list[Tensor], total: float) -> Basis:
     """Return the last columns as a basis, with the spectrum of the first stack and the energy they keep of it."""
-    squares = first.first_values * total
-    return Basis(
-        components=linalg.orthonormal_rows(last.columns.to(torch.float64).mT).cpu(),
-        singular_values=squares.sqrt().float().cpu(),
-        # a sum over all adapters, not an estimate
-        energy=min(float(_kept_energy(inner, last.projected).trace()), 1.0),
-        shortfall=first.shortfall,
-        tail=max(total - float(squares.sum()), 0.0),
-    )
+    rows = linalg.orthonormal_rows(last.columns.to(torch.float64).mT)
+    # a sum over all adapters, not an estimate
+    energy = float(_kept_energy(inner, last.projected).trace())
+    return side_search.to_basis(rows, first.first_values, total, energy, first.shortfall)
