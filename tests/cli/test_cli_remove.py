@@ -19,9 +19,9 @@ def test_they_and_their_files_go_and_the_rest_stays_byte_for_byte(cli, pack):
 
 def test_the_table_says_what_is_left(cli, pack):
     out = succeeded(cli("remove", pack, "gamma")).out
-    assert [line.split() for line in out.splitlines() if line.split()[:1] in (["removed"], ["left"])] == [
+    assert [line.split() for line in out.splitlines() if line.split()[:1] in (["removed"], ["adapters"])] == [
         ["removed", "gamma"],
-        ["left", "2"],
+        ["adapters", "left", "2"],
     ]
 
 
