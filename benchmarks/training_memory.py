@@ -67,13 +67,9 @@ MODELS = {
     "smollm2": Model("SmolLM2-135M, 30 layers 576 wide, bfloat16", torch.bfloat16, (128, 512, 2048), LLAMA_TARGETS),
     "llama": Model("2 blocks of Llama-3.2-1B, 2,048 wide, bfloat16", torch.bfloat16, (128, 512, 2048), LLAMA_TARGETS),
 }
-METHODS = {
-    "LoRA": "LoRA r = 8",
-    "LoRA in bfloat16": "LoRA r = 8 in bfloat16",
-    "coefficients": "coefficients r = 8, k = 32",
-    "core": "core, k = 32",
-    "none": "no adapter",
-}
+METHODS = ("LoRA", "coefficients")
+VARIANTS = ("LoRA in bfloat16", "core")
+"""Methods that are measured at 512 tokens only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +80,7 @@ class Case:
         model: Key of `MODELS`.
         length: Tokens of the batch.
         targets: Key of the model's `targets`.
-        method: Key of `METHODS`. "none" is the frozen model alone, with a gradient to its input.
+        method: One of `METHODS` or `VARIANTS`, or "none": the frozen model alone, with a gradient to its input.
         checkpointing: Whether blocks are checkpointed.
     """
 
@@ -96,18 +92,17 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Return all cases: the short sequences first, then variants of the methods, then the long sequences."""
+    """Return all cases: those of 512 tokens first, variants of the methods after them, and the longest at the end."""
     chosen = []
     for (name, model), checkpointing in product(MODELS.items(), (False, True)):
         for length in model.lengths:
             chosen.append(Case(name, length, "all", "none", checkpointing))
-            pairs = product(model.targets, ("LoRA", "coefficients"))
+            pairs = product(model.targets, METHODS)
             chosen += [Case(name, length, targets, method, checkpointing) for targets, method in pairs]
-        variants = ("core",) if model.dtype == torch.float32 else ("LoRA in bfloat16", "core")
+        # in a float32 model, PEFT trains float32 factors in any case
+        variants = VARIANTS if model.dtype == torch.bfloat16 else ("core",)
         chosen += [Case(name, 512, "all", method, checkpointing) for method in variants]
-    return sorted(
-        chosen, key=lambda case: (case.length > 512, case.method in ("LoRA in bfloat16", "core"), -case.length)
-    )
+    return sorted(chosen, key=lambda case: (case.length > 512, case.length != 512, case.method in VARIANTS))
 
 
 def measure(case: Case) -> Json:

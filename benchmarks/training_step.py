@@ -42,7 +42,7 @@ def measure(model: nn.Module, batch: Batch, *, resident: bool, saved: bool) -> J
     Args:
         model: Model whose forward pass returns a loss.
         batch: Inputs and labels.
-        resident: Whether to measure resident memory, which takes one more step.
+        resident: Whether to measure resident memory, which takes two more steps.
         saved: Whether to measure what autograd saves, which takes one more forward pass.
 
     Returns:
@@ -81,6 +81,8 @@ def _resident(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) 
     # glibc maps every large block by itself then, and a freed one leaves the process at once
     libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
     libc.mallopt(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
+    # kernels keep buffers of their first step
+    _step(model, optimizer, batch)
     libc.malloc_trim(0)
     # the peak is counted from here on
     Path("/proc/self/clear_refs").write_text("5")
