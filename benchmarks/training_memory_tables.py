@@ -108,9 +108,14 @@ PARTS = ("attention", "MLP", "norms", "dropout", "head and loss", "other")
 
 
 def resident(cases: list[Json]) -> str:
-    """Return how far resident memory is from the allocator's figure."""
-    ratios = [case["resident_peak"] / case["allocated_peak"] for case in cases if "resident_peak" in case]
-    return f"resident memory at 512 tokens, without checkpoints, is {min(ratios):.2f} to {max(ratios):.2f} of these."
+    """Return how far resident memory is from the allocator's figure, where it was measured."""
+    measured = [case for case in cases if "resident_peak" in case]
+    ratios = [case["resident_peak"] / case["allocated_peak"] for case in measured]
+    models = " and ".join(dict.fromkeys(MODELS[case["model"]].partition(",")[0] for case in measured))
+    return (
+        f"resident memory of {models} at 512 tokens, without checkpoints, is {min(ratios):.2f} to {max(ratios):.2f} of "
+        "these."
+    )
 
 
 def _settings(cases: Iterable[Json]) -> list[tuple[str, str, bool, int]]:
