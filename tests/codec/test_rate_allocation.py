@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_encoder import size
 
 import eigenlorax as ex
@@ -38,11 +39,27 @@ def many(n, *, k=6, noise=0.0, rank=4):
 
 def test_statistics_have_all_energy_in_few_components():
     module = statistics_of(many(12))
-    assert [side.components.shape for side in (module.down, module.up)] == [(6, 120), (6, 96)]
+    assert [side.directions.shape for side in (module.down, module.up)] == [(6, 48), (6, 48)]
     assert (module.n, module.rank) == (12, 4)
     for side in (module.down, module.up):
         np.testing.assert_allclose(side.energies.sum(1), 1.0, atol=1e-9)
     np.testing.assert_allclose(np.bincount(module.owners, module.lengths**2), 1.0)
+
+
+@pytest.mark.parametrize("n", [12, 40], ids=["fewer rows than columns", "more"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_components_are_the_singular_vectors_of_all_rows(n, dtype):
+    exact, updates = (SvdBatch.of(many(n, noise=0.02), dtype) for dtype in (torch.float64, dtype))
+    norms = updates.s.square().sum(1).sqrt()
+    module = ModuleStatistics.of(updates, 1 / norms)
+    for side, name in ((module.down, "down"), (module.up, "up")):
+        rows = exact.rows(name).flatten(0, 1)
+        expected = torch.linalg.svd(rows * (exact.s / norms[:, None]).reshape(-1, 1), full_matrices=False).Vh[:6]
+        components = side.components(updates.rows(name).flatten(0, 1), 6).double()
+        torch.testing.assert_close(components @ components.mT, torch.eye(6).double(), atol=1e-5, rtol=0)
+        torch.testing.assert_close((components @ expected.mT).abs(), torch.eye(6).double(), atol=1e-4, rtol=0)
+        energies = torch.from_numpy(side.energies[:, :6]).double()
+        torch.testing.assert_close(energies, (rows @ expected.mT).square(), atol=1e-4, rtol=0)
 
 
 def test_shared_components_are_chosen():

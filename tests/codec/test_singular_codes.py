@@ -102,6 +102,23 @@ def test_squared_errors_are_those_of_dense_matrices(k: int, share: float) -> Non
         )
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-4), (torch.float64, 1e-8)])
+@pytest.mark.parametrize("share", [0.005, 0.1])
+@pytest.mark.parametrize("k", [0, 3])
+def test_measured_errors_are_those_of_decoded_updates(
+    k: int, share: float, dtype: torch.dtype, precision: float
+) -> None:
+    updates = [*shared(6, 3, 0.2), factors(7, rank=3)]
+    bases = basis_of(updates, k, 200.0) if k else empty_bases()
+    step_sizes = torch.tensor([share * float(delta(update).norm()) for update in updates], dtype=torch.float64)
+    batch = SvdBatch.of(updates, dtype)
+    codes = singular_codes.encode_updates(batch, step_sizes, *bases)
+    assert (codes.counts < 4).any()
+    bits, squared_errors = singular_codes.measure_updates(batch, step_sizes, *(b.numbers(dtype) for b in bases))
+    assert bits.tolist() == codes.bits.tolist()
+    torch.testing.assert_close(squared_errors, codes.squared_errors, rtol=precision, atol=0)
+
+
 def test_without_a_basis_the_error_is_that_of_a_uniform_quantiser() -> None:
     update = factors(5, rank=4, shape=(300, 400))
     step = 1e-4 * float(delta(update).norm())

@@ -7,7 +7,13 @@ from coded_collections import of_ranks, shared
 from eigenlorax.codec.encoder import CollectionEncoder
 from eigenlorax.codec.module_updates import ModuleUpdates, UpdateSource
 from eigenlorax.codec.stage_runner import StageRunner
-from eigenlorax.codec.step_sizes import search_step_sizes, upper_step_size_grid, wide_step_size_grid
+from eigenlorax.codec.step_sizes import (
+    as_written,
+    confirm_step_sizes,
+    search_step_sizes,
+    upper_step_size_grid,
+    wide_step_size_grid,
+)
 from eigenlorax.errors import OptionError
 
 
@@ -57,7 +63,37 @@ def test_estimates_do_not_depend_on_step_sizes_below_those_of_the_errors(make):
     assert upper == wide[len(wide) - len(upper) :]
     assert len(upper) < len(wide)
     estimates = [
-        CollectionEncoder(modules, norms, grid, StageRunner.of(lambda *_: None), error=errors[0]).frontier(errors)
+        CollectionEncoder(modules, norms, grid, StageRunner.of(lambda *_: None, error=errors[0])).frontier(errors)
         for grid in (upper, wide)
     ]
     assert estimates[0] == estimates[1]
+
+
+def test_flat_errors_take_few_rounds():
+    """Errors that hardly change with the step size, as where bases represent nearly all of each update."""
+    rounds = []
+
+    def measured(step_sizes, needed):
+        rounds.append(int(needed.sum()))
+        return 0.5 * step_sizes ** torch.tensor([0.05, 0.1, 0.9], dtype=torch.float64)
+
+    start = torch.tensor([0.5, 2.0, 1.1], dtype=torch.float64)
+    _, errors = search_step_sizes(measured, start, measured(start, torch.ones(3)), 0.5)
+    assert bool(((errors <= 0.5) & (errors > 0.99 * 0.5)).all())
+    assert len(rounds) <= 5
+
+
+def test_step_sizes_shrink_where_the_decoded_error_exceeds_the_bound():
+    encoded = []
+
+    def encode(step_sizes, needed):
+        encoded.append(needed.tolist())
+        return step_sizes * torch.tensor([0.4, 0.5004, 0.5, 0.51], dtype=torch.float64)
+
+    start = as_written(torch.ones(4, dtype=torch.float64))
+    step_sizes, errors = confirm_step_sizes(encode, start, 0.5)
+    assert step_sizes[[0, 2]].tolist() == [1.0, 1.0]
+    assert errors[[0, 2]].tolist() == [0.4, 0.5]
+    assert bool((errors <= 0.5).all())
+    assert bool((step_sizes > 0.95).all())
+    assert encoded[:2] == [[True] * 4, [False, True, False, True]]

@@ -78,6 +78,48 @@ def test_dual_rows_give_least_squares_coordinates():
     torch.testing.assert_close(x @ linalg.dual_rows(components).mT, wanted)
 
 
+STACKS = {
+    "well-conditioned": [decaying_rows(4, 13, 1, seed=seed) for seed in (3, 4)],
+    "ill-conditioned": [decaying_rows(4, 13, 5, seed=seed) for seed in (3, 4)],
+    "for a QR decomposition": [decaying_rows(4, 13, 9, seed=seed) for seed in (3, 4)],
+    "more rows than columns": [normal(5, 3, seed=seed) for seed in (3, 4)],
+}
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_triangular_rows_multiply_back(stack):
+    stack = torch.stack(stack)
+    left, rows = linalg.triangular_rows(stack)
+    torch.testing.assert_close(left @ rows, stack, atol=1e-13, rtol=1e-9)
+    identity = torch.eye(rows.shape[1], dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(rows @ rows.mT, identity, atol=1e-13, rtol=0)
+
+
+def test_triangular_rows_of_zero_rows():
+    stack = torch.stack([normal(3, 11, seed=1), torch.cat([normal(2, 11, seed=2), torch.zeros(1, 11)])])
+    left, rows = linalg.triangular_rows(stack)
+    torch.testing.assert_close(left @ rows, stack)
+
+
+def test_nearly_orthonormal_rows_keep_their_order():
+    rows = orthonormal(4, 17, seed=9) + 1e-3 * normal(4, 17, seed=10)
+    made = linalg.orthonormalised(rows)
+    torch.testing.assert_close(made @ made.mT, torch.eye(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        made, linalg.orthonormal_rows(rows) * (made * linalg.orthonormal_rows(rows)).sum(1).sign()[:, None]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_inverse_of_a_singular_gram_matrix_is_its_pseudoinverse(dtype):
+    rows = normal(3, 9, seed=11)
+    for stack in (rows, torch.cat([rows, rows[:1]])):
+        inverse = linalg.symmetric_inverse((stack.to(dtype) @ stack.to(dtype).mT).double())
+        expected = torch.linalg.pinv(stack @ stack.mT, rtol=1e-6, hermitian=True)
+        torch.testing.assert_close(inverse, expected, rtol=1e-4, atol=1e-5)
+    assert linalg.symmetric_inverse(torch.zeros(0, 0, dtype=torch.float64)).shape == (0, 0)
+
+
 def test_root_squares_to_its_gram_matrix_also_when_it_is_singular():
     rows = normal(5, 3, seed=8)
     gram = rows @ rows.mT

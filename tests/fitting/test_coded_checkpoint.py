@@ -75,7 +75,7 @@ def test_processes_make_the_same_pack(originals, saved, tmp_path):
     assert tree(pack.save(tmp_path / "pack")) == saved
 
 
-@pytest.mark.parametrize(("stage", "first"), [(encoder.BASES, "quantise"), ("choosing bytes: steps", "encode")])
+@pytest.mark.parametrize(("stage", "first"), [(encoder.BASES, "quantise"), ("choosing bytes: codes", "encode")])
 def test_an_interrupted_fit_goes_on_where_it_was(originals, saved, tmp_path, monkeypatch, stage, first):
     monkeypatch.setattr(coded_checkpoint, "KEPT_FROM", 0.0)
     options = {"max_error": BOUND, "checkpoint": tmp_path / "kept"}
@@ -83,7 +83,7 @@ def test_an_interrupted_fit_goes_on_where_it_was(originals, saved, tmp_path, mon
         ex.fit(originals, **options, progress=stop_at(stage, 0))
     n_kept = len(list((tmp_path / "kept").glob("*.safetensors")))
     computed = []
-    for name in ("survey", "quantise", "encode"):
+    for name in ("survey", "quantise", "measure", "encode"):
         monkeypatch.setattr(module_stages, name, counted(getattr(module_stages, name), computed))
     pack = ex.fit(originals, **options)
     assert "survey" not in computed
@@ -99,11 +99,11 @@ def test_memory_for_updates_does_not_change_the_pack(originals, saved, tmp_path,
 
 
 def test_results_of_other_arguments_are_not_taken(originals, tmp_path, monkeypatch):
-    """Codes are kept, and bases, which are computed again, come out a little different."""
+    """Measured errors are kept, and bases, which are computed again, come out a little different."""
     monkeypatch.setattr(coded_checkpoint, "KEPT_FROM", 0.0)
     options = {"max_error": BOUND, "checkpoint": tmp_path / "kept"}
     with monkeypatch.context() as patched:
-        patched.setattr(coded_checkpoint, "StageResult", module_stages.EncodedModule)
+        patched.setattr(coded_checkpoint, "StageResult", module_stages.MeasuredModule)
         with pytest.raises(StoppedError):
             ex.fit(originals, **options, progress=stop_at("choosing bytes: steps", len(originals[0].modules)))
     assert list((tmp_path / "kept").glob("*.safetensors"))
@@ -158,12 +158,12 @@ def results():
     shape = factors[0].up.shape[0], factors[0].down.shape[1]
     module, held = ModuleUpdates(name, shape, sources), HeldUpdates()
     norms = held.svd_batch(module).s.square().sum(1).sqrt()
-    survey = module_stages.survey(module, held, norms, [0.01, 0.05, 0.2], 0.1)
+    survey = module_stages.survey(module, held, norms, [0.01, 0.05, 0.2])
     candidates = [survey.estimates[0].k]
     quantised = module_stages.quantise(module, held, survey.sides, norms, 0.05 * norms, candidates)
     assert quantised.bases[0].k
-    encoded = module_stages.encode(module, held, quantised.bases, 0.05 * norms, range(len(factors)))
-    return survey, quantised, encoded
+    arguments = module, held, quantised.bases, 0.05 * norms, range(len(factors))
+    return survey, quantised, module_stages.measure(*arguments), module_stages.encode(*arguments)
 
 
 def test_results_that_memory_does_not_hold_are_computed_again(results, tmp_path, monkeypatch):
@@ -188,11 +188,11 @@ class TestBytes:
             restored = coded_checkpoint.from_bytes(coded_checkpoint.to_bytes(result, "a"), "a")
             assert type(restored) is type(result)
             assert coded_checkpoint.to_bytes(restored, "a") == coded_checkpoint.to_bytes(result, "a")
-        _, quantised, encoded = (
+        _, quantised, _, encoded = (
             coded_checkpoint.from_bytes(coded_checkpoint.to_bytes(result, "a"), "a") for result in results
         )
         torch.testing.assert_close(quantised.bases[0].rows, results[1].bases[0].rows, rtol=0, atol=0)
-        original = results[2].codes.codes(0)
+        original = results[3].codes.codes(0)
         assert encoded.codes.codes(0).down.residuals.tolist() == original.down.residuals.tolist()
 
     def test_anything_else_is_nothing(self, results):

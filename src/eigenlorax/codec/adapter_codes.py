@@ -12,7 +12,6 @@ from . import singular_codes
 from .quantised_basis import QuantisedBasis
 
 NO_INTEGERS = np.zeros(0, dtype=np.int64)
-_INTEGER_DTYPES = (np.int8, np.int16, np.int32, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +78,13 @@ class AdapterCodes:
     cluster: int
     modules: Mapping[str, ModuleCodes]
 
+    @property
+    def n_integers(self) -> int:
+        """Number of coefficients, residuals and core entries."""
+        sides = [side for module in self.modules.values() for side in (module.down, module.up)]
+        cores = sum(module.core.size for module in self.modules.values())
+        return cores + sum(side.coefficients.size + side.residuals.size for side in sides)
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleLayout:
@@ -110,12 +116,6 @@ class ModuleLayout:
     def dimension(self, side: int) -> int:
         """Return the width of rows on the down side (0) or the up side (1)."""
         return self.shape[1 - side]
-
-
-def narrow(codes: np.ndarray) -> np.ndarray:
-    """Return the same integers in the narrowest dtype that holds all of them: most codes fit one byte."""
-    low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
-    return codes.astype(next(t for t in _INTEGER_DTYPES if np.iinfo(t).min <= low and high <= np.iinfo(t).max))
 
 
 def dequantise_module(

@@ -14,8 +14,9 @@ import numpy as np
 from ..core.limits import MAX_CORE, MAX_RANK
 from ..errors import FormatError
 from . import entropy, short_streams, singular_codes, varint
-from .adapter_codes import NO_INTEGERS, AdapterCodes, ModuleCodes, ModuleLayout, SideCodes, narrow
+from .adapter_codes import NO_INTEGERS, AdapterCodes, ModuleCodes, ModuleLayout, SideCodes
 from .class_tables import CLASSES
+from .narrow_integers import narrow
 
 STEP_SIZES_PER_OCTAVE = 2**14
 """Resolution of an adapter's quantisation step size, far finer than the search for it (`step_sizes.CLOSE`)."""

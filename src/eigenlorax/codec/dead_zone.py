@@ -34,8 +34,12 @@ def quantise(numbers: Tensor) -> Tensor:
     Returns:
         Integers of the same shape and float dtype.
     """
-    magnitudes = numbers.abs().add_(0.5 - DEAD_ZONE).floor_()
-    return magnitudes.copysign_(numbers)
+    return quantise_magnitudes(numbers.abs()).copysign_(numbers)
+
+
+def quantise_magnitudes(magnitudes: Tensor) -> Tensor:
+    """Quantise absolute values as `quantise` does, in place."""
+    return magnitudes.add_(0.5 - DEAD_ZONE).floor_()
 
 
 @cache

@@ -91,7 +91,7 @@ class _PlannedBases:
 
 @dataclass(frozen=True, slots=True)
 class _EncodedPlan:
-    """Quantised bases, and all adapters encoded in them with the largest step sizes within an error bound.
+    """Quantised bases, and all adapters measured in them with the largest step sizes within an error bound.
 
     Attributes:
         planned: The bases.
@@ -122,7 +122,6 @@ class CollectionEncoder:
         norms: Norm of each adapter over all modules, none of which is 0.
         step_sizes: Step sizes to survey, relative to the norms.
         runner: Runs the stages of each module.
-        error: Smallest error bound that the collection will be encoded for, if known; else 0.
         groups: Cluster of each adapter. One cluster by default.
     """
 
@@ -132,8 +131,6 @@ class CollectionEncoder:
         norms: Float[Tensor, " n"],
         step_sizes: Sequence[float],
         runner: StageRunner,
-        *,
-        error: float = 0.0,
         groups: Sequence[int] | None = None,
     ) -> None:
         self.groups = list(groups) if groups is not None else [0] * len(norms)
@@ -141,14 +138,13 @@ class CollectionEncoder:
         self.modules = [updates for module in modules for updates in module.split(self.groups)]
         self.norms = norms
         self.runner = runner
-        self._error = error
         self._curve: tuple[np.ndarray, np.ndarray] | None = None
         self.survey = RateSurvey(len(norms), step_sizes)
         self._sides, self._squares = [], []
         surveyed: Iterator[ModuleSurvey] = runner.run_stage(
             SURVEY,
             [
-                partial(module_stages.survey, module, runner.held, norms[module.indices], sorted(step_sizes), error)
+                partial(module_stages.survey, module, runner.held, norms[module.indices], sorted(step_sizes))
                 for module in self.modules
             ],
         )
@@ -159,9 +155,7 @@ class CollectionEncoder:
 
     def in_clusters(self, step_sizes: Sequence[float], groups: Sequence[int] | None) -> "CollectionEncoder":
         """Return the same collection, surveyed anew in clusters; arguments as those of the class."""
-        return CollectionEncoder(
-            self._unclustered, self.norms, step_sizes, self.runner, error=self._error, groups=groups
-        )
+        return CollectionEncoder(self._unclustered, self.norms, step_sizes, self.runner, groups)
 
     def frontier(self, errors: Sequence[float]) -> list[RatePoint]:
         """Estimate the bytes that each error bound takes."""
@@ -188,11 +182,10 @@ class CollectionEncoder:
         """
         plan = self._best_plan(strict_bound(error))
         encoding = plan.encoding
+        codes = encoding.encode()
         adapters = [
             AdapterCodes(step_size, cluster, modules)
-            for step_size, cluster, modules in zip(
-                encoding.step_sizes.tolist(), self.groups, encoding.codes, strict=True
-            )
+            for step_size, cluster, modules in zip(encoding.step_sizes.tolist(), self.groups, codes, strict=True)
         ]
         bases = self._concatenated(plan.planned.bases)
         return EncodedCollection(bases, plan.planned.energies, adapters, encoding.errors.tolist())
@@ -221,7 +214,7 @@ class CollectionEncoder:
                 squares.index_add_(0, module.indices, module_squares)
         whole = [module for module in self._unclustered if module.name in chosen]
         grid = self.survey.step_sizes.tolist()
-        return CollectionEncoder(whole, squares.sqrt(), grid, self.runner, error=self._error, groups=self.groups)
+        return CollectionEncoder(whole, squares.sqrt(), grid, self.runner, self.groups)
 
     def _compare_plans(self, bound: float) -> _EncodedPlan:
         """Encode the collection by several plans, and return the one of the fewest bits."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from torch import Tensor
 
-from .adapter_codes import NO_INTEGERS, ModuleCodes, SideCodes, narrow
-from .singular_codes import BatchSideCodes, UpdateCodes
+from .adapter_codes import NO_INTEGERS, ModuleCodes, SideCodes
+from .narrow_integers import narrow
+from .side_codes import BatchSideCodes
+from .singular_codes import UpdateCodes
 
 
 @dataclass(frozen=True, slots=True)

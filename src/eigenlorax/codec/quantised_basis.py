@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core import linalg
 from .class_tables import CLASSES
-from .logistic import code_bits
+from .logistic import row_bits
+from .narrow_integers import narrow
 
 HEADER_BITS = 16
 """Bits of a row beside its codes: its fineness and its profile."""
@@ -24,18 +25,37 @@ class BasisRows:
     """A basis as numbers, for many updates that are encoded with it.
 
     Attributes:
-        rows: The rows of `QuantisedBasis`, in float64.
-        dual_rows: Their dual rows (`linalg.dual_rows`): quantised rows are not orthonormal.
+        rows: The rows of `QuantisedBasis`, in the dtype of the updates.
+        gram: Inner products of the rows, float64.
+        inverse_gram: Inverse of `gram`, or its pseudoinverse where rows are linearly dependent.
         profile: As in `QuantisedBasis`.
     """
 
     rows: Float[Tensor, "k d"]
-    dual_rows: Float[Tensor, "k d"]
+    gram: Float[Tensor, "k k"]
+    inverse_gram: Float[Tensor, "k k"]
     profile: Int[np.ndarray, " k"]
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "k d"], profile: Int[np.ndarray, " k"]) -> "BasisRows":
+        """Return the basis of these rows."""
+        gram = (rows @ rows.mT).to(torch.float64)
+        return cls(rows, gram, linalg.symmetric_inverse(gram), profile)
 
     @property
     def k(self) -> int:
         return len(self.rows)
+
+    def coordinates(self, vectors: Float[Tensor, "*n d"]) -> Float[Tensor, "*n k"]:
+        """Return the least-squares coordinates of vectors: quantised rows are not orthonormal."""
+        return (vectors @ self.rows.mT) @ self.inverse_gram.to(vectors.dtype)
+
+    def leading(self, count: int) -> "BasisRows":
+        """Return the first rows."""
+        if count == self.k:
+            return self
+        gram = self.gram[:count, :count]
+        return BasisRows(self.rows[:count], gram, linalg.symmetric_inverse(gram), self.profile[:count])
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +121,23 @@ class QuantisedBasis:
         step_sizes = np.ldexp(_QUARTER_OCTAVES[-self.fineness % 4], -self.fineness // 4)
         return (self.codes.to(torch.float64) * torch.from_numpy(step_sizes)[:, None]).to(torch.float32)
 
-    def numbers(self) -> BasisRows:
-        """Return the basis as numbers."""
-        rows = self.rows.to(torch.float64)
-        return BasisRows(rows, linalg.dual_rows(rows), self.profile)
+    def numbers(self, dtype: torch.dtype = torch.float64) -> BasisRows:
+        """Return the basis as numbers, for updates of this dtype."""
+        return BasisRows.of(self.rows.to(dtype), self.profile)
+
+    def leading(self, count: int) -> "QuantisedBasis":
+        """Return the first rows, in integers of the narrowest dtype that holds them."""
+        codes = self.codes[:count].numpy()
+        return QuantisedBasis(torch.from_numpy(narrow(codes)), self.fineness[:count], self.profile[:count])
+
+    def row_bits(self) -> Float[Tensor, " k"]:
+        """Return about how many bits each row takes in a file."""
+        classes = torch.from_numpy(row_classes(self.fineness, self.dimension))
+        return row_bits(self.codes.to(torch.float64).abs(), classes[None])[0] + HEADER_BITS
 
     def bits(self) -> float:
         """Return about how many bits the basis takes in a file."""
-        classes = torch.from_numpy(row_classes(self.fineness, self.dimension))
-        codes = float(code_bits(self.codes.to(torch.float64), classes[:, None]).sum())
-        return codes + HEADER_BITS * self.k
+        return float(self.row_bits().sum())
 
 
 def row_classes(fineness: np.ndarray, dimension: int) -> np.ndarray:
@@ -137,19 +164,19 @@ def quantise_basis(
     Returns:
         The basis, without rows all of whose codes would be 0.
     """
-    # a number of a unit row is about d^(−½): below 0.4 of a step size, nearly all of them round to 0
-    survives = importance > 0.4 * rows.shape[1] ** 0.5
+    survives = surviving_rows(importance, rows.shape[1])
     rows, importance, energy = rows[survives], importance[survives], energy[survives]
     # a quarter of an octave is fine enough: the cost is flat around the best step size
     fineness = (4 * importance.clamp_min(1).log2()).round().to(torch.int64).clamp(0, 255).numpy()
-    step_sizes = torch.from_numpy(2.0 ** (-fineness / 4.0))[:, None]
+    step_sizes = torch.from_numpy(2.0 ** (fineness / 4.0))[:, None]
     # 4 classes an octave of amplitude are 2 an octave of energy
     profile = 2 * (energy / energy.max().clamp_min(1e-300)).clamp_min(2.0**-60).log2() if len(energy) else energy
-    codes = (rows / step_sizes).round()
-    # the bases of all modules are held until they are written
-    is_narrow = not codes.numel() or float(codes.abs().max()) < 2**15
-    return QuantisedBasis(
-        codes.to(torch.int16 if is_narrow else torch.int64),
-        fineness,
-        profile.round().to(torch.int64).clamp(-120, 0).numpy(),
-    )
+    codes = (rows * step_sizes.to(rows.dtype)).round_()
+    return QuantisedBasis(codes.to(torch.int64), fineness, profile.round().to(torch.int64).clamp(-120, 0).numpy())
+
+
+def surviving_rows(importance: Float[Tensor, " k"], dimension: int) -> Bool[Tensor, " k"]:
+    """Return which rows of a basis have codes that are not all 0."""
+    # a number of a unit row is about d^(−½): below 0.4 of a step size, nearly all of them round to 0
+    survives: Tensor = importance > 0.4 * dimension**0.5
+    return survives

@@ -25,8 +25,8 @@ MAX_COMPONENTS = 512
 """Largest number of components per side that is considered."""
 DENSE_SIZE = 2048
 """Number of rows, or their width, up to which all components are computed at once, by a dense decomposition."""
-SINGLE_PRECISION_ERROR = 0.005
-"""Error bound from which float32 resolves all components that a basis may need."""
+RESOLUTION = {torch.float32: 1e-3, torch.float64: linalg.GRAM_RESOLUTION}
+"""Singular values, relative to the largest one, that a Gram matrix of this dtype resolves."""
 MAX_CORE_RANKS = 3
 """Number of components, in ranks of the adapters, up to which cores are considered."""
 BINS = 4
@@ -42,15 +42,19 @@ _COMPONENT_COUNTS = (
 class SideStatistics:
     """The leading common components of one side of a module, and how much of each row lies along them.
 
+    Components are held as combinations of the rows where there are fewer rows than columns, which takes less memory.
+
     Attributes:
-        components: Orthonormal rows.
+        directions: The components, (k, d), or the combinations of rows that they are, (k, rows).
         energies: Squared coordinates of the unit singular vectors of all adapters.
         dimension: Width d of the side.
+        has_combinations: Whether `directions` are combinations of rows.
     """
 
-    components: Float[Tensor, "k d"]
+    directions: Float[Tensor, "k m"]
     energies: Float[np.ndarray, "rows k"]
     dimension: int
+    has_combinations: bool
 
     @cached_property
     def row_energies(self) -> Float[np.ndarray, " rows"]:
@@ -60,7 +64,13 @@ class SideStatistics:
 
     def leading(self, count: int) -> "SideStatistics":
         """Return the first `count` components with the energies on them."""
-        return SideStatistics(self.components[:count].clone(), self.energies[:, :count].copy(), self.dimension)
+        directions, energies = self.directions[:count].clone(), self.energies[:, :count].copy()
+        return SideStatistics(directions, energies, self.dimension, self.has_combinations)
+
+    def components(self, rows: Float[Tensor, "rows d"], count: int) -> Float[Tensor, "k d"]:
+        """Return the first `count` components as orthonormal rows, from the unit singular vectors of all adapters."""
+        leading = self.directions[:count].to(rows.dtype)
+        return linalg.orthonormalised(leading @ rows if self.has_combinations else leading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +92,17 @@ class ModuleStatistics:
     n: int
 
     @classmethod
-    def of(cls, updates: SvdBatch, weights: Float[Tensor, " n"], error: float = 0.0) -> "ModuleStatistics":
+    def of(cls, updates: SvdBatch, weights: Float[Tensor, " n"]) -> "ModuleStatistics":
         """Summarise the updates of a module.
 
         Args:
-            updates: Updates of the module.
+            updates: Updates of the module. Components are computed in their dtype.
             weights: 1 / ‖update‖ of their adapters over all modules.
-            error: Smallest error bound that the summary is for. Components are in float32 if that resolves them.
         """
         # relative to the adapter's norm: then one step size means about the same error for all adapters
         lengths = updates.s * weights[:, None]
         n, rank = lengths.shape
-        dtype = torch.float32 if error >= SINGLE_PRECISION_ERROR else torch.float64
-        down, up = (_side_statistics(updates.rows(side).to(dtype), lengths.to(dtype)) for side in ("down", "up"))
+        down, up = (_side_statistics(updates.rows(side), lengths.to(updates.dtype)) for side in ("down", "up"))
         return cls(down, up, lengths.flatten().numpy(), np.repeat(np.arange(n), rank), n)
 
     @property
@@ -103,16 +111,33 @@ class ModuleStatistics:
         return len(self.lengths) // self.n
 
 
-def _side_statistics(rows: Tensor, lengths: Tensor) -> SideStatistics:
-    flat = rows.flatten(0, 1)
-    components = _leading_components(flat * lengths.flatten()[:, None])
-    return SideStatistics(components, (flat @ components.mT).square().numpy(), rows.shape[2])
+def _side_statistics(vectors: Float[Tensor, "n r d"], lengths: Float[Tensor, "n r"]) -> SideStatistics:
+    rows, scale = vectors.flatten(0, 1), lengths.flatten()[:, None]
+    n_rows, dimension = rows.shape
+    if n_rows > min(dimension, DENSE_SIZE):
+        components = _leading_components(rows * scale)
+        return SideStatistics(components, (rows @ components.mT).square().numpy(), dimension, has_combinations=False)
+    sigma, vectors = _leading_eigenvectors(scale * linalg.symmetric_product(rows) * scale.mT)
+    # the coordinates of the rows themselves, without a product with them: W·Σ = diag(lengths)·rows·Cᵀ
+    coordinates = torch.where(scale > 0, vectors * sigma / scale, 0.0)
+    energies = coordinates.square()
+    # rounding errors of rows that are nearly zero
+    energies = energies / energies.sum(1, keepdim=True).clamp_min(1)
+    return SideStatistics((vectors / sigma).mT * scale.mT, energies.numpy(), dimension, has_combinations=True)
+
+
+def _leading_eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the singular values that a Gram matrix resolves, at most `MAX_COMPONENTS`, and its eigenvectors."""
+    squares, vectors = linalg.descending_eigh(gram)
+    sigma = squares.clamp_min(0).sqrt()
+    k = min(MAX_COMPONENTS, int((sigma > RESOLUTION[gram.dtype] * sigma[0]).sum()))
+    return sigma[:k], vectors[:, :k]
 
 
 def _leading_components(rows: Tensor) -> Tensor:
     """Return the leading right singular vectors of rows, by iteration where a dense decomposition would take long."""
     if min(rows.shape) <= DENSE_SIZE:
-        return linalg.leading_right_vectors(rows, MAX_COMPONENTS)
+        return _leading_eigenvectors(rows.mT @ rows)[1].mT.contiguous()
     # a fixed seed, since equal input must give equal bytes
     start = torch.randn(rows.shape[1], MAX_COMPONENTS, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
     square = float(rows.square().sum())

@@ -23,53 +23,16 @@ from torch import Tensor
 from ..core import linalg
 from . import dead_zone
 from .dead_zone import BITS_PER_SQUARED_ERROR
-from .logistic import classes_of_spread, code_bits, row_bits
+from .logistic import classes_of_spread, code_bits
 from .quantised_basis import BasisRows, QuantisedBasis
+from .side_codes import BatchSideCodes, EncodedSide, encode_side
 from .svd_batch import SvdBatch
 
 SCALES = 8
 """Scale levels per octave."""
 MAX_SCALE = 255
-MEAN_TO_SPREAD = math.sqrt(math.pi / 2)
-"""Standard deviation of Gaussian numbers, by their mean absolute value."""
-LOWER_CLASSES = (0, 3)
-"""Distances below the class of the spread that are tried."""
 OVERHEAD = 16.0
 """Bits of a component, or of a core, beside its numbers: its scale and levels."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchSideCodes:
-    """One side of the singular components of several updates. A level is a class plus 1, or 0 if all codes are 0.
-
-    Codes are integers in float64, in which they are computed with.
-
-    Attributes:
-        coefficients: Codes of class level − 1 + profile of the basis.
-        coefficient_levels: Level of each vector's coefficients.
-        residuals: Codes of class level − 1.
-        residual_levels: Level of each vector's residual.
-    """
-
-    coefficients: Float[Tensor, "n r k"]
-    coefficient_levels: Int[Tensor, "n r"]
-    residuals: Float[Tensor, "n r d"]
-    residual_levels: Int[Tensor, "n r"]
-
-    def rows(self, basis: Float[Tensor, "k d"]) -> Float[Tensor, "n r d"]:
-        """Return the decoded vectors in step sizes, float64, given the rows of the basis."""
-        return self.coefficients @ basis.to(torch.float64) + self.residuals
-
-    def mask(self, keep: Tensor) -> "BatchSideCodes":
-        """Set the codes of components to zero where the mask `keep`, (n, r) or (n, 1), is 0."""
-        if keep.all():
-            return self
-        return BatchSideCodes(
-            self.coefficients * keep[..., None],
-            self.coefficient_levels * keep,
-            self.residuals * keep[..., None],
-            self.residual_levels * keep,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,32 +76,55 @@ def encode_updates(
 ) -> UpdateCodes:
     """Encode updates, each in the form that costs less: singular components, or a core between the bases.
 
+    The squared errors are of the decoded updates, in float64.
+
     Args:
         updates: Updates of one module.
         step_sizes: Quantisation step size of each update, absolute.
         down: Basis of the down side, possibly without a row.
         up: Basis of the up side, possibly without a row.
     """
-    return _encode(updates, step_sizes, down.numbers(), up.numbers())
+    codes = _encode(updates, step_sizes, down.numbers(updates.dtype), up.numbers(updates.dtype))
+    return replace(codes, squared_errors=_decoded_errors(updates, codes, down.rows, up.rows))
 
 
 def encode_in_batches(
     updates: SvdBatch, step_sizes: Float[Tensor, " n"], down: QuantisedBasis, up: QuantisedBasis
 ) -> Iterator[tuple[list[int], UpdateCodes]]:
     """Yield the indices of some updates, and their codes as `encode_updates` returns them, in bounded memory."""
-    bases = down.numbers(), up.numbers()
+    bases = down.numbers(updates.dtype), up.numbers(updates.dtype)
+    rows = down.rows, up.rows
     for indices in updates.index_batches():
         batch = updates.select(indices) if len(indices) < len(updates) else updates
-        yield indices, _encode(batch, step_sizes[indices], *bases)
+        codes = _encode(batch, step_sizes[indices], *bases)
+        yield indices, replace(codes, squared_errors=_decoded_errors(batch, codes, *rows))
+
+
+def measure_updates(
+    updates: SvdBatch, step_sizes: Float[Tensor, " n"], down: BasisRows, up: BasisRows
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Return about how many bits `encode_updates` takes for each update, and the squared error of each.
+
+    Nothing is decoded: squared errors are off by rounding, in the dtype of the updates.
+    """
+    bits, squared_errors = torch.zeros_like(step_sizes), torch.zeros_like(step_sizes)
+    for indices in updates.index_batches():
+        batch = updates.select(indices) if len(indices) < len(updates) else updates
+        codes = _encode(batch, step_sizes[indices], down, up)
+        bits[indices], squared_errors[indices] = codes.bits, codes.squared_errors
+    return bits, squared_errors
 
 
 def _encode(updates: SvdBatch, step_sizes: Tensor, down: BasisRows, up: BasisRows) -> UpdateCodes:
-    codes = _encode_components(updates, step_sizes, down, up)
+    projected = down.coordinates(updates.v), up.coordinates(updates.u)
+    codes = _encode_components(updates, step_sizes, (down, up), projected)
     # a core with many more numbers than the components cannot pay, and would take much memory
     if not 0 < down.k * up.k <= 2 * updates.rank * (down.k + up.k):
         return codes
-    cores, levels, bits, squared_errors = _encode_cores(updates, step_sizes, down, up, codes.cost())
+    cores, levels, bits, squared_errors = _encode_cores(updates, step_sizes, (down, up), projected, codes.cost())
     with_core = rate_distortion_cost(bits, squared_errors, step_sizes) < codes.cost()
+    if not with_core.any():
+        return codes
     with_components = torch.where(with_core, 0, 1)
     return replace(
         codes,
@@ -153,58 +139,108 @@ def _encode(updates: SvdBatch, step_sizes: Tensor, down: BasisRows, up: BasisRow
     )
 
 
-def measure_updates(
-    updates: SvdBatch, step_sizes: Float[Tensor, " n"], down: QuantisedBasis, up: QuantisedBasis
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Return about how many bits `encode_updates` takes for each update, and the squared error of each."""
-    bits, squared_errors = torch.zeros_like(step_sizes), torch.zeros_like(step_sizes)
-    for indices, codes in encode_in_batches(updates, step_sizes, down, up):
-        bits[indices], squared_errors[indices] = codes.bits, codes.squared_errors
-    return bits, squared_errors
+def _encode_components(
+    updates: SvdBatch, step_sizes: Tensor, bases: tuple[BasisRows, BasisRows], projected: tuple[Tensor, Tensor]
+) -> UpdateCodes:
+    """Encode updates by their singular components, as many of each as pay.
 
-
-def _encode_components(updates: SvdBatch, step_sizes: Tensor, down: BasisRows, up: BasisRows) -> UpdateCodes:
-    """Encode updates by their singular components, as many of each as pay."""
+    Args:
+        updates: Updates of one module.
+        step_sizes: Quantisation step size of each update.
+        bases: Bases of the two sides, (down, up).
+        projected: Coordinates in them of the singular vectors, v (n, r, k_down) and u (n, r, k_up).
+    """
+    dtype = updates.dtype
     lengths = updates.s / step_sizes[:, None]
     scales = (SCALES * lengths.clamp_min(1).log2()).round().clamp(0, MAX_SCALE)
     rounded_lengths = torch.exp2(scales / SCALES)
     # the decoder knows the rounded length L' alone, and multiplies each vector by √(Δ / L'): vectors of length √(L·L')
     # then give the singular value L·Δ
-    v, v_bits, v_errors = _encode_side(updates.v * (lengths * rounded_lengths).sqrt()[..., None], down)
+    weights = (lengths * rounded_lengths).sqrt()[..., None].to(dtype)
+    v_rows = updates.v * weights
+    v = encode_side(v_rows, projected[0] * weights, bases[0])
     # the up side makes up for some of the error of the down side, since it is fitted to the decoded vectors
-    u_rows = _best_up_rows(updates, step_sizes, v.rows(down.rows), rounded_lengths)
-    u, u_bits, u_errors = _encode_side(u_rows, up)
-    gain = BITS_PER_SQUARED_ERROR * (lengths.square() - v_errors - u_errors) - v_bits - u_bits - OVERHEAD
-    pays = (gain > 0) & (v.coefficient_levels + v.residual_levels > 0) & (u.coefficient_levels + u.residual_levels > 0)
-    ranks = torch.arange(1, pays.shape[1] + 1)
+    mixing, gram, remaining = _best_mixing(v_rows, v, lengths, rounded_lengths)
+    u_rows = mixing @ updates.u
+    u = encode_side(u_rows, mixing @ projected[1], bases[1])
+    gain = BITS_PER_SQUARED_ERROR * (lengths.square() - v.squared_errors - u.squared_errors)
+    has_codes = [side.codes.coefficient_levels + side.codes.residual_levels > 0 for side in (v, u)]
+    pays = (gain > v.bits + u.bits + OVERHEAD) & has_codes[0] & has_codes[1]
     # components are sorted, and only their number is written: all up to the last one that pays
-    counts = (pays * ranks).amax(dim=1)
-    keep = ranks[None] <= counts[:, None]
+    counts = (pays * torch.arange(1, pays.shape[1] + 1)).amax(dim=1)
+    keep = torch.arange(pays.shape[1])[None] < counts[:, None]
+    # a component that is left out differs by all of its vector
+    differences = u.differences if keep.all() else torch.where(keep[..., None], u.differences, u_rows)
+    weighted = differences @ differences.mT / rounded_lengths[:, None] / rounded_lengths[..., None]
     n = len(step_sizes)
-    codes = UpdateCodes(
-        down=v.mask(keep),
-        up=u.mask(keep),
+    return UpdateCodes(
+        down=v.codes.mask(keep),
+        up=u.codes.mask(keep),
         scales=torch.where(keep, scales, 0).to(torch.int64),
         counts=counts,
-        cores=torch.zeros(n, up.k, down.k, dtype=torch.int64),
+        cores=torch.zeros(n, bases[1].k, bases[0].k, dtype=torch.int64),
         core_levels=torch.zeros(n, dtype=torch.int64),
         step_sizes=step_sizes,
-        bits=((v_bits + u_bits + OVERHEAD) * keep).sum(1),
-        squared_errors=torch.zeros_like(step_sizes),
+        bits=((v.bits + u.bits + OVERHEAD) * keep).sum(1),
+        squared_errors=(remaining + (weighted * gram).sum((1, 2))).clamp_min(0) * step_sizes.square(),
     )
-    right, left = dequantise(codes, down.rows, up.rows)
+
+
+def _best_mixing(
+    rows: Tensor, encoded: EncodedSide, lengths: Tensor, rounded_lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the vectors of the up side that are best for decoded ones of the down side.
+
+    Least squares over all components of an update together: decoded vectors of the down side are not orthogonal. With
+    the decoded rows V̂ = V − E, the rows W that minimise ‖Σ L·uᵀv − Wᵀ·V̂‖² are W = (F + Y)·U, where F = √(L / L') and
+    V̂·V̂ᵀ·Y = V̂·Eᵀ·F: no two large numbers are subtracted.
+
+    Args:
+        rows: Exact vectors V of the down side, in step sizes, (n, r, d).
+        encoded: The same, encoded.
+        lengths: Singular values L in step sizes, (n, r).
+        rounded_lengths: The same, L', as the decoder knows them.
+
+    Returns:
+        Rows of combinations of the left singular vectors, in step sizes, (n, r, r); V̂·V̂ᵀ, (n, r, r); and the squared
+        error that remains with these vectors, in squared step sizes, (n,).
+    """
+    factors = (lengths / rounded_lengths).sqrt()
+    decoded = rows - encoded.differences
+    gram = (decoded @ decoded.mT).to(torch.float64)
+    inner = (decoded @ encoded.differences.mT).to(torch.float64) * factors[:, None]
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    # a relative ridge keeps nearly parallel vectors from large coefficients that cancel; a component whose vector
+    # vanished gets a 1, so that the system has a solution
+    ridge = 1e-9 if decoded.dtype == torch.float64 else 1e-6
+    change = torch.linalg.solve(gram + torch.diag_embed(torch.where(diagonal > 0, ridge * diagonal, 1.0)), inner)
+    remaining = (factors.square() * encoded.squared_errors).sum(1)
+    remaining = remaining + (change * (gram @ change - 2 * inner)).sum((1, 2))
+    mixing = (change + torch.diag_embed(factors)) * (rounded_lengths * (diagonal > 0))[..., None]
+    return mixing.to(decoded.dtype), gram, remaining
+
+
+def _decoded_errors(updates: SvdBatch, codes: UpdateCodes, down: Tensor, up: Tensor) -> Float[Tensor, " n"]:
+    """Return the squared error of each update that is decoded from its codes, with the rows of the two bases."""
+    right, left = dequantise(codes, down, up)
     root = updates.s.sqrt()[..., None]
     # component beside component: no two large numbers are subtracted
     errors = linalg.difference_square((updates.u * root).mT, updates.v * root, left.mT, right)
-    return replace(codes, squared_errors=errors)
+    # those of cores have been measured already
+    return torch.where(codes.core_levels > 0, codes.squared_errors, errors)
 
 
 def _encode_cores(
-    updates: SvdBatch, step_sizes: Tensor, down: BasisRows, up: BasisRows, cost_limits: Tensor
+    updates: SvdBatch,
+    step_sizes: Tensor,
+    bases: tuple[BasisRows, BasisRows],
+    projected: tuple[Tensor, Tensor],
+    cost_limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return cores, levels, bits and squared errors; these are infinite where the bits alone exceed the cost limit."""
-    v, u = updates.v @ down.dual_rows.mT, updates.u @ up.dual_rows.mT
-    exact = (u * (updates.s / step_sizes[:, None])[..., None]).mT @ v
+    (down, up), (v, u) = bases, (rows.to(torch.float64) for rows in projected)
+    lengths = updates.s / step_sizes[:, None]
+    exact = (u * lengths[..., None]).mT @ v
     codes = dead_zone.quantise(exact)
     profile = core_profile(down.profile, up.profile)
     spread = (exact.square() * torch.exp2(-profile / 2.0)).mean((1, 2)).sqrt()
@@ -213,12 +249,14 @@ def _encode_cores(
     squared_errors = torch.full_like(bits, math.inf)
     # what lies outside of the two spans is lost with any core; most cores cost too much by that and their bits alone,
     # and need no decomposition
-    inside = ((up.rows @ up.rows.mT) @ exact @ (down.rows @ down.rows.mT) * exact).sum((1, 2))
+    inside = (up.gram @ exact @ down.gram * exact).sum((1, 2))
     # less what rounding may add to the difference
-    outside = ((1 - 1e-12) * (updates.s / step_sizes[:, None]).square().sum(1) - inside).clamp_min(0)
+    rounding = 16 * torch.finfo(updates.dtype).eps
+    outside = ((1 - rounding) * lengths.square().sum(1) - inside).clamp_min(0)
     if indices := torch.nonzero(bits + BITS_PER_SQUARED_ERROR * outside < cost_limits)[:, 0].tolist():
         left, right = core_factors(codes[indices], step_sizes[indices], updates.ranks[indices])
-        squared_errors[indices] = _squared_error(updates.select(indices), right @ down.rows, left.mT @ up.rows)
+        rows = down.rows.to(torch.float64), up.rows.to(torch.float64)
+        squared_errors[indices] = _squared_error(updates.select(indices), right @ rows[0], left.mT @ rows[1])
     return codes.to(torch.int64), levels, bits, squared_errors
 
 
@@ -242,76 +280,6 @@ def core_factors(
     return u[:, :, :rank] * root[:, None], v[:, :rank] * root[..., None]
 
 
-def _best_up_rows(updates: SvdBatch, step_sizes: Tensor, v_rows: Tensor, rounded_lengths: Tensor) -> Tensor:
-    """Return the vectors of the up side that are best for given ones of the down side, in step sizes.
-
-    Least squares over all components of an update together: decoded vectors of the down side are not orthogonal.
-    """
-    gram = v_rows @ v_rows.mT
-    nonzero = gram.diagonal(dim1=1, dim2=2) > 0
-    # a relative ridge keeps nearly parallel vectors from large coefficients that cancel; a component whose vector
-    # vanished gets a 1, so that the system has a solution
-    gram = gram + torch.diag_embed(torch.where(nonzero, 1e-9 * gram.diagonal(dim1=1, dim2=2), 1.0))
-    mixing = torch.linalg.solve(gram, (v_rows @ updates.v.mT) * (updates.s / step_sizes[:, None])[:, None, :])
-    rows: Tensor = rounded_lengths[..., None] * (mixing @ updates.u)
-    return rows
-
-
-def _encode_side(rows: Tensor, basis: BasisRows) -> tuple[BatchSideCodes, Tensor, Tensor]:
-    """Encode vectors (n, r, d), in step sizes; return also the bits and the squared error of each vector, (n, r)."""
-    n, r, d = rows.shape
-    residual, coefficients = rows, torch.zeros(n, r, basis.k, dtype=torch.float64)
-    levels, bits = torch.zeros(n, r, dtype=torch.int64), torch.zeros(n, r, dtype=torch.float64)
-    if basis.k:
-        exact = rows @ basis.dual_rows.mT
-        codes = dead_zone.quantise(exact)
-        profile = torch.from_numpy(basis.profile)
-        # divided by its profile, every coefficient of a vector has about the same spread
-        levels, bits = _cheapest_levels(codes, exact * torch.exp2(-profile / 4.0), profile)
-        gain = BITS_PER_SQUARED_ERROR * (_squares(exact) - _squares(exact - codes))
-        pays = gain > bits
-        coefficients = torch.where(pays[..., None], codes, 0.0)
-        levels, bits = torch.where(pays, levels, 0), torch.where(pays, bits, 0.0)
-        # of the rounded coefficients: the residual also corrects their rounding errors
-        residual = rows - coefficients @ basis.rows
-    codes = dead_zone.quantise(residual)
-    square = _squares(residual)
-    residual_levels, residual_bits = _cheapest_levels(codes, residual, torch.zeros(d, dtype=torch.int64))
-    error = _squares(residual - codes)
-    pays = BITS_PER_SQUARED_ERROR * (square - error) > residual_bits
-    residuals = codes if pays.all() else torch.where(pays[..., None], codes, 0.0)
-    side = BatchSideCodes(coefficients, levels, residuals, torch.where(pays, residual_levels, 0))
-    return side, bits + torch.where(pays, residual_bits, 0.0), torch.where(pays, error, square)
-
-
-def _squares(rows: Tensor) -> Tensor:
-    """Return the squared norms of vectors, (…, d), in one pass."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1)
-    return norms.square()
-
-
-def _cheapest_levels(codes: Tensor, scaled: Tensor, profile: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cheapest level of each vector, of a few that are tried, and its bits.
-
-    Args:
-        codes: Integers, (…, d).
-        scaled: The numbers before rounding, (…, d), scaled to one spread throughout the vector.
-        profile: Classes that are added to the level for each number, (d,).
-    """
-    # the mean absolute value depends less on a few large numbers than the mean square; lower classes are tried
-    # for vectors that are nearly zero apart from a few numbers
-    mean = torch.linalg.vector_norm(scaled, ord=1, dim=-1) / scaled.shape[-1]
-    first = classes_of_spread(mean * MEAN_TO_SPREAD)
-    candidates = torch.stack([(first - lower).clamp_min(0) for lower in LOWER_CLASSES])
-    if profile.any():
-        profiles = [(classes[..., None] + profile).clamp_min(0) for classes in candidates]
-        bits = torch.stack([code_bits(codes, classes).sum(-1) for classes in profiles])
-    else:
-        bits = row_bits(codes, candidates)
-    least, best = bits.min(0)
-    return candidates.gather(0, best[None])[0] + 1, least
-
-
 def dequantise(codes: UpdateCodes, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Decode codes of components to factors.
 
@@ -330,5 +298,5 @@ def dequantise(codes: UpdateCodes, down: Tensor, up: Tensor) -> tuple[Tensor, Te
 def _squared_error(updates: SvdBatch, right: Tensor, left: Tensor) -> Tensor:
     """Return ‖update − leftᵀ · right‖² of each update, from Gram matrices of the factors."""
     lefts = torch.cat([updates.u * updates.s[..., None], -left], dim=1)
-    rights = torch.cat([updates.v, right], dim=1)
+    rights = torch.cat([updates.v.to(left.dtype), right], dim=1)
     return ((lefts @ lefts.mT) * (rights @ rights.mT)).sum((1, 2)).clamp_min(0)

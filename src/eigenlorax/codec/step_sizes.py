@@ -20,6 +20,13 @@ CLOSE = 0.995
 GOOD_ROUNDS, MAX_ROUNDS = 8, 24
 """Rounds of the search after which any step sizes within the bound are taken; and rounds at most."""
 
+MIN_SLOPE = 0.02
+"""Slope of log error against log step size above which the search extrapolates by it."""
+SECANT_ROUNDS = 4
+"""Rounds of the search that follow slopes alone."""
+SMALLER = 0.999
+"""Factor of the step size of an adapter whose decoded error exceeds the bound; squared at each further attempt."""
+
 MeasureErrors = Callable[[Tensor, Tensor], Tensor]
 """Returns the error of each adapter, (n,), from step sizes (n,) and a mask (n,) of the adapters that are asked for."""
 
@@ -45,8 +52,8 @@ def search_step_sizes(
     """Find the largest quantisation step size of each adapter whose error stays below `bound`.
 
     All adapters are searched together, since a round decodes all modules. For each, the search keeps the largest step
-    size that is good and the smallest that is bad. It interpolates and bisects between them, and does not rely on
-    slopes: errors grow with the step size, but they jump where whole components vanish.
+    size that is good and the smallest that is bad. It interpolates and bisects between them. Slopes of the last two
+    rounds only tell where to look next: errors grow with the step size, but they jump where whole components vanish.
 
     Args:
         measure: Returns the errors of adapters from their step sizes.
@@ -64,6 +71,7 @@ def search_step_sizes(
     bad, bad_errors = torch.full_like(step_sizes, math.inf), torch.full_like(errors, math.inf)
     # the middle of the range in which the search ends
     target = 0.5 * (1 + CLOSE) * bound
+    last_step_sizes, last_errors = step_sizes, errors
     for turn in range(MAX_ROUNDS):
         within = errors <= bound
         better, worse = within & (step_sizes > good), ~within & (step_sizes < bad)
@@ -72,9 +80,9 @@ def search_step_sizes(
         unfinished = (good == 0) | ((good_errors < CLOSE * bound) & (bad > 1.002 * good))
         if not bool(unfinished.any()) or (turn >= GOOD_ROUNDS and bool((good > 0).all())):
             break
-        # errors are nearly in proportion to step sizes; further each round, since where whole components come and go,
-        # errors hardly change for long, and then at once
-        ratio = (target / errors.clamp_min(1e-300)) ** 2.0**turn
+        ratio = (target / errors.clamp_min(1e-300)) ** _exponents(
+            step_sizes / last_step_sizes, errors / last_errors, turn
+        )
         candidates = step_sizes * ratio.clamp(0.25, 4.0)
         # log–log interpolation between the good and the bad step size
         share = (target / good_errors).log() / (bad_errors / good_errors).log()
@@ -82,19 +90,64 @@ def search_step_sizes(
         share = torch.full_like(share, 0.5) if turn % 2 else share.clamp(0.05, 0.95)
         bracketed = (good > 0) & bad.isfinite()
         candidates = torch.where(bracketed, good * (bad / good) ** share, candidates)
+        last_step_sizes, last_errors = step_sizes, errors
         # what is finished keeps its step size and its error, which need not be measured again
         step_sizes = torch.where(unfinished, as_written(candidates), good)
         errors = torch.where(unfinished, measure(step_sizes, unfinished), good_errors)
     if bool((good == 0).any()):
-        raise OptionError(
-            f"max_error={bound:g} takes integers beyond 32 bits for some adapter: ask for a larger max_error."
-        )
+        raise _beyond_reach(bound)
     return good, good_errors
+
+
+def _exponents(step_ratio: Tensor, error_ratio: Tensor, turn: int) -> Tensor:
+    """Return the power of the wanted change of errors by which step sizes are to change, (n,).
+
+    Args:
+        step_ratio: Change of each step size in the last round.
+        error_ratio: Change of each error in it.
+        turn: Number of rounds so far.
+    """
+    # a secant: where components come and go, errors hardly change for long, and then at once
+    slope = error_ratio.log() / step_ratio.log()
+    # without a slope, errors are taken to be in proportion to step sizes; further each round, lest the search creeps
+    steep = torch.full_like(slope, 2.0**turn)
+    exponents = torch.where(slope > MIN_SLOPE, 1 / slope, steep)
+    return exponents if turn < SECANT_ROUNDS else torch.maximum(exponents, steep)
+
+
+def confirm_step_sizes(encode: MeasureErrors, step_sizes: Tensor, bound: float) -> tuple[Tensor, Tensor]:
+    """Encode adapters with these step sizes, and again with smaller ones where the decoded error exceeds the bound.
+
+    The search measures errors without decoding, so that they are off by rounding errors.
+
+    Args:
+        encode: Encodes adapters, and returns the errors of what is decoded.
+        step_sizes: Step size of each adapter.
+        bound: Bound on the error of each adapter.
+
+    Returns:
+        The step sizes and the errors with them.
+    """
+    missing, errors = torch.ones_like(step_sizes, dtype=torch.bool), torch.zeros_like(step_sizes)
+    for turn in range(MAX_ROUNDS):
+        errors = torch.where(missing, encode(step_sizes, missing), errors)
+        missing = errors > bound
+        if not bool(missing.any()):
+            return step_sizes, errors
+        smaller = as_written(step_sizes * SMALLER**2.0**turn)
+        step_sizes = torch.where(missing, smaller, step_sizes)
+    raise _beyond_reach(bound)
 
 
 def as_written(step_sizes: Tensor) -> Tensor:
     """Return the nearest step sizes that the bytes of an adapter can hold, so that measured errors are final."""
     return (STEP_SIZES_PER_OCTAVE * step_sizes.log2()).round().div(STEP_SIZES_PER_OCTAVE).exp2()
+
+
+def _beyond_reach(bound: float) -> OptionError:
+    return OptionError(
+        f"max_error={bound:g} takes integers beyond 32 bits for some adapter: ask for a larger max_error."
+    )
 
 
 def step_size_grid(error: float, numbers: int) -> list[float]:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..core import linalg
 from ..core.adapter import LoRAFactors
 
 BATCH_NUMBERS = 2**23
@@ -18,9 +19,10 @@ class SvdBatch:
     """Updates of one module by their singular components: update i is Σ_j s[i, j] · u[i, j] · v[i, j]ᵀ.
 
     Attributes:
-        u: Left singular vectors, as rows; 0 for components that an update lacks.
-        s: Singular values, the largest first.
-        v: Right singular vectors, as rows.
+        u: Left singular vectors, as rows; 0 for components that an update lacks. Their dtype is that of the products
+            that updates are encoded with.
+        s: Singular values, the largest first, float64.
+        v: Right singular vectors, as rows, of the same dtype.
         ranks: Rank of each update's factors, which an encoded update has again when it is decoded.
     """
 
@@ -30,14 +32,19 @@ class SvdBatch:
     ranks: Int[Tensor, " n"]
 
     @classmethod
-    def of(cls, factors: Sequence[LoRAFactors]) -> "SvdBatch":
-        """Decompose updates of one shape and any ranks, scaling included, in float64."""
+    def of(cls, factors: Sequence[LoRAFactors], dtype: torch.dtype = torch.float64) -> "SvdBatch":
+        """Decompose updates of one shape and any ranks, scaling included, in float64.
+
+        Args:
+            factors: Factors of each update.
+            dtype: Dtype of the singular vectors that are returned.
+        """
         rank = max(f.down.shape[0] for f in factors)
         n_in, n_out = factors[0].down.shape[1], factors[0].up.shape[0]
         batch = cls(
-            torch.zeros(len(factors), rank, n_out, dtype=torch.float64),
+            torch.zeros(len(factors), rank, n_out, dtype=dtype),
             torch.zeros(len(factors), rank, dtype=torch.float64),
-            torch.zeros(len(factors), rank, n_in, dtype=torch.float64),
+            torch.zeros(len(factors), rank, n_in, dtype=dtype),
             torch.tensor([f.down.shape[0] for f in factors]),
         )
         # updates of one rank are decomposed in one call: most adapters of a collection have the same
@@ -48,17 +55,22 @@ class SvdBatch:
             # in float64: the squared error of an encoded update may be 10⁻¹² of its square
             down = torch.stack([factors[i].down.to(torch.float64) for i in indices])
             up = torch.stack([factors[i].up.to(torch.float64) * factors[i].scaling for i in indices])
-            # QR of both factors leaves an SVD of r × r: no out × in matrix is formed
-            right, left = torch.linalg.qr(down.mT), torch.linalg.qr(up)
-            inner = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
+            # orthonormal rows of both factors leave an SVD of r × r: no out × in matrix is formed
+            (right, down_rows), (left, up_rows) = linalg.triangular_rows(down), linalg.triangular_rows(up.mT)
+            inner = torch.linalg.svd(left.mT @ right, full_matrices=False)
             count = inner.S.shape[1]
             batch.s[indices, :count] = inner.S
-            batch.u[indices, :count] = (left.Q @ inner.U).mT
-            batch.v[indices, :count] = inner.Vh @ right.Q.mT
+            batch.u[indices, :count] = (inner.U.mT @ up_rows).to(dtype)
+            batch.v[indices, :count] = (inner.Vh @ down_rows).to(dtype)
         return batch
 
     def __len__(self) -> int:
         return len(self.s)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the singular vectors."""
+        return self.u.dtype
 
     @property
     def rank(self) -> int:

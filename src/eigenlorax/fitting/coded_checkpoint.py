@@ -21,7 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ..codec.held_updates import HeldUpdates
-from ..codec.module_stages import EncodedModule, ModuleSurvey, QuantisedModule
+from ..codec.module_stages import EncodedModule, MeasuredModule, ModuleSurvey, QuantisedModule
 from ..codec.module_updates import UpdateSource
 from ..codec.packed_codes import PackedCodes
 from ..codec.quantised_basis import QuantisedBasis
@@ -35,7 +35,7 @@ from ..version import __version__
 from .collection import Collection
 from .options import Execution, Target
 
-KEPT_FROM = 0.5
+KEPT_FROM = 0.1
 """Seconds from which on the result of a call is kept: to write a file may take longer than a short call."""
 MAX_PART_BYTES = 2**31
 """Size above which a result is neither written nor read."""
@@ -43,7 +43,7 @@ PART_COPIES = 4
 """Number of copies of a result in memory while it is read: the file, its content, its tensors, and their arrays."""
 _ABOUT = "about"
 
-StageResult = ModuleSurvey | QuantisedModule | EncodedModule
+StageResult = ModuleSurvey | QuantisedModule | MeasuredModule | EncodedModule
 
 
 class ResumableCalls:
@@ -211,14 +211,12 @@ def _survey_tensors(survey: ModuleSurvey) -> tuple[dict[str, Tensor], dict[str, 
         tensors[f"{number}.bits"] = torch.from_numpy(estimate.bits)
         tensors[f"{number}.squared_errors"] = torch.from_numpy(estimate.squared_errors)
     for number, side in enumerate(survey.sides):
-        tensors[f"{number}.components"], tensors[f"{number}.energies"] = (
-            side.components,
-            torch.from_numpy(side.energies),
-        )
+        tensors[f"{number}.directions"] = side.directions
+        tensors[f"{number}.energies"] = torch.from_numpy(side.energies)
     return tensors, {
         "k": [estimate.k for estimate in survey.estimates],
         "basis_bits": [estimate.basis_bits for estimate in survey.estimates],
-        "dimensions": [side.dimension for side in survey.sides],
+        "sides": [(side.dimension, side.has_combinations) for side in survey.sides],
     }
 
 
@@ -230,8 +228,10 @@ def _build_survey(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Mo
         for number, (k, basis_bits) in enumerate(zip(about["k"], about["basis_bits"], strict=True))
     ]
     down, up = (
-        SideStatistics(tensors[f"{number}.components"], tensors[f"{number}.energies"].numpy(), dimension)
-        for number, dimension in enumerate(about["dimensions"])
+        SideStatistics(
+            tensors[f"{number}.directions"], tensors[f"{number}.energies"].numpy(), dimension, has_combinations
+        )
+        for number, (dimension, has_combinations) in enumerate(about["sides"])
     )
     return ModuleSurvey(estimates, (down, up), tensors["squares"])
 
@@ -256,19 +256,28 @@ def _build_quantised(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) ->
     return QuantisedModule((down, up), (square, captured_down, captured_up), tensors["squared_errors"])
 
 
+def _measured_tensors(module: MeasuredModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return {"bits": module.bits, "squared_errors": module.squared_errors}, {}
+
+
+def _build_measured(tensors: Mapping[str, Tensor], _about: Mapping[str, Any]) -> MeasuredModule:
+    return MeasuredModule(tensors["bits"], tensors["squared_errors"])
+
+
 def _encoded_tensors(module: EncodedModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
     packed = {name: torch.from_numpy(array) for name, array in module.codes.arrays().items()}
-    return {"bits": module.bits, "squared_errors": module.squared_errors, **packed}, {}
+    return {"squared_errors": module.squared_errors, **packed}, {}
 
 
 def _build_encoded(tensors: Mapping[str, Tensor], _about: Mapping[str, Any]) -> EncodedModule:
     arrays: dict[str, np.ndarray] = {name: tensor.numpy() for name, tensor in tensors.items()}
     codes = PackedCodes(**{name: arrays[name] for name in PackedCodes.names()})
-    return EncodedModule(tensors["bits"], tensors["squared_errors"], codes)
+    return EncodedModule(tensors["squared_errors"], codes)
 
 
 _KINDS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ModuleSurvey.__name__: (_survey_tensors, _build_survey),
     QuantisedModule.__name__: (_quantised_tensors, _build_quantised),
+    MeasuredModule.__name__: (_measured_tensors, _build_measured),
     EncodedModule.__name__: (_encoded_tensors, _build_encoded),
 }

@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import TypeVar
 
 import torch
 
@@ -36,12 +37,15 @@ from .near_copies import near_copies_note
 from .options import Execution, Target
 from .stored_outside import StoredOutside, encode_for_size, encode_outside
 
-BATCH = 64
-"""Number of adapters that are encoded to bytes together."""
+BATCH_INTEGERS = 2**23
+"""Number of integers, of adapters or of bases, from which on they are encoded to bytes by a call of their own."""
 MIN_FRONTIER_ERROR, MAX_FRONTIER_ERROR = 1e-5, 0.7
 """Range of errors in which the estimated bytes are accurate enough to be reported."""
 FRONTIER_FACTORS = (0.5, 0.7, 1.0, 1.4, 2.0)
 """Errors of the frontier, relative to the error of the pack."""
+
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +136,11 @@ def encode_collection(
     with threads.suited_to(max(_numbers(members) for members in collection.modules.values())):
         distinct = equal_updates.without(collection, copies)
         with resumable_calls(collection, target, execution, engine, training_basis) as calls:
-            runner = StageRunner.of(execution.progress, calls.run, engine.workers)
+            runner = StageRunner.of(
+                execution.progress, calls.run, engine.workers, error=target.options.max_error or 0.0
+            )
             collection_encoder, encoded, outside = _encode(collection, distinct, target, training_basis, runner)
+            runner.held.clear()
         written = _to_bytes(encoded, distinct, engine.run)
         bases = {name: _bases(name, encoded, members[0].spec, written) for name, members in collection.modules.items()}
         near_copies = near_copies_note(distinct, target.options.max_error or max(encoded.errors, default=0.0))
@@ -176,7 +183,7 @@ def _encode(
         check_error_bound(options.max_error)
         numbers = max(sum(spec.numbers for spec in scanned.adapter.specs.values()) for scanned in collection.scanned)
         grid = step_size_grid(options.max_error, numbers)
-        whole = CollectionEncoder(modules, norms, grid, runner, error=options.max_error)
+        whole = CollectionEncoder(modules, norms, grid, runner)
         clustered = encoder.split_into_clusters(whole, options.max_error)
         assert target.head_error is not None
         outside = encode_outside(collection, target.head_error, runner.progress)
@@ -279,15 +286,28 @@ def _to_bytes(encoded: EncodedCollection, collection: Collection, run: RunCalls)
             modules[member.name][module] = codes.modules.get(module, UNTRAINED)
             layouts[member.name][module] = by_cluster[codes.cluster]
     complete = {name: AdapterCodes(codes.step_size, codes.cluster, modules[name]) for name, codes in by_adapter.items()}
-    names = list(complete)
-    batches = run(
-        partial(bitstream.encode_adapters, [(complete[name], layouts[name]) for name in names[start : start + BATCH]])
-        for start in range(0, len(names), BATCH)
+    adapters = _in_batches(list(complete), lambda name: complete[name].n_integers)
+    payloads = run(
+        partial(bitstream.encode_adapters, [(complete[name], layouts[name]) for name in batch]) for batch in adapters
     )
-    payloads = dict(zip(names, chain.from_iterable(batches), strict=True))
+    by_name = dict(zip(complete, chain.from_iterable(payloads), strict=True))
     sides = [(name, side) for name, pair in encoded.bases.items() for side in (0, 1) if pair[side].k]
-    bases = basis_bytes.encode([encoded.bases[name][side] for name, side in sides])
-    return EncodedBytes(complete, layouts, payloads, dict(zip(sides, bases, strict=True)))
+    batches = _in_batches(sides, lambda side: encoded.bases[side[0]][side[1]].codes.numel())
+    bases = run(partial(basis_bytes.encode, [encoded.bases[name][side] for name, side in batch]) for batch in batches)
+    return EncodedBytes(complete, layouts, by_name, dict(zip(sides, chain.from_iterable(bases), strict=True)))
+
+
+def _in_batches(names: Sequence[Name], count_integers: Callable[[Name], int]) -> list[list[Name]]:
+    """Divide names into batches, in order, each of which ends with the one that completes `BATCH_INTEGERS`."""
+    batches: list[list[Name]] = [[]]
+    size = 0
+    for name in names:
+        if size >= BATCH_INTEGERS:
+            batches.append([])
+            size = 0
+        batches[-1].append(name)
+        size += count_integers(name)
+    return batches
 
 
 def _bases(name: str, encoded: EncodedCollection, spec: ModuleSpec, written: EncodedBytes) -> ModuleBases:

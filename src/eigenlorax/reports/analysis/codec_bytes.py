@@ -70,7 +70,7 @@ def rate_points(
     norms = torch.tensor(list(squares.values()), dtype=torch.float64).sqrt()
     numbers = _numbers(originals, trained)
     grid = upper_step_size_grid(min(errors), numbers)
-    whole = CollectionEncoder(modules, norms, grid, StageRunner.of(surveyed), error=min(errors))
+    whole = CollectionEncoder(modules, norms, grid, StageRunner.of(surveyed, error=min(errors)))
     if len(modules) <= COMPARED_MODULES:
         return encoder.split_into_clusters(whole, CLUSTERED_AT).frontier(errors)
     groups = _groups(modules, len(squares), numbers, whole.runner)
@@ -105,7 +105,7 @@ def _groups(modules: Sequence[ModuleUpdates], n: int, numbers: int, runner: Stag
         factors = [source.read() for source in module.sources]
         squares[module.indices] += delta_squares(pad_factors(factors, *reversed(module.shape)))
     grid = upper_step_size_grid(CLUSTERED_AT, numbers)
-    few = CollectionEncoder(chosen, squares.sqrt(), grid, runner, error=CLUSTERED_AT)
+    few = CollectionEncoder(chosen, squares.sqrt(), grid, runner)
     return encoder.best_groups(few, CLUSTERED_AT)
 
 
