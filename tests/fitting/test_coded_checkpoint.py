@@ -143,7 +143,8 @@ def test_another_bound_finds_nothing(originals, tmp_path, monkeypatch):
     assert not any("checkpoint" in note for note in other.notes)
 
 
-def test_results_of_short_calls_are_not_kept(originals, tmp_path):
+def test_results_of_short_calls_are_not_kept(originals, tmp_path, monkeypatch):
+    monkeypatch.setattr(coded_checkpoint, "KEPT_FROM", 60.0)
     with pytest.raises(StoppedError):
         ex.fit(originals, max_error=BOUND, checkpoint=tmp_path / "kept", progress=stop_at("choosing bytes: steps", 0))
     assert not (tmp_path / "kept").exists()
