@@ -166,7 +166,8 @@ def symmetric_inverse(gram: Tensor) -> Tensor:
     pivots = cholesky.diagonal()
     # rounding errors may leave dependent rows a factor with tiny pivots, about 1e-3 where products were in float32
     if bool(has_failed) or (len(gram) and float(pivots.min()) < 2e-3 * float(pivots.max())):
-        return torch.linalg.pinv(gram, rtol=1e-5, hermitian=True)
+        inverse: Tensor = torch.linalg.pinv(gram, rtol=1e-5, hermitian=True)
+        return inverse
     return torch.cholesky_inverse(cholesky)
 
 
