@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.progress import Progress
-from . import evaluate, method_comparison, models
+from . import evaluate, method_comparison, models, run_plan
 from .comparison_run import Recipe, make_optimizer
 from .examples import Example
 from .method_comparison import PreparedComparison
@@ -82,7 +82,7 @@ def run_seconds(prepared: PreparedComparison, times: MethodTimes, *, is_search: 
         # scored once during the training and once after it
         trained, evaluated = len(rows.search_train), 2 * len(rows.held_out)
     else:
-        evaluations = method_comparison.evaluations(options)
+        evaluations = run_plan.evaluations(options)
         trained, evaluated = len(rows.train), evaluations * len(rows.validation) + len(rows.test)
     steps = math.ceil(options.epochs * math.ceil(trained / options.batch_size))
     return times.loading + steps * times.step + evaluated * times.evaluated_row

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from . import (
     models,
     results_file,
     row_split,
+    run_plan,
 )
 from .comparison_run import Recipe, RunData, TrainingRun
 from .comparison_summary import MethodRun, MethodSummary
@@ -42,36 +43,8 @@ from .method_presets import Preset
 from .metrics import NamedMetric
 from .options import METRIC
 from .row_split import RowSplit
+from .run_plan import RunKey, Runs, RunsLeft
 from .search_space import ComparisonOptions
-
-
-class RunKey(NamedTuple):
-    """Identity of one run.
-
-    Attributes:
-        method: Key of `search_space.LEARNING_RATES`.
-        learning_rate: Learning rate of the method's parameters.
-        seed: Seed of the run; None if the run serves to choose the learning rate.
-    """
-
-    method: str
-    learning_rate: float
-    seed: int | None
-
-
-Runs = Mapping[RunKey, MethodRun]
-
-
-class RunsLeft(NamedTuple):
-    """Numbers of a method's runs that are not finished.
-
-    Attributes:
-        search: Runs that choose the learning rate.
-        final: Runs at the chosen learning rate.
-    """
-
-    search: int
-    final: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +85,14 @@ class PreparedComparison:
     @property
     def runs_left_by_method(self) -> dict[str, RunsLeft]:
         """Method → numbers of its runs to do."""
-        return {name: _runs_left(self.options, name, self.finished) for name in self.options.methods}
+        return {name: run_plan.runs_left(self.options, name, self.finished) for name in self.options.methods}
 
     @property
     def plan(self) -> str:
         """Sentence that states the runs to do."""
         options, rows = self.options, self.rows
         n_methods = len(options.methods)
-        search_runs = sum(len(_search_keys(options, name)) for name in options.methods)
+        search_runs = sum(len(run_plan.search_keys(options, name)) for name in options.methods)
         total = search_runs + options.seeds * n_methods
         left = f"{self.runs_left} of " if self.finished else ""
         for_methods = f" for each of {n_methods} methods" if n_methods > 1 else ""
@@ -224,7 +197,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
         }
         stored = results_file.read_runs(output, settings) if resume else []
         finished = {RunKey(run.method, run.learning_rate, run.seed): run for run in stored}
-        unfinished = [name for name in options.methods if any(_runs_left(options, name, finished))]
+        unfinished = [name for name in options.methods if any(run_plan.runs_left(options, name, finished))]
         load_base = partial(models.load_model, base_model, revision, labels, tokenizer)
         presets = method_presets.make_presets(opened, options.methods, unfinished, options.rank, load_base)
     results_file.write(output, settings, finished.values(), None)
@@ -276,9 +249,9 @@ def run(prepared: PreparedComparison, progress: Progress | None = None) -> Compa
         # `prepare` has shown the warnings about the pack and the rank
         warnings.simplefilter("ignore", EigenloraxWarning)
         for method in options.methods:
-            for key in _search_keys(options, method):
+            for key in run_plan.search_keys(options, method):
                 train(key)
-            for key in _final_keys(options, method, runs):
+            for key in run_plan.final_keys(options, method, runs):
                 if train(key).score is None:
                     raise NonFiniteError(
                         f"{method} diverged with seed {key.seed} at the learning rate {key.learning_rate:g}. Try lower "
@@ -289,55 +262,6 @@ def run(prepared: PreparedComparison, progress: Progress | None = None) -> Compa
     result = _summarise(prepared, runs, time.perf_counter() - started)
     results_file.write(prepared.output, prepared.settings, runs.values(), asdict(result))
     return result
-
-
-def _search_keys(options: ComparisonOptions, method: str) -> list[RunKey]:
-    """Return the runs that choose the method's learning rate; empty if there is only one rate."""
-    if not options.searches(method):
-        return []
-    return [RunKey(method, rate, None) for rate in options.learning_rates(method)]
-
-
-def _final_keys(options: ComparisonOptions, method: str, runs: Runs) -> list[RunKey]:
-    """Return the runs at the chosen learning rate. `runs` must contain the finished search."""
-    rate = _chosen_rate(options, method, runs)
-    return [RunKey(method, rate, seed) for seed in range(options.seeds)]
-
-
-def _chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
-    """Return the learning rate with the highest score on the rows held out. The lowest loss breaks ties.
-
-    Raises:
-        NonFiniteError: The method diverged at every rate.
-    """
-    rates = options.learning_rates(method)
-    if not options.searches(method):
-        return rates[0]
-    tried = [runs[key] for key in _search_keys(options, method)]
-    ranking = [
-        (-run.score, run.loss, run.learning_rate) for run in tried if run.score is not None and run.loss is not None
-    ]
-    if not ranking:
-        raise NonFiniteError(
-            f"{method} diverged at each of the learning rates {', '.join(f'{rate:g}' for rate in rates)}. Try lower "
-            f"rates (rates={{{method!r}: [A, B, C]}}, --learning-rates {method}=A,B,C), or remove it from methods= "
-            "(--methods). resume=True (--resume) keeps the finished runs."
-        )
-    return min(ranking)[2]
-
-
-def evaluations(options: ComparisonOptions) -> int:
-    """Return the number of scores during one run at the chosen learning rate: two per epoch."""
-    return max(1, round(2 * options.epochs))
-
-
-def _runs_left(options: ComparisonOptions, method: str, runs: Runs) -> RunsLeft:
-    """Return the numbers of the method's runs that are not in `runs`."""
-    search_left = sum(key not in runs for key in _search_keys(options, method))
-    if search_left:
-        # the search may choose another rate, for which all runs must be done
-        return RunsLeft(search_left, options.seeds)
-    return RunsLeft(0, sum(key not in runs for key in _final_keys(options, method, runs)))
 
 
 def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
@@ -355,7 +279,7 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
         optimizer=preset.optimizer,
         epochs=options.epochs,
         batch_size=options.batch_size,
-        evaluations=1 if key.seed is None else evaluations(options),
+        evaluations=1 if key.seed is None else run_plan.evaluations(options),
         bf16=options.bf16,
     )
     parameters, head_parameters = methods.count_parameters(model)
@@ -378,7 +302,7 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
         with memory_errors():
             training = comparison_run.run(model, run_data, recipe, seed=seed)
     except NonFiniteError:
-        # another learning rate may work; `_chosen_rate` raises an error if none does
+        # another learning rate may work; `run_plan.chosen_rate` raises an error if none does
         return unscored
     return _scored(unscored, training, np.array([row["labels"] for row in run_data.test]), prepared.metric)
 
@@ -424,10 +348,10 @@ def _scored(run: MethodRun, training: TrainingRun, classes: np.ndarray, metric: 
 
 def _summarise(prepared: PreparedComparison, runs: Runs, seconds: float) -> ComparisonResult:
     options, rows = prepared.options, prepared.rows
-    runs_by_method = {name: [runs[key] for key in _final_keys(options, name, runs)] for name in options.methods}
+    runs_by_method = {name: [runs[key] for key in run_plan.final_keys(options, name, runs)] for name in options.methods}
     search_scores = {
         name: dict.fromkeys(options.learning_rates(name))
-        | {key.learning_rate: runs[key].score for key in _search_keys(options, name)}
+        | {key.learning_rate: runs[key].score for key in run_plan.search_keys(options, name)}
         for name in options.methods
     }
     summaries = comparison_summary.summarise(runs_by_method, search_scores, options.baseline)
