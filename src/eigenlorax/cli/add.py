@@ -45,6 +45,14 @@ def add(
             "--carry-missing", help="Store modules that the subspace lacks unchanged, instead of raising an error."
         ),
     ] = False,
+    residual: Annotated[
+        bool,
+        typer.Option(
+            "--residual",
+            help="Store what the bases do not represent of the adapters as well, so that only rounding is lost. "
+            "It takes about as many bytes as the LoRA. For packs of floats.",
+        ),
+    ] = False,
     warn_above: arguments.WarnAbove = WARN_ABOVE,
     same_base: arguments.SameBase = False,
     allow_pickle: arguments.AllowPickle = False,
@@ -61,6 +69,7 @@ def add(
             adapters,
             extend=extend,
             carry_missing=carry_missing,
+            residual=residual,
             same_base=same_base,
             warn_above=warn_above,
             progress=progress,

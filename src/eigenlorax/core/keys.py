@@ -88,6 +88,11 @@ TARGET_MODULES = "target_modules"
 KERNELS = "kernels"
 # Bases within an adapter's own file, for adapters that are saved without a pack
 EMBEDDED = {"down": "eigenlorax_embedded_down", "up": "eigenlorax_embedded_up"}
+# Gradient components of an adapter: int8 integers (k, d) and the scale of each row, (k, 1)
+GRADIENT = {"down": "eigenlorax_gradient_down", "up": "eigenlorax_gradient_up"}
+GRADIENT_SCALES = {side: f"{name}_scales" for side, name in GRADIENT.items()}
+# Tensors of an adapter's file that are bases
+BASIS_TENSORS = (*EMBEDDED.values(), *GRADIENT.values(), *GRADIENT_SCALES.values())
 LORA_PARTS = {"down": "lora_A", "up": "lora_B"}
 # Tensors of a module in PEFT's AdaLoRA: B diag(E) A in place of B A
 ADALORA_VALUES = "lora_E"
@@ -260,10 +265,10 @@ def residual_key(module: str, side: str) -> str:
 def module_of_key(key: str) -> str | None:
     """Return the module that a tensor of an adapter file belongs to, or None.
 
-    Coefficients, cores, residuals, embedded bases and trained biases are recognised.
+    Coefficients, cores, residuals, embedded bases, gradient components and trained biases are recognised.
     """
     module, _, parameter = key.removeprefix(MODEL_PREFIX).rpartition(".")
-    if parameter in (*COEFFICIENTS.values(), CORE, *RESIDUALS.values(), *EMBEDDED.values()):
+    if parameter in (*COEFFICIENTS.values(), CORE, *RESIDUALS.values(), *BASIS_TENSORS):
         return module
     return module.removesuffix(".base_layer") if parameter == "bias" and module.endswith(".base_layer") else None
 

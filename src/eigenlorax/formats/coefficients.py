@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_type_hints
 
+import torch
 from torch import Tensor
 
 from ..codec.storage.base import ModuleSlot
@@ -20,7 +21,7 @@ from ..core.json_dataclasses import JsonTypeError, from_json
 from ..core.keys import Kind
 from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, ShapeError
-from . import lora_config
+from . import gradient_rows, lora_config
 
 Bases = tuple[Tensor, Tensor]
 """Components (k, d) of a module's down side and of its up side."""
@@ -75,7 +76,7 @@ def _classify(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """Return the tensors of each module by name, as floats, and the heads by key."""
-    tensor_names = {*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.EMBEDDED.values()}
+    tensor_names = {*keys.COEFFICIENTS.values(), keys.CORE, *keys.RESIDUALS.values(), *keys.BASIS_TENSORS}
     modules: dict[str, dict[str, Tensor]] = {}
     heads: dict[str, Tensor] = {}
     if keys.CODED_HEADS in tensors:
@@ -100,12 +101,40 @@ def _bases(
     """Return the bases of each module, from the file if all modules have embedded bases, else from the subspace."""
     if all(keys.EMBEDDED["down"] in tensors for tensors in modules.values()):
         return {module: _embedded_bases(tensors, f"{where}, module {module}") for module, tensors in modules.items()}
-    subspace = _subspace(config, where)
-    bases = {}
-    for module in modules:
-        pair = subspace.modules[_subspace_module(module, fields, subspace, where)]
-        bases[module] = pair.down.components, pair.up.components
+    n_gradient = config.get("n_gradient") or 0
+    # without a pack, an adapter has gradient components only
+    subspace = Subspace({}) if n_gradient and not config.get("subspace_fingerprint") else _subspace(config, where)
+    if n_gradient:
+        subspace = _as_written(subspace, config)
+    bases: dict[str, Bases] = {}
+    for module, tensors in modules.items():
+        components = None
+        if not n_gradient or module_names.resolve(module, subspace.modules) is not None:
+            pair = subspace.modules[_subspace_module(module, fields, subspace, where)]
+            components = pair.down.components, pair.up.components
+        if n_gradient:
+            components = _with_gradient_components(components, tensors, n_gradient, f"{where}, module {module}")
+        assert components is not None
+        bases[module] = components
     return bases
+
+
+def _with_gradient_components(
+    components: Bases | None, tensors: Mapping[str, Tensor], n_gradient: int, where: str
+) -> Bases:
+    """Append a module's gradient components to its components in the subspace, None if the subspace lacks it."""
+    sides = []
+    for index, side in enumerate(keys.SIDES):
+        codes, scales = (tensors.get(names[side]) for names in (keys.GRADIENT, keys.GRADIENT_SCALES))
+        if components is not None:
+            rows = components[index]
+        else:
+            rows = torch.zeros(0, codes.shape[-1] if codes is not None and codes.dim() else 0)
+        k, dimension = rows.shape
+        own = gradient_rows.decode(codes, scales, (min(n_gradient, dimension - k), dimension), f"{where}, {side} side")
+        sides.append(torch.cat([rows.float(), own]))
+    down, up = sides
+    return down, up
 
 
 @dataclass(frozen=True, slots=True)

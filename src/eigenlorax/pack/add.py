@@ -25,7 +25,7 @@ from ..formats.checks import StatedBase
 from ..formats.sources import AdapterSource
 from .contents import PackContents
 from .copies import names_by_content
-from .encoding import EncodedAdapter, encoded_by_codes, pack_adapter, project_module
+from .encoding import EncodedAdapter, encoded_by_codes, pack_adapter, project_module, project_with_residual
 from .manifest import SubspaceInfo
 from .outside_tensors import OutsideCoding
 from .packed_adapter import PackedAdapter
@@ -42,12 +42,14 @@ class AddOptions:
     Attributes:
         extend: Maximum number of components to append per side; None for none.
         carry_missing: True to store modules unchanged that the subspace lacks.
+        residual: True to store what the bases do not represent of the new adapters.
         same_base: True to accept an adapter that names another base model.
         reading: Options of `read_adapter`.
     """
 
     extend: int | None
     carry_missing: bool
+    residual: bool
     same_base: bool
     reading: Mapping[str, Any]
 
@@ -84,6 +86,20 @@ def check_extend(extend: int, pack: PackContents) -> int:
             "dimension of a module. Remove extend to project on the unchanged subspace."
         )
     return extend
+
+
+def check_residual(pack: PackContents) -> None:
+    """Raise `OptionError` if the pack cannot store a residual beside the coefficients of a new adapter."""
+    if pack.is_coded:
+        raise OptionError(
+            "residual=True (--residual) has no effect: this pack stores every adapter within its error bound, "
+            "residuals included. Remove it."
+        )
+    if not storage_by_name(pack.coefficient_storage).keeps_factors:
+        raise OptionError(
+            f"residual=True (--residual) needs coefficients in floats, and this pack stores them as "
+            f"{pack.coefficient_storage}. Fit a pack with dtype='float16' (--dtype float16)."
+        )
 
 
 def check_has_bases(pack: PackContents) -> None:
@@ -171,6 +187,8 @@ def add_adapters(
     """
     check_has_bases(pack)
     n_components = None if options.extend is None else check_extend(options.extend, pack)
+    if options.residual:
+        check_residual(pack)
     new = read_new(sources, pack, options)
     subspace = pack.subspace
     if n_components is not None:
@@ -191,7 +209,8 @@ def add_adapters(
         if original != scanned.name:
             copies[scanned.name] = original
         if not pack.is_coded:
-            encoded = project_adapter(scanned, subspace, storage_by_name(pack.coefficient_storage))
+            storage = storage_by_name(pack.coefficient_storage)
+            encoded = project_adapter(scanned, subspace, storage, residual=options.residual)
             packed[scanned.name] = pack_adapter(scanned, encoded, outside.encode(scanned), in_fit=False)
         elif original == scanned.name:
             encoded = encode_alone(scanned, subspace, bases, pack.aim)
@@ -252,13 +271,25 @@ def extend_subspace(
     return spaces.extend(subspace, rows, storage.extend_basis) if has_rows else subspace
 
 
-def project_adapter(scanned: ScannedAdapter, subspace: Subspace, storage: Storage) -> EncodedAdapter:
-    """Project all modules of an adapter on their bases, and round the coefficients to their storage."""
+def project_adapter(
+    scanned: ScannedAdapter, subspace: Subspace, storage: Storage, *, residual: bool = False
+) -> EncodedAdapter:
+    """Project all modules of an adapter on their bases, and round the coefficients to their storage.
+
+    Args:
+        scanned: The adapter.
+        subspace: The subspace.
+        storage: Storage of the coefficients.
+        residual: True to store what the bases do not represent, too. Modules that are zero have no residual.
+    """
     modules = {}
     for module, name in scanned.subspace_names.items():
         bases = subspace.modules[name]
         factors = scanned.adapter.modules[module]
-        modules[module] = project_module(module, factors, bases, storage, projection.dual_components(bases))
+        if residual and scanned.is_trained(module):
+            modules[module] = project_with_residual(module, factors, bases, storage)
+        else:
+            modules[module] = project_module(module, factors, bases, storage, projection.dual_components(bases))
     return EncodedAdapter.of(modules)
 
 

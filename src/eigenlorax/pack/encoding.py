@@ -1,7 +1,7 @@
 """Encoding of adapters for a pack: coefficients in the bases of a subspace, projected or entropy-coded."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -13,7 +13,7 @@ from ..codec.storage import coded
 from ..codec.storage.base import ModuleSlot, Storage
 from ..codec.storage.coded import CodedCoefficients, coefficient_metadata
 from ..codec.storage.table import adapter_payload
-from ..core import keys, metrics
+from ..core import keys, metrics, projection
 from ..core.adapter import Adapter, LoRAFactors
 from ..core.batch import stack_factors
 from ..core.coefficients import CoefficientBatch, Coefficients
@@ -89,6 +89,23 @@ def project_module(
     projected = storage.project(prepared, bases, dual)
     (error,) = metrics.module_errors(prepared, projected, bases, None, storage.exact_coefficients(prepared, bases))
     return encoded_row(module, projected, 0, factors.kernel, error)
+
+
+def project_with_residual(module: str, factors: LoRAFactors, bases: ModuleBases, storage: Storage) -> EncodedModule:
+    """Project one update on its bases, and store what the bases do not represent of its factors as it is.
+
+    Args:
+        module: The adapter's own name of the module.
+        factors: Factors of the update.
+        bases: Bases of the module.
+        storage: Storage of the coefficients, which stores both factors as floats.
+    """
+    without = project_module(module, factors, bases, storage).coefficients
+    balanced = storage.prepare(stack_factors([factors], [0.0]))
+    inside = projection.reconstruct(without, bases)
+    down, up = balanced.down[0].double() - inside.down, balanced.up[0].mT.double() - inside.up
+    coefficients = replace(without, down_residual=down.to(storage.dtype), up_residual=up.to(storage.dtype).contiguous())
+    return EncodedModule(coefficients, {}, metrics.module_error(factors, coefficients, bases))
 
 
 def encoded_row(

@@ -360,6 +360,7 @@ class Pack(VersionedContents):
         name: str | None = None,
         extend: int | None = None,
         carry_missing: bool = False,
+        residual: bool = False,
         same_base: bool = False,
         warn_above: float = WARN_ABOVE,
         **options: Any,
@@ -372,6 +373,8 @@ class Pack(VersionedContents):
             extend: Maximum number of components to append to each side of each module. The components that reduce the
                 error most are appended. Adapters in the pack do not change. Default: none.
             carry_missing: Store modules that the subspace lacks unchanged, instead of raising `ModuleNameError`.
+            residual: Store what the bases do not represent of the adapter as well, so that only rounding is lost. It
+                takes about as many bytes as the LoRA.
             same_base: Accept an adapter that names another base model.
             warn_above: Delta error, 0 to 1, above which a `LossWarning` is issued; 1 disables it.
             options: Options of `read_adapter`.
@@ -388,7 +391,7 @@ class Pack(VersionedContents):
         """
         (record,) = self._add(
             [sources.single(name, source)],
-            AddOptions(extend, carry_missing, same_base, options),
+            AddOptions(extend, carry_missing, residual, same_base, options),
             check_warn_above(warn_above),
             lambda stage, done, total: None,
         ).values()
@@ -400,6 +403,7 @@ class Pack(VersionedContents):
         *,
         extend: int | None = None,
         carry_missing: bool = False,
+        residual: bool = False,
         same_base: bool = False,
         warn_above: float = WARN_ABOVE,
         progress: Progress | None = None,
@@ -410,7 +414,7 @@ class Pack(VersionedContents):
         Args:
             adapters: Adapters in any form that `fit` takes.
             extend: Maximum number of components to append per side, for all adapters together. Default: none.
-            carry_missing, same_base, warn_above, options: Arguments of `add`.
+            carry_missing, residual, same_base, warn_above, options: Arguments of `add`.
             progress: Callback with the arguments (stage, done, total).
 
         Raises:
@@ -425,7 +429,10 @@ class Pack(VersionedContents):
         adapter_sources = sources.find_adapters(adapters, **options)
         report = progress or (lambda stage, done, total: None)
         return self._add(
-            adapter_sources, AddOptions(extend, carry_missing, same_base, options), check_warn_above(warn_above), report
+            adapter_sources,
+            AddOptions(extend, carry_missing, residual, same_base, options),
+            check_warn_above(warn_above),
+            report,
         )
 
     def _add(

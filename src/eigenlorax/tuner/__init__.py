@@ -8,6 +8,7 @@ registration.check_peft()
 from .components import lora_from_components  # noqa: E402
 from .config import EigenLoraxConfig  # noqa: E402
 from .convert import combine, from_lora, scaled, swap, to_lora  # noqa: E402
+from .gradient_components import initialize_gradient_components  # noqa: E402
 from .layer import EigenLoraxLayer  # noqa: E402
 from .model import EigenLoraxModel  # noqa: E402
 from .optim import SOAP, coefficient_groups, lora_groups  # noqa: E402
@@ -23,6 +24,7 @@ __all__ = [
     "coefficient_groups",
     "combine",
     "from_lora",
+    "initialize_gradient_components",
     "lora_from_components",
     "lora_groups",
     "scaled",

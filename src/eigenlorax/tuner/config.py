@@ -58,6 +58,10 @@ class EigenLoraxConfig(PeftConfig):
             (§3.3 of the paper). Defaults to `0`.
         extra_seed (`int`):
             The seed of the added components. Defaults to `0`.
+        n_gradient (`int`):
+            Number of components that `initialize_gradient_components` adds to both sides of every module: the leading
+            directions of the first gradients outside the subspace. A module that the subspace lacks has these
+            components only. They are frozen, and saved with the adapter in 8 bits. Defaults to `0`.
         target_modules (`Union[List[str], str]`, *optional*):
             The names of the modules to apply the adapter to, as in [`LoraConfig`]. If this is not specified, every
             module of the subspace is adapted.
@@ -142,6 +146,9 @@ class EigenLoraxConfig(PeftConfig):
         default=0, metadata={"help": "Number of random orthonormal components added to both sides of every module."}
     )
     extra_seed: int = field(default=0, metadata={"help": "The seed of the added components."})
+    n_gradient: int = field(
+        default=0, metadata={"help": "Number of components per side that the first gradients of the task add."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt, as in LoRA; by default every module of the subspace."}
     )
@@ -224,7 +231,7 @@ class EigenLoraxConfig(PeftConfig):
             )
         if self.core and self.rank_pattern:
             raise OptionError("rank_pattern has no meaning with core=True, which trains whole (k_up, k_down) matrices.")
-        for name, smallest in (("r", 1), ("n_extra", 0)):
+        for name, smallest in (("r", 1), ("n_extra", 0), ("n_gradient", 0)):
             if to_int(name, getattr(self, name)) < smallest:
                 raise OptionError(f"{name} must be an integer of at least {smallest}, got {getattr(self, name)!r}.")
         for module, rank in self.rank_pattern.items():

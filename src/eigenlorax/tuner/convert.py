@@ -224,6 +224,11 @@ def combine(model: PeftModel, adapters: Mapping[str, float] | Sequence[str], ada
     for name in weights:
         # adapters that were saved before the subspace grew can be added to later ones
         _extend_coefficients(model, name)
+    if with_gradients := sorted(name for name, config in configs.items() if config.n_gradient):
+        raise OptionError(
+            f"adapter {with_gradients[0]!r} has gradient components of its own, so that its coefficients cannot be "
+            "added to others. Convert the adapters to LoRAs (to_lora), and combine these."
+        )
     if len({(c.subspace_fingerprint, c.n_extra, c.extra_seed, c.core) for c in configs.values()}) > 1:
         raise OptionError(
             f"adapters {', '.join(sorted(weights))} have different subspaces, or only some of them are cores: their "
@@ -295,7 +300,7 @@ def _combine_residuals(layer: EigenLoraxLayer, scalings: Mapping[str, float], ad
 def _extend_coefficients(model: nn.Module, adapter_name: str) -> None:
     """Pad an adapter's coefficients to all components of its subspace, if that has grown since it was saved."""
     config, layers = _config(model, adapter_name), _layers(model, adapter_name).values()
-    if config.embed_subspace or config.n_extra:
+    if config.embed_subspace or config.n_extra or config.n_gradient:
         return
     for layer in layers:
         layer.extend_coefficients(adapter_name)
@@ -367,7 +372,7 @@ def _is_update(key: str) -> bool:
 
 
 def _is_basis(key: str) -> bool:
-    return key.rpartition(".")[2] in keys.EMBEDDED.values()
+    return key.rpartition(".")[2] in keys.BASIS_TENSORS
 
 
 def _layers(model: nn.Module, adapter_name: str | None = None) -> dict[str, EigenLoraxLayer]:

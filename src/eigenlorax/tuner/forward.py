@@ -49,7 +49,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         return self
 
     @property
-    def _convolution(self) -> Convolution | None:
+    def convolution(self) -> Convolution | None:
         """The base layer if it is a convolution."""
         base_layer = self.get_base_layer()
         return base_layer if isinstance(base_layer, CONVOLUTIONS) else None
@@ -142,7 +142,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         A compiled graph is recompiled when a Python attribute that is read here changes, so this reads buffers only.
         """
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        dtype, convolution = result.dtype, self._convolution
+        dtype, convolution = result.dtype, self.convolution
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for key, core in self.eigenlorax_blend.items():
@@ -182,18 +182,18 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         down_basis, up_basis = self.bases_of(adapters[0])
         x = self._dropout(adapters[0])(x)
         dtype = self.factors_of(adapters[0])[0].dtype if self.cast_input_dtype_enabled else x.dtype
-        projected = project(x, down_basis.to(dtype), self._convolution)
+        projected = project(x, down_basis.to(dtype), self.convolution)
         in_basis = []
         for adapter in adapters:
             residual = LayerResidual(*self._residuals_in(dtype, adapter))
             hidden, residual_update = apply_coefficients(
-                projected, x, self.factors_of(adapter), residual, self._convolution
+                projected, x, self.factors_of(adapter), residual, self.convolution
             )
             in_basis.append(hidden * self.scaling[adapter])
             if residual_update is not None:
-                output = add_scaled(output, residual_update, self.scaling[adapter], convolution=self._convolution)
+                output = add_scaled(output, residual_update, self.scaling[adapter], convolution=self.convolution)
         total = sum(in_basis[1:], start=in_basis[0])
-        return add_product(output, total, up_basis.to(total.dtype), convolution=self._convolution)
+        return add_product(output, total, up_basis.to(total.dtype), convolution=self.convolution)
 
     def _residuals_in(self, dtype: torch.dtype, adapter: str) -> tuple[Tensor | None, Tensor | None]:
         down, up = self.residuals_of(adapter)
@@ -218,7 +218,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
             output[rows] = add_grouped_update(
                 output[rows],
                 x[rows],
-                LayerBases(*self.bases_of(names[0]), self._convolution),
+                LayerBases(*self.bases_of(names[0]), self.convolution),
                 self._stack_coefficients([distinct[owner] for owner in owners], names),
                 groups.to(x.device),
             )

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from ..core import convolution, keys
 from ..core.coefficients import Coefficients
 from ..core.subspace import ModuleBases
-from ..errors import FormatError
+from ..errors import FormatError, OptionError
 from .blend import Blend
 from .config import EigenLoraxConfig
 from .initial_coefficients import InitialCoefficients
@@ -43,6 +43,8 @@ class EigenLoraxLayer(LayerWithBases):
         "eigenlorax_down_rest",
         "eigenlorax_up_rest",
         "undecoded",
+        "n_gradient",
+        "gradients_ready",
     )
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
@@ -56,6 +58,9 @@ class EigenLoraxLayer(LayerWithBases):
         self.scaling: dict[str, float] = {}
         # storage dtype of adapters whose file does not store floats, until they are decoded
         self.undecoded: dict[str, str] = {}
+        # (down, up) gradient components of adapters that have some, and whether they are there or zeros in their place
+        self.n_gradient: dict[str, tuple[int, int]] = {}
+        self.gradients_ready: dict[str, bool] = {}
         self.eigenlorax_dropout = nn.ModuleDict({})
         # Actual trainable parameters: (r, k_down) and (k_up, r), or one (k_up, k_down)
         self.eigenlorax_down = nn.ParameterDict({})
@@ -88,6 +93,7 @@ class EigenLoraxLayer(LayerWithBases):
         r: int,
         lora_alpha: float,
         residual_sides: Collection[str] = (),
+        n_gradient: tuple[int, int] | None = None,
     ) -> None:
         """
         Add an adapter with its initial coefficients, and its bases unless the layer has them already.
@@ -107,6 +113,9 @@ class EigenLoraxLayer(LayerWithBases):
                 Rank and alpha of this layer.
             residual_sides (`Collection[str]`):
                 The sides, "down" or "up", on which the adapter has a residual. It is zero until it is loaded.
+            n_gradient (`tuple`, *optional*):
+                The numbers of gradient components (down, up) among the components of `bases`, the last ones, which are
+                zero until they are computed or loaded. The bases then belong to the adapter alone.
         """
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -115,7 +124,11 @@ class EigenLoraxLayer(LayerWithBases):
         dropout = nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.eigenlorax_dropout[adapter_name] = dropout
         serving_dtype = self.serving.dtype if self.serving is not None else None
-        self.add_bases(adapter_name, bases, fingerprint, embed=config.embed_subspace, dtype=serving_dtype)
+        embed = config.embed_subspace or n_gradient is not None
+        self.add_bases(adapter_name, bases, fingerprint, embed=embed, dtype=serving_dtype)
+        if n_gradient is not None:
+            self.n_gradient[adapter_name] = n_gradient
+            self.gradients_ready[adapter_name] = False
         if config.coefficient_dtype is not None:
             self.undecoded[adapter_name] = config.coefficient_dtype
         coefficients = start.coefficients(r, self.scaling[adapter_name])
@@ -202,6 +215,13 @@ class EigenLoraxLayer(LayerWithBases):
                 f"adapter {name!r} stores its coefficients as {stored}, which its loader did not decode: transformers' "
                 "load_adapter supports floats only. Load it with PeftModel.from_pretrained, or `eigenlorax export` it."
             )
+        for name, is_ready in self.gradients_ready.items():
+            if not is_ready and not self.disable_adapters:
+                raise OptionError(
+                    f"adapter {name!r} has no gradient components yet. For a new adapter, call "
+                    "eigenlorax.tuner.initialize_gradient_components(model, batches) before training; load a trained "
+                    "one with PeftModel.from_pretrained."
+                )
 
     def has_residual(self, adapter_name: str) -> bool:
         """Return whether an adapter has a residual on either side."""

@@ -24,7 +24,7 @@ from ..core import convolution, keys, module_patterns
 from ..core.subspace import Subspace
 from ..errors import FormatError, ModuleNameError, OptionError, RankWarning
 from ..formats import coefficients
-from . import renaming, resolve
+from . import gradient_bases, renaming, resolve
 from .config import EigenLoraxConfig
 from .forward import AdaptedLayer, wrap_layer
 from .initial_coefficients import InitialCoefficients, InitialCore, initial_core
@@ -94,8 +94,8 @@ class EigenLoraxModel(BaseTuner):
         resolve.record_kernels(peft_config, {name: convolution.kernel_size(module) for name, module in targets.items()})
         resolve.rename_residuals(peft_config, targets)
         largest = max([peft_config.r, *peft_config.rank_pattern.values()])
-        smallest = min((min(bases.down.k, bases.up.k) for bases in sizes), default=largest)
-        trained = not peft_config.inference_mode and not peft_config.rests
+        smallest = min((min(bases.down.k, bases.up.k) + peft_config.n_gradient for bases in sizes), default=largest)
+        trained = not (peft_config.inference_mode or peft_config.rests or peft_config.n_gradient)
         if trained and sizes and not any(min(bases.down.k, bases.up.k) for bases in sizes):
             raise OptionError(
                 "the subspace has no component in any of these modules, so there is nothing to train: its pack was "
@@ -177,9 +177,12 @@ class EigenLoraxModel(BaseTuner):
         assert self._initial_core is not None
         bases = self._resolved.bases(current_key, peft_config, *in_out_features(base_layer))
         subspace_name = self._resolved.subspace_name(current_key, peft_config)
-        assert subspace_name is not None
+        core = self._initial_core(subspace_name, bases) if subspace_name is not None else None
+        n_gradient = None
+        if peft_config.n_gradient and isinstance(self._resolved, ResolvedSubspace):
+            bases, n_gradient = gradient_bases.reserve_rows(bases, peft_config.n_gradient)
+            core = gradient_bases.pad_core(core, n_gradient)
         k_down, k_up = self._resolved.n_components(subspace_name, bases)
-        core = self._initial_core(subspace_name, bases)
         start = InitialCoefficients(
             start=peft_config.start,
             k_down=k_down,
@@ -206,6 +209,7 @@ class EigenLoraxModel(BaseTuner):
             r=module_patterns.ModulePatterns(ranks).value(current_key, peft_config.r),
             lora_alpha=module_patterns.ModulePatterns(alphas).value(current_key, peft_config.lora_alpha),
             residual_sides=peft_config.rests.get(current_key, ()),
+            n_gradient=n_gradient,
         )
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -242,16 +246,19 @@ class EigenLoraxModel(BaseTuner):
             if layer.has_residual(adapter_name)
         }
         config.embedded_shapes = {}
-        if not config.embed_subspace:
-            # the adapter may have been loaded with an embedded subspace
-            tensors = {key: tensor for key, tensor in tensors.items() if ".eigenlorax_embedded_" not in key}
-        else:
-            for wrapped_name, module in model.named_modules():
-                if isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name):
-                    name, bases = wrapped_name.replace(_FSDP, ""), module.bases_of(adapter_name)
-                    for side, basis in zip(keys.SIDES, bases, strict=True):
-                        tensors[f"{name}.eigenlorax_embedded_{side}.{adapter_name}"] = _to_narrowest_dtype(basis)
-                    config.embedded_shapes[name.removeprefix(keys.MODEL_PREFIX)] = [len(basis) for basis in bases]
+        # the adapter may have been loaded with an embedded subspace
+        tensors = {key: tensor for key, tensor in tensors.items() if ".eigenlorax_embedded_" not in key}
+        for wrapped_name, module in model.named_modules():
+            if not (isinstance(module, EigenLoraxLayer) and module.has_adapter(adapter_name)):
+                continue
+            name, saved = wrapped_name.replace(_FSDP, ""), {}
+            if config.embed_subspace:
+                bases = module.bases_of(adapter_name)
+                saved = {keys.EMBEDDED[side]: _to_narrowest_dtype(b) for side, b in zip(keys.SIDES, bases, strict=True)}
+                config.embedded_shapes[name.removeprefix(keys.MODEL_PREFIX)] = [len(basis) for basis in bases]
+            elif adapter_name in module.n_gradient:
+                saved = gradient_bases.saved_tensors(module, adapter_name)
+            tensors |= {f"{name}.{suffix}.{adapter_name}": tensor for suffix, tensor in saved.items()}
         return tensors
 
     @classmethod
@@ -262,9 +269,11 @@ class EigenLoraxModel(BaseTuner):
         layers = _layers_with(model, adapter_name)
         renamed = renaming.rename_state_dict(_decode(state_dict, config, layers), layers)
         _check_residuals(layers, adapter_name, renamed)
+        renamed = gradient_bases.decode_tensors(layers, adapter_name, renamed)
         config.coefficient_dtype, config.parent = None, {}
         for layer in layers.values():
             layer.undecoded.pop(adapter_name, None)
+            layer.gradients_ready.pop(adapter_name, None)
         tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, renamed)
         return tensors
 

@@ -38,9 +38,11 @@ class ResolvedSubspace:
     pack: Pack | None
     saved_subspace: Subspace | None = None
 
-    def n_components(self, subspace_name: str, bases: ModuleBases) -> tuple[int, int]:
+    def n_components(self, subspace_name: str | None, bases: ModuleBases) -> tuple[int, int]:
         """Return the number of components (down, up) of a module that the adapter has coefficients on."""
-        saved = self.saved_subspace.modules[subspace_name] if self.saved_subspace is not None else bases
+        saved = bases
+        if self.saved_subspace is not None and subspace_name is not None:
+            saved = self.saved_subspace.modules[subspace_name]
         return saved.down.k, saved.up.k
 
     def subspace_name(self, module: str, config: EigenLoraxConfig) -> str | None:
@@ -50,13 +52,17 @@ class ResolvedSubspace:
         return module_names.resolve(module, self.subspace.modules)
 
     def bases(self, module: str, config: EigenLoraxConfig, in_features: int, out_features: int) -> ModuleBases:
-        """Return the bases of a module of the model.
+        """Return the bases of a module of the model, without gradient components.
+
+        They are empty for a module that the subspace lacks, if the adapter has gradient components.
 
         Raises:
-            ModuleNameError: The subspace lacks the module.
+            ModuleNameError: The subspace lacks the module, and the adapter has no gradient components.
             ShapeError: The module has another shape in the subspace.
         """
         subspace_name = self.subspace_name(module, config)
+        if subspace_name is None and config.n_gradient:
+            return ModuleBases(_zero_basis(0, in_features), _zero_basis(0, out_features))
         if subspace_name is None:
             names = sorted(self.subspace.modules)
             raise ModuleNameError(
@@ -85,7 +91,7 @@ class EmbeddedSubspace:
     shapes: Mapping[str, list[int]]
     pack: None = None
 
-    def n_components(self, subspace_name: str, bases: ModuleBases) -> tuple[int, int]:
+    def n_components(self, subspace_name: str | None, bases: ModuleBases) -> tuple[int, int]:
         """Return the number of components (down, up) of a module, all of which the adapter has coefficients on."""
         return bases.down.k, bases.up.k
 
@@ -112,7 +118,8 @@ def _zero_basis(k: int, dimension: int) -> Basis:
 def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSubspace:
     """Find the subspace of a config: embedded, in the pack that it names, or in an open pack by its fingerprint.
 
-    The fingerprint of a config that has none is set.
+    The fingerprint of a config that has none is set. Without a pack, an adapter with gradient components has an empty
+    subspace.
 
     Raises:
         OptionError: The config names no subspace, or its pack has another one.
@@ -132,7 +139,7 @@ def resolve_subspace(config: EigenLoraxConfig) -> ResolvedSubspace | EmbeddedSub
             saved_subspace = subspace.at(config.subspace_fingerprint)
         else:
             config.subspace_fingerprint = fingerprint
-        if saved_subspace is not None and config.n_extra:
+        if saved_subspace is not None and (config.n_extra or config.n_gradient):
             # components that the config adds are orthogonal to the saved subspace, not to its later components
             subspace, saved_subspace = registry.intern(saved_subspace), None
     else:
@@ -155,6 +162,8 @@ def _pack_with_subspace(pack: Pack, fingerprint: str, source: object) -> Pack:
 
 
 def _find_by_fingerprint(config: EigenLoraxConfig) -> Subspace:
+    if config.subspace_fingerprint is None and config.n_gradient and not config.n_extra:
+        return Subspace({})
     if config.subspace_fingerprint is None:
         raise OptionError(
             "no subspace was passed. Pass a pack's folder, a repository on the Hub, or a Pack: "
