@@ -96,6 +96,24 @@ class TestWhatIsAdded:
         assert one.source_sha256 == two.source_sha256
 
 
+class TestResiduals:
+    def test_store_all_but_the_rounding(self, cli, pack):
+        record = json_of(cli("add", pack, pack.parent / "new", "--residual", "--json"))["added"]["new"]
+        source, back = ex.read_adapter(pack.parent / "new"), ex.Pack.open(pack).adapter("new")
+        error = reference.delta_error(source, back)
+        assert error < 1e-5
+        assert record["delta_error"] == pytest.approx(error, abs=1e-6)
+        ex.Pack.open(pack).verify()
+
+    def test_are_for_packs_of_floats(self, cli, pack):
+        adapters = [pack.parent / name for name in ("new", "delta")]
+        make_adapters(pack.parent, "delta", rank=2)
+        for options, message in ((("-k", 2, "--dtype", "int8"), "as int8"), (("--max-error", 0.3), "within its error")):
+            other = pack.parent / "other"
+            succeeded(cli("fit", *adapters, "-o", other, *options, "--no-report", "--overwrite"))
+            assert_refused(cli("add", other, f"mine={adapters[0]}", "--residual"), 3, message, "--residual")
+
+
 class TestModulesThatTheSubspaceLacks:
     @pytest.fixture
     def more(self, pack):

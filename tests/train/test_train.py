@@ -405,6 +405,33 @@ class TestFurtherDirections:
         assert found.delta_error < 1e-6
 
 
+class TestGradientComponents:
+    def test_are_trained_and_added_with_a_residual(self, place):
+        found = train(place / "pack", classify(place, n_gradient=2), place / "out")
+        assert found.numbers == len(tiny.BERT) * 2 * (K + 2) * RANK
+        # the pack stores float32
+        assert found.delta_error < 1e-5
+        without = train(place / "pack", classify(place), place / "plain")
+        assert without.numbers == len(tiny.BERT) * 2 * K * RANK
+
+    def test_are_those_of_the_interrupted_training_when_it_is_resumed(self, place):
+        training = classify(place, n_gradient=2, epochs=2.0)
+        with pytest.raises(StoppedError):
+            train(place / "pack", training, place / "out", add=False, progress=stopping_at(14))
+        train(place / "pack", training, place / "out", add=False, resume=True)
+        train(place / "pack", training, place / "whole", add=False)
+        assert (place / "out" / "adapter_model.safetensors").read_bytes() == (
+            place / "whole" / "adapter_model.safetensors"
+        ).read_bytes()
+
+    def test_need_a_pack_that_can_store_a_residual(self, place):
+        ex.Pack.open(place / "pack").export(place / "loras")
+        ex.fit(place / "loras", n_components=K, dtype="int8", same_base=True).save(place / "int8")
+        with pytest.raises(OptionError, match="needs coefficients in floats, and this pack stores them as int8"):
+            train(place / "int8", classify(place, n_gradient=2), place / "out")
+        assert not (place / "out").exists()
+
+
 class TestTheTrainersOptions:
     def test_are_the_trainer_s(self, place):
         options = {

@@ -14,6 +14,7 @@ from ..train.options import (
     MIN_STEPS,
     RANK,
     REFERENCE_DEFAULTS,
+    REFERENCE_HEAD_LEARNING_RATE,
     TASKS,
     Columns,
     Training,
@@ -145,6 +146,15 @@ def train(
         int,
         typer.Option("--extra-seed", metavar="S", help="Seed of --n-extra.", rich_help_panel=verbs.TRAINED),
     ] = 0,
+    n_gradient: Annotated[
+        int,
+        typer.Option(
+            "--n-gradient",
+            metavar="L",
+            help="Add L components per side from the first gradients of the task. They are stored with the adapter.",
+            rich_help_panel=verbs.TRAINED,
+        ),
+    ] = 0,
     force: Annotated[
         bool,
         typer.Option(
@@ -179,7 +189,8 @@ def train(
         float | None,
         typer.Option(
             metavar="RATE",
-            help=f"Learning rate of the head (default: {HEAD_LEARNING_RATE:g}). Try 0.02 for many classes.",
+            help=f"Learning rate of the head (default: {HEAD_LEARNING_RATE:g}; with --reference, "
+            f"{REFERENCE_HEAD_LEARNING_RATE:g}).",
             rich_help_panel=verbs.TRAINING,
         ),
     ] = None,
@@ -244,6 +255,7 @@ def train(
                 labels=class_names(labels) if labels is not None else None,
                 n_extra=n_extra,
                 extra_seed=extra_seed,
+                n_gradient=n_gradient,
                 epochs=epochs,
                 learning_rate=learning_rate,
                 head_learning_rate=head_learning_rate,

@@ -44,8 +44,12 @@ REFERENCE_DEFAULTS = {"learning_rate": 3e-3, "warmup_steps": 0.1}
 """The same for a training from a reference, whose LoRA is trained with AdamW: the best of three rates for users of two
 populations (docs/results.md), and the fraction of steps in which the rate grows to it."""
 
-HEAD_LEARNING_RATE = 5e-3
-"""Default learning rate of other trained parameters, such as a classification head."""
+HEAD_LEARNING_RATE, REFERENCE_HEAD_LEARNING_RATE = 2e-2, 5e-3
+"""Default learning rates of other trained parameters, such as a classification head: of a new head, and of a trained
+one with its reference. On eight tasks, new heads gained two points over a rate of 0.005 (docs/results.md)."""
+
+GRADIENT_BATCHES = 8
+"""Number of batches whose gradients give the components of `n_gradient`."""
 
 OWN_OPTIONS = dict(zip(("epochs", "learning_rate", "batch_size", "seed"), DEFAULTS, strict=True))
 """Field of `Training` → the field of `TrainingArguments` that it sets. Its default is in `DEFAULTS`."""
@@ -84,12 +88,15 @@ class Training:
         labels: Names of the classes in the order of the reference's head. Needed if the labels of the rows are texts.
         n_extra: Number of random components that are added per side.
         extra_seed: Seed of these components.
+        n_gradient: Number of components per side that the gradients of the first batches add. They are stored with the
+            adapter.
         epochs: Number of epochs. Default: 3, or more for at least `MIN_STEPS` steps, `MIN_REFERENCE_STEPS` from a
             reference.
         learning_rate: Learning rate of the coefficients (optimizer: `tuner.SOAP`), 0.02 by default, or of the LoRA from
             a reference (AdamW), 0.003 by default. If trainer_options contain an `optim`, learning rate of all
             parameters.
-        head_learning_rate: Learning rate of other parameters, such as a classification head. Default: 0.005.
+        head_learning_rate: Learning rate of other parameters, such as a classification head. Default: 0.02, or 0.005
+            from a reference, whose head is trained already.
         batch_size: Rows per batch. Default: 16.
         seed: Seed of the head's initial values and of the order of the rows. Default: 0.
         max_length: Maximum number of tokens per row. Default: `MAX_LENGTH` of the task.
@@ -116,6 +123,7 @@ class Training:
     labels: Sequence[str] | None = None
     n_extra: int = 0
     extra_seed: int = 0
+    n_gradient: int = 0
     epochs: float | None = None
     learning_rate: float | None = None
     head_learning_rate: float | None = None
@@ -132,7 +140,7 @@ class Training:
             number = getattr(self, name)
             if number is not None and not (math.isfinite(number) and number > 0):
                 raise OptionError(f"{name} must be a number above 0, got {number!r}.")
-        for name, minimum in (("batch_size", 1), ("max_length", 2), ("seed", 0), ("n_extra", 0)):
+        for name, minimum in (("batch_size", 1), ("max_length", 2), ("seed", 0), ("n_extra", 0), ("n_gradient", 0)):
             number = getattr(self, name)
             if number is not None and number < minimum:
                 raise OptionError(f"{name} must be at least {minimum}, got {number!r}.")
@@ -178,7 +186,7 @@ class Training:
                 )
             return
         defaults = {spec.name: spec.default for spec in fields(self)}
-        for name in ("rank", "alpha", "core", "start", "n_extra", "extra_seed"):
+        for name in ("rank", "alpha", "core", "start", "n_extra", "extra_seed", "n_gradient"):
             if getattr(self, name) != defaults[name]:
                 raise OptionError(
                     f"{name}= (--{name.replace('_', '-')}) has no effect with reference={self.reference!r}: rank, "

@@ -15,6 +15,7 @@ from ..core.adapter import Adapter
 from ..errors import AdapterNameError, ModuleNameError, OptionError, RankWarning, reason
 from ..formats import checks
 from ..pack import peft_models
+from ..pack.add import check_residual
 from ..pack.history import History, VersionRecord
 from ..pack.pack import Pack
 from . import data, evaluate
@@ -117,6 +118,8 @@ class SubspaceStart:
                 f"them: `eigenlorax augment {self.path} --n-extra {n_extra} --seed {seed} -o PACK2`. Or pass add=False "
                 "(--no-add)."
             )
+        if self._has_residual:
+            check_residual(self.pack)
 
     def check_options(self) -> None:
         self._config()
@@ -131,8 +134,13 @@ class SubspaceStart:
 
     def store(self, folder: Path, name: str) -> Stored:
         with Pack.edit(self.path) as pack:
-            record = pack.add(folder, name=name)
+            record = pack.add(folder, name=name, residual=self._has_residual)
         return Stored(name, record.delta_error, record.rounding_error)
+
+    @property
+    def _has_residual(self) -> bool:
+        """Whether the pack has to store a residual of the trained adapter: its part in gradient components."""
+        return bool(self.training.n_gradient) and not self.pack.is_coded
 
     def _config(self) -> Any:
         from ..tuner import EigenLoraxConfig
@@ -147,6 +155,7 @@ class SubspaceStart:
             start=training.start,
             n_extra=training.n_extra,
             extra_seed=training.extra_seed,
+            n_gradient=training.n_gradient,
             task_type=TASKS[training.task],
         )
 
@@ -342,7 +351,7 @@ def _few_components(pack: Pack, training: Training) -> str | None:
 
     Without any component, the model cannot be made, and the error says so.
     """
-    if not pack.is_coded or pack.basis is not None or training.n_extra:
+    if not pack.is_coded or pack.basis is not None or training.n_extra or training.n_gradient:
         return None
     components = [min(sides["down"].k, sides["up"].k) for sides in pack.info.modules.values()]
     if not any(components) or statistics.median(components) >= training.rank:

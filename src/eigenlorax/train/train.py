@@ -21,7 +21,7 @@ from . import baselines, data, evaluate, examples, metrics, models, starts, trai
 from .data import Labels, Table
 from .figures import Figures
 from .metrics import NamedMetric
-from .options import Training
+from .options import GRADIENT_BATCHES, Training
 from .starts import Start
 from .training_record import RECORD, TrainingResult
 
@@ -219,6 +219,8 @@ def _train_and_save(training: Training, output: Path, run: _Run, resume: bool, r
         hf_trainer = trainer.make(
             model, training, run.arguments, trainer.Rows(run.rows, run.evaluation, run.collate, run.metric), report
         )
+        if training.n_gradient:
+            _initialize_gradient_components(model, run)
         if not resume:
             training_record.write(output, run.settings, run.labels, None)
 
@@ -253,6 +255,17 @@ def _train_and_save(training: Training, output: Path, run: _Run, resume: bool, r
         seconds=0.0,
         **training_fields,
     )
+
+
+def _initialize_gradient_components(model: Any, run: _Run) -> None:
+    """Compute the gradient components of a new adapter from a few batches of training rows."""
+    from ..tuner import initialize_gradient_components
+
+    size, seed = run.arguments.per_device_train_batch_size, run.arguments.seed
+    order = torch.randperm(len(run.rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    rows = [run.rows[index] for index in order[: GRADIENT_BATCHES * size]]
+    batches = [run.collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+    initialize_gradient_components(model, batches, starts.ADAPTER, seed=seed)
 
 
 def _run_trainer(model: Any, hf_trainer: Any, metric: NamedMetric, resume: bool) -> dict[str, Any]:

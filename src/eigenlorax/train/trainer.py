@@ -24,6 +24,7 @@ from .options import (
     MIN_STEPS,
     OWN_OPTIONS,
     REFERENCE_DEFAULTS,
+    REFERENCE_HEAD_LEARNING_RATE,
     Training,
 )
 from .training_record import RECORD
@@ -271,7 +272,8 @@ def make(model: Any, training: Training, training_arguments: Any, rows: Rows, pr
 
 def _optimizer(model: Any, training: Training, training_arguments: Any) -> Any:
     """Return SOAP for coefficients or AdamW for a LoRA, with the Adam options that the user passed to the Trainer."""
-    rate, head_rate = training_arguments.learning_rate, training.head_learning_rate or HEAD_LEARNING_RATE
+    default_head_rate = HEAD_LEARNING_RATE if training.reference is None else REFERENCE_HEAD_LEARNING_RATE
+    rate, head_rate = training_arguments.learning_rate, training.head_learning_rate or default_head_rate
     if training.reference is not None:
         return _adamw(model, rate, head_rate, training_arguments)
     from ..tuner import SOAP, coefficient_groups

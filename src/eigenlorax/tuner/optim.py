@@ -20,7 +20,7 @@ MAX_SIDE = 512
 WIDE = 32
 """Length of the shorter side of a matrix above which steps are shortened."""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
-LEARNING_RATE, HEAD_LEARNING_RATE = 2e-2, 5e-3
+LEARNING_RATE, HEAD_LEARNING_RATE = 2e-2, 2e-2
 """Learning rates of coefficients, at the default scaling of 2, and of a head (docs/results.md)."""
 LORA_LEARNING_RATE = 6e-3
 """Learning rate of a LoRA's factors with SOAP, at the same scaling (docs/results.md)."""
