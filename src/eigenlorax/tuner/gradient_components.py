@@ -147,13 +147,15 @@ class _GradientSketch:
         n_gradient = self._layer.n_gradient[self._adapter_name]
         for basis, rows, n_rows in zip(self._layer.bases_of(self._adapter_name), self._rows, n_gradient, strict=True):
             n_fitted = len(basis) - n_rows
-            components = linalg.leading_right_vectors(rows, n_rows) if rows.any() else rows[:0]
-            if len(components) < n_rows:
+            singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)[1:]
+            # gradients are float32
+            rank = linalg.numerical_rank(singular_values.float(), rows.shape) if len(rows) else 0
+            if rank < n_rows:
                 raise OptionError(
-                    f"module {name}: the gradients of these batches have {len(components)} directions outside the "
+                    f"module {name}: the gradients of these batches have {rank} directions outside the "
                     f"subspace, and n_gradient={n_rows}. Pass more batches, or choose a smaller n_gradient."
                 )
-            components = linalg.orthogonal_complement_rows(components, basis[:n_fitted].double())
+            components = linalg.orthogonal_complement_rows(vectors[:n_rows], basis[:n_fitted].double())
             with torch.no_grad():
                 basis[n_fitted:] = quantise_rows(components).dequantise(basis.dtype)
         self._layer.gradients_ready.pop(self._adapter_name)
