@@ -149,7 +149,7 @@ class _GradientSketch:
             n_fitted = len(basis) - n_rows
             singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)[1:]
             # gradients are float32
-            rank = linalg.numerical_rank(singular_values.float(), rows.shape) if len(rows) else 0
+            rank = linalg.numerical_rank(singular_values.float(), (len(rows), rows.shape[1])) if len(rows) else 0
             if rank < n_rows:
                 raise OptionError(
                     f"module {name}: the gradients of these batches have {rank} directions outside the "
