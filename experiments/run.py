@@ -19,6 +19,7 @@ def main() -> int:
     experiments = {
         "text": {**text.STAGES, "recycled": recycled.jobs, "sized": recycled.sized},
         "language": language.STAGES,
+        "tasks": text.TASKS_STAGES,
         "vision": vision.STAGES,
         "diffusion": drawing.STAGES,
         "bytes": same_bytes.STAGES,

@@ -31,8 +31,7 @@ from .jobs import Job
 Json = dict[str, Any]
 Blocks = list[Json]
 
-WORK = record.ROOT / "experiments" / "work" / "language"
-BASE = WORK / "base"
+BASE = training.WORK / "language" / "base"
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def converted(spec: Json) -> Path:
     """Convert the base model once to a form that loads fast, and return its folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    WORK.mkdir(parents=True, exist_ok=True)
+    BASE.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{BASE}.lock"):
         if not (BASE / "tokenizer.json").is_file():
             source = gguf(spec["module"], spec["file"])
@@ -174,16 +173,19 @@ def untrained(config: Json) -> Json:
     return {"model": about, "test": figures(block_losses, rows)}
 
 
-def source(config: Json) -> Json:
+def source(experiment: str, config: Json) -> Json:
     """Train one source adapter, an ordinary LoRA, and save it for the fits."""
     model = make_model(config, None)
     result = trained(model, config)
-    return {**result, "sha256": training.save_adapter(model, adapter_folder(config["task"]))}
+    return {**result, "sha256": training.save_adapter(model, training.adapter_folder(experiment, config["task"]))}
 
 
-def train(config: Json) -> Json:
-    """Do one run on the target or development kind: a method, a learning rate, a seed."""
-    pack = training.fit_pack(config["pack"], adapter_folder) if config["pack"] else None
+def train(experiment: str, config: Json) -> Json:
+    """Do one run on a target or development kind: a method, a learning rate, a seed.
+
+    experiment: the one whose sources the pack is of.
+    """
+    pack = training.pack_of(experiment, config["pack"]) if config["pack"] else None
     result = trained(make_model(config, pack), config)
     if pack is not None:
         result["subspace"] = training.subspace(pack)
@@ -214,7 +216,7 @@ def recycle(config: Json) -> Json:
 
     task, recipe = config["task"], config["recipe"]
     rows = unseen(task, recipe)
-    model = PeftModel.from_pretrained(new_base(), adapter_folder(task), adapter_name="original")
+    model = PeftModel.from_pretrained(new_base(), training.adapter_folder("language", task), adapter_name="original")
 
     def scored(**row: Any) -> Json:
         block_losses = losses(model, rows, 2 * recipe["batch_size"])
@@ -226,9 +228,10 @@ def recycle(config: Json) -> Json:
     for k in config["k"]:
         for way in ("seen", "left out"):
             sources = [name for name in config["sources"] if way == "seen" or name != task]
-            pack = training.fit_pack({"sources": sources, "k": k, "weighting": config["weighting"]}, adapter_folder)
+            spec = {"sources": sources, "k": k, "weighting": config["weighting"]}
+            pack = training.pack_of("language", spec)
             if way == "left out":
-                pack.add(adapter_folder(task), name=task, warn_above=1.0)
+                pack.add(training.adapter_folder("language", task), name=task, warn_above=1.0)
             label = f"{way} {k}".replace(" ", "_")
             with tempfile.TemporaryDirectory() as folder:
                 model.load_adapter(pack.export(folder, task)[task], adapter_name=label)
@@ -240,23 +243,19 @@ def recycle(config: Json) -> Json:
     return {"test": {"metric": "perplexity", "blocks": len(rows), "ways": ways}}
 
 
-def adapter_folder(kind: str) -> Path:
-    return WORK / "adapters" / kind
-
-
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
 def kinds(config: Json) -> list[str]:
-    """Every kind of text: of the sources, of development, of the target."""
-    return [*config["sources"]["kinds"], config["development"]["kind"], config["target"]["kind"]]
+    """Every kind of text: of the sources, of development, of the targets."""
+    return [*config["sources"]["kinds"], config["development"]["kind"], *config["targets"]["kinds"]]
 
 
 def base(config: Json) -> Iterator[Job]:
     """The base model on every kind of text."""
     for kind in kinds(config):
         job = {"task": kind, "model": config["model"], "recipe": config["recipe"]}
-        yield Job(f"language/base/{kind}", job, untrained, (BASE / "tokenizer.json",))
+        yield Job(f"{config['name']}/base/{kind}", job, untrained, (BASE / "tokenizer.json",))
 
 
 def sources(config: Json) -> Iterator[Job]:
@@ -271,32 +270,48 @@ def sources(config: Json) -> Iterator[Job]:
             "seed": spec["seed"] + n,
             "recipe": {**config["recipe"], **spec["recipe"]},
         }
-        yield Job(f"language/sources/{kind}", job, source, (adapter_folder(kind) / "adapter_model.safetensors",))
+        weights = training.adapter_folder(config["name"], kind) / "adapter_model.safetensors"
+        path = f"{config['name']}/sources/{kind}"
+        yield Job(path, job, functools.partial(source, config["name"]), (weights,))
 
 
-def method_job(config: Json, stage: str, name: str, kind: str, seed: int, rate: float, recipe: Json) -> Job:
-    """A training of a method on a kind of text that is no source."""
+def pack_spec(config: Json, method: Json, seed: int) -> Json | None:
+    """Return the spec of a method's pack, as in `training.fit_pack`, or None.
+
+    seed: that of the run, and of a random basis if the config's pack says `random_by_seed`.
+    """
+    if "basis" not in method:
+        return None
+    spec = {"sources": config["sources"]["kinds"], **config["pack"]}
+    random_seed = seed if spec.pop("random_by_seed", False) else 0
+    return {**spec, "random": random_seed if method["basis"] == "random" else None}
+
+
+def method_config(config: Json, name: str, task: str, seed: int, rate: float, recipe: Json) -> Json:
+    """Return the config of a run: a method on a kind of text, or on a task, that is no source."""
     method = config["methods"][name]
-    pack = None
-    if "basis" in method:
-        pack = {"sources": config["sources"]["kinds"], **config["pack"]}
-        pack["random"] = 0 if method["basis"] == "random" else None
-    job = {
+    return {
         "method": name,
-        "task": kind,
+        "task": task,
         "kind": method["kind"],
         "options": method["options"],
         "learning_rate": rate,
         "optimizer": method.get("optimizer", "adamw"),
         "seed": seed,
-        "pack": pack,
-        "recipe": recipe,
+        "pack": pack_spec(config, method, seed),
+        "recipe": {**recipe, **method.get("recipe", {})},
+        **training.further_fields(method),
     }
-    return Job(f"language/{stage}", job, train)
+
+
+def method_job(config: Json, stage: str, name: str, kind: str, seed: int, rate: float, recipe: Json) -> Job:
+    """A training of a method on a kind of text that is no source."""
+    job = method_config(config, name, kind, seed, rate, recipe)
+    return Job(f"{config['name']}/{stage}", job, functools.partial(train, config["name"]))
 
 
 def rates(config: Json) -> Iterator[Job]:
-    """Every method at three learning rates on the development kind."""
+    """Every method at each of its learning rates on the development kind."""
     kind, seed = config["development"]["kind"], config["development"]["seed"]
     recipe = {**config["recipe"], **config["development"]["recipe"]}
     for name, method in config["methods"].items():
@@ -307,16 +322,25 @@ def rates(config: Json) -> Iterator[Job]:
 def chosen_rate(config: Json, name: str) -> float:
     """The rate with the lowest perplexity on the development kind; of equals, the lowest."""
     means = learning.means(job for job in rates(config) if job.config["method"] == name)
-    return min(sorted(means), key=lambda rate: means[rate])
+    higher_is_better = {rate: -mean for rate, mean in means.items()}
+    if config["development"].get("check_edges", False):
+        learning.check_edges(name, higher_is_better)
+    return learning.best(higher_is_better)
 
 
-def seventh(config: Json) -> Iterator[Job]:
-    """Every method on the target, at the rate that was chosen for it."""
-    kind = config["target"]["kind"]
-    for seed in config["target"]["seeds"]:
+def seventh(config: Json, stage: str = "seventh") -> Iterator[Job]:
+    """Every method on the targets, at the rate that was chosen for it."""
+    spec = config["targets"]
+    for seed in spec["seeds"]:
         for name in config["methods"]:
             rate = chosen_rate(config, name)
-            yield method_job(config, f"seventh/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
+            for kind in spec["kinds"]:
+                yield method_job(config, f"{stage}/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
+
+
+def targets(config: Json) -> Iterator[Job]:
+    """The same as a stage of its own name."""
+    yield from seventh(config, "targets")
 
 
 def recycled(config: Json) -> Iterator[Job]:
@@ -329,7 +353,7 @@ def recycled(config: Json) -> Iterator[Job]:
             "k": config["recycled"]["k"],
             "recipe": config["recipe"],
         }
-        yield Job(f"language/recycled/{kind}", job, recycle)
+        yield Job(f"{config['name']}/recycled/{kind}", job, recycle)
 
 
 STAGES = {"base": base, "sources": sources, "recycled": recycled, "rates": rates, "seventh": seventh}

@@ -37,7 +37,7 @@ def recycled_table(config: Json) -> str:
 
 def seventh_table(config: Json) -> str:
     """Write the methods on a kind of text that is no source."""
-    kind, seeds = config["target"]["kind"], config["target"]["seeds"]
+    kind, seeds = config["targets"]["kinds"][0], config["targets"]["seeds"]
     base = next(run for run in records.of("language/base") if records.config_of(run)["task"] == kind)
     rows = [["no training", "–", "–", f"{base['test']['score']:.2f}", ""]]
     for name, method in config["methods"].items():

@@ -1,6 +1,7 @@
 """Metrics of runs: each maps predictions, one row each, and their labels to a score. Higher is better."""
 
 import numpy as np
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -14,6 +15,19 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
     if predictions.std() == 0:
         return 0.0
     return float(np.corrcoef(predictions, labels)[0, 1])
+
+
+def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return Spearman's rank correlation, or 0 if all predictions are equal."""
+    return pearson(rankdata(predictions.reshape(-1)), rankdata(labels))
+
+
+def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean F1 of the classes that are among the labels or the predictions. predictions: logits."""
+    predicted, n_classes = predictions.argmax(axis=-1), predictions.shape[-1]
+    correct = np.bincount(labels[predicted == labels], minlength=n_classes)
+    total = np.bincount(labels, minlength=n_classes) + np.bincount(predicted, minlength=n_classes)
+    return float((2 * correct[total > 0] / total[total > 0]).mean())
 
 
 def mean_log_likelihood(losses: np.ndarray, _: np.ndarray) -> float:
@@ -30,5 +44,24 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return token_losses.view(next_tokens.shape).sum(-1) / (next_tokens != IGNORED).sum(-1)
 
 
+def exact_matches(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return 1 for each row whose labelled tokens are all predicted, else 0; tokens labelled `IGNORED` do not count.
+
+    These are the rows whose greedily generated text is the labelled one: as long as every token so far is the labelled
+    one, the model has the same input in both cases.
+    """
+    next_tokens = labels[:, 1:]
+    right = (logits[:, :-1].argmax(-1) == next_tokens) | (next_tokens == IGNORED)
+    return right.all(-1).float()
+
+
+def mean_matches(matches: np.ndarray, _: np.ndarray) -> float:
+    """Return the fraction of rows that match."""
+    return float(matches.mean())
+
+
 METRICS: dict[str, Metric] = {"accuracy": accuracy, "pearson": pearson}
 """Name in records → metric of classifications and of regressions."""
+
+FURTHER_METRICS: dict[str, dict[str, Metric]] = {"accuracy": {"macro_f1": macro_f1}, "pearson": {"spearman": spearman}}
+"""Name in records → metrics that are recorded beside it, by their names."""

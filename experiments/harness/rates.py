@@ -7,7 +7,10 @@ from . import record
 from .jobs import Job
 
 NEAR = 0.005
-"""Difference of scores within which a lower learning rate is preferred."""
+"""Difference of scores within which `steadiest` prefers a lower learning rate."""
+
+FIRST_RATES = 4
+"""Number of rates that every method starts with, where `best` chooses. One more is tried beyond an edge that wins."""
 
 
 def means(jobs: Iterable[Job]) -> dict[float, float]:
@@ -23,3 +26,22 @@ def means(jobs: Iterable[Job]) -> dict[float, float]:
 def steadiest(means: Mapping[float, float]) -> float:
     """Return the lowest rate within `NEAR` of the best: on other tasks, a lower rate is steadier."""
     return min(rate for rate, mean in means.items() if mean >= max(means.values()) - NEAR)
+
+
+def best(means: Mapping[float, float]) -> float:
+    """Return the rate of the best mean; of equals, the lowest."""
+    return max(sorted(means), key=lambda rate: means[rate])
+
+
+def check_edges(name: str, means: Mapping[float, float]) -> None:
+    """Exit if the best of a method's first rates is the lowest or the highest of them, and no further one was tried."""
+    ordered = sorted(means)
+    if len(ordered) <= FIRST_RATES and best(means) in (ordered[0], ordered[-1]):
+        raise SystemExit(
+            f"{name}: the best of its rates {', '.join(f'{rate:g}' for rate in ordered)} is {best(means):g}, at the "
+            "edge. Add one rate beyond it to the config, and run the stage rates again."
+        )
+
+
+RULES = {"steadiest": steadiest, "best": best}
+"""Name in configs → function that chooses a rate by the means of all."""

@@ -13,7 +13,7 @@ from torch import Tensor
 import eigenlorax as ex
 from eigenlorax.reports.analysis import losses
 
-from . import text
+from . import text, training
 from .jobs import Job
 from .metrics import METRICS
 
@@ -76,7 +76,7 @@ def recycle(config: Json) -> Json:
     """Score an adapter as each method stores it."""
     name, task, recipe = config["name"], config["task"], config["recipe"]
     test = text.encoded(text.test_rows(task, config["test_rows"]), recipe["max_length"])
-    adapter = ex.read_adapter(text.adapter_folder(name))
+    adapter = ex.read_adapter(training.adapter_folder("text", name))
     original = dict(adapter.modules)
     bench = Bench(name, task, test, recipe)
     rows = [{"way": "original", "k": None, "bits": None, "delta_error": 0.0, **bench.answers(original)}]
@@ -85,7 +85,7 @@ def recycle(config: Json) -> Json:
     n = len(config["sources"])
     for k in config["k"]:
         for way, sources in (("seen", config["sources"]), ("left out", config["left_out"])):
-            pack = text.pack_of({"sources": sources, "k": k, "weighting": config["weighting"]})
+            pack = training.pack_of("text", {"sources": sources, "k": k, "weighting": config["weighting"]})
             factors = pack.adapter(name).modules if way == "seen" else projected(original, pack)
             rows.append({"way": way, "k": k, **compared(original, factors, bench)})
             if way == "seen":
@@ -93,7 +93,9 @@ def recycle(config: Json) -> Json:
                 cut = truncated(original, rows[-1]["numbers_an_adapter"])
                 rows.append({"way": "truncated", "k": k, **compared(original, cut, bench)})
     for error in config.get("max_error", ()):
-        pack = text.pack_of({"sources": config["sources"], "max_error": error, "weighting": config["weighting"]})
+        pack = training.pack_of(
+            "text", {"sources": config["sources"], "max_error": error, "weighting": config["weighting"]}
+        )
         row = {"way": "seen", "k": None, "max_error": error}
         rows.append({**row, **compared(original, pack.adapter(name).modules, bench), **numbers(original, pack, n)})
     for bits in (8, 4):
@@ -113,7 +115,9 @@ class Bench:
     def __init__(self, name: str, task: str, test: list[Json], recipe: Json) -> None:
         from peft import PeftModel
 
-        self.model = PeftModel.from_pretrained(text.new_base(task, recipe), text.adapter_folder(name)).eval()
+        self.model = PeftModel.from_pretrained(
+            text.new_base(task, recipe), training.adapter_folder("text", name)
+        ).eval()
         self.test = sorted(test, key=text.length)
         self.metric = METRICS[text.metric(task)]
         self.labels = torch.tensor([row["labels"] for row in self.test])
@@ -189,7 +193,7 @@ def delta_error(original: Factors, stored: Factors) -> float:
 
 def mean_of_others(config: Json, original: Factors, bench: Bench) -> Json:
     """Score the mean update of the adapters that share no texts with this one."""
-    adapters = [ex.read_adapter(text.adapter_folder(name)).modules for name in config["left_out"]]
+    adapters = [ex.read_adapter(training.adapter_folder("text", name)).modules for name in config["left_out"]]
     modules = {}
     for name in original:
         deltas = [

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eigenlorax.train import demo
 
-from . import record, size_rivals, text
+from . import record, size_rivals, text, training
 from .jobs import Job
 from .recycled import delta_error, set_factors
 from .size_rivals import PACK, Collection, Factors, Kept
@@ -58,7 +58,7 @@ def file_name(way: str) -> str:
 
 
 def folder_of(collection: str, name: str) -> Path:
-    return demo.shipped()[name] if collection == "demo" else text.adapter_folder(name)
+    return demo.shipped()[name] if collection == "demo" else training.adapter_folder("text", name)
 
 
 def measured(config: Json) -> Json:

@@ -1,7 +1,6 @@
 """Text classification: source adapters, what their subspace is worth for new tasks, and the methods beside it."""
 
 import functools
-import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 
 import eigenlorax as ex
 from eigenlorax.train import models
@@ -25,7 +23,6 @@ Json = dict[str, Any]
 Rows = list[Json]
 
 DATA = record.ROOT.parent / "shared" / "data"
-WORK = record.ROOT / "experiments" / "work" / "text"
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -120,48 +117,33 @@ def in_half(model: Any) -> Any:
     return model
 
 
-# --- packs ----------------------------------------------------------------------------------------------------------
-
-
-def adapter_folder(name: str) -> Path:
-    return WORK / "adapters" / name
-
-
-def pack_of(spec: Json) -> ex.Pack:
-    """Return the pack of some source adapters, cached by spec and contents. spec: as in `training.fit_pack`."""
-    contents = [training.file_sha256(adapter_folder(name) / "adapter_model.safetensors") for name in spec["sources"]]
-    digest = hashlib.sha256(json.dumps([spec, contents], sort_keys=True).encode()).hexdigest()[:16]
-    folder = WORK / "packs" / digest
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            training.fit_pack(spec, adapter_folder).save(folder)
-    return ex.Pack.open(folder)
-
-
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
-def train(config: Json) -> Json:
-    """Do one run of a target or development task: a method, a learning rate, a seed."""
+def train(experiment: str, config: Json) -> Json:
+    """Do one run of a target or development task: a method, a learning rate, a seed.
+
+    experiment: the one whose sources the pack is of.
+    """
     task, recipe = config["task"], config["recipe"]
-    pack = pack_of(config["pack"]) if config["pack"] else None
+    pack = training.pack_of(experiment, config["pack"]) if config["pack"] else None
     common = CommonConfig(recipe["target_modules"], "SEQ_CLS", pack=pack)
     model = training.make_model(config, lambda: new_base(task, recipe), common)
     result = trained(model, train_rows(task, config["rows"], config["seed"]), config)
     if pack is not None:
         result["subspace"] = training.subspace(pack)
     if pack is not None and "left_out" in config:
-        result["subspace"]["left_out"] = left_out(pack, config["left_out"])
+        result["subspace"]["left_out"] = left_out(experiment, pack, config["left_out"])
     return result
 
 
-def left_out(pack: ex.Pack, names: list[str]) -> Json:
+def left_out(experiment: str, pack: ex.Pack, names: list[str]) -> Json:
     """Return the delta errors of adapters that were not in the fit."""
-    return {name: pack.add(adapter_folder(name), name=name, warn_above=1.0).delta_error for name in names}
+    folders = {name: training.adapter_folder(experiment, name) for name in names}
+    return {name: pack.add(folder, name=name, warn_above=1.0).delta_error for name, folder in folders.items()}
 
 
-def source(config: Json) -> Json:
+def source(experiment: str, config: Json) -> Json:
     """Train one source adapter, an ordinary LoRA, and save it for the fits."""
     from peft import LoraConfig, get_peft_model
 
@@ -175,7 +157,7 @@ def source(config: Json) -> Json:
     lora.task_type = "SEQ_CLS"
     model = get_peft_model(base, lora)
     result = trained(model, rows, config)
-    return {**result, "sha256": training.save_adapter(model, adapter_folder(config["name"]))}
+    return {**result, "sha256": training.save_adapter(model, training.adapter_folder(experiment, config["name"]))}
 
 
 def trained(model: Any, rows: Rows, config: Json) -> Json:
@@ -207,6 +189,7 @@ def source_names(config: Json, sets: list[str]) -> list[str]:
 def sources(config: Json) -> Iterator[Job]:
     """Yield a LoRA of every source task, several times over."""
     spec = config["sources"]
+    experiment: str = config["name"]
     without = config["targets"]["tasks"] + config["development"]["rates"] + config["development"]["further"]
     for n, source_set in enumerate(spec["sets"]):
         for m, task in enumerate(spec["tasks"]):
@@ -224,17 +207,21 @@ def sources(config: Json) -> Iterator[Job]:
                 "without": without,
                 "recipe": {**config["recipe"], "evaluations": 1, "test_rows": 500},
             }
-            weights = adapter_folder(name) / "adapter_model.safetensors"
-            yield Job(f"text/sources/{name}", job, source, (weights,))
+            weights = training.adapter_folder(experiment, name) / "adapter_model.safetensors"
+            yield Job(f"{experiment}/sources/{name}", job, functools.partial(source, experiment), (weights,))
 
 
-def pack_spec(config: Json, method: Json, **changes: Any) -> Json | None:
-    """Return the spec of a method's pack, as in `training.fit_pack`, or None. changes: fields of the config's pack."""
+def pack_spec(config: Json, method: Json, seed: int, **changes: Any) -> Json | None:
+    """Return the spec of a method's pack, as in `training.fit_pack`, or None. changes: fields of the config's pack.
+
+    seed: that of the run, and of a random basis if the config's pack says `random_by_seed`.
+    """
     if "basis" not in method:
         return None
     spec = {**config["pack"], **changes}
     pack = {"sources": source_names(config, spec["sets"]), "k": spec["k"], "weighting": spec["weighting"]}
-    return {**pack, "random": 0} if method["basis"] == "random" else pack
+    random_seed = seed if spec.get("random_by_seed", False) else 0
+    return {**pack, "random": random_seed} if method["basis"] == "random" else pack
 
 
 def target(config: Json, stage: str, name: str, method: Json, task: str, seed: int, rate: float, **changes: Any) -> Job:
@@ -251,15 +238,17 @@ def target(config: Json, stage: str, name: str, method: Json, task: str, seed: i
         "optimizer": method.get("optimizer", "adamw"),
         "rows": changes.get("rows", config["recipe"]["rows"]),
         "seed": seed,
-        "pack": changes.get("pack", pack_spec(config, method)),
+        "pack": changes["pack"] if "pack" in changes else pack_spec(config, method, seed),
         "recipe": {**config["recipe"], **method.get("recipe", {}), **changes.get("recipe", {})},
         **({"left_out": changes["left_out"]} if "left_out" in changes else {}),
+        **training.further_fields(method),
     }
-    return Job(f"text/{stage}/{name}--{task}--{seed}" + changes.get("suffix", ""), job, train)
+    path = f"{config['name']}/{stage}/{name}--{task}--{seed}" + changes.get("suffix", "")
+    return Job(path, job, functools.partial(train, config["name"]))
 
 
 def rates(config: Json) -> Iterator[Job]:
-    """Yield every method at three learning rates on the development tasks."""
+    """Yield every method at each of its learning rates on the development tasks."""
     for name, method in config["methods"].items():
         for rate in method["rates"]:
             for task in config["development"]["rates"]:
@@ -269,7 +258,10 @@ def rates(config: Json) -> Iterator[Job]:
 
 def chosen_rate(config: Json, name: str) -> float:
     """Return the learning rate of a method on targets."""
-    return learning.steadiest(learning.means(job for job in rates(config) if job.config["method"] == name))
+    means = learning.means(job for job in rates(config) if job.config["method"] == name)
+    if config["development"]["choose"] == "best":
+        learning.check_edges(name, means)
+    return learning.RULES[config["development"]["choose"]](means)
 
 
 def runs(
@@ -325,11 +317,11 @@ def variations(config: Json) -> Iterator[Job]:
         method, rate = config["methods"][name], chosen_rate(config, name)
         cells: dict[str, Json] = {}
         for k in variations_spec["k"]:
-            cells[f"k{k}"] = {"pack": pack_spec(config, method, k=k)}
+            cells[f"k{k}"] = {"pack": pack_spec(config, method, 0, k=k)}
         for start in variations_spec["starts"]:
             cells[f"start-{start}"] = {"options": {"start": start}}
         for weighting in variations_spec["weightings"]:
-            cells[f"weighting-{weighting}"] = {"pack": pack_spec(config, method, weighting=weighting)}
+            cells[f"weighting-{weighting}"] = {"pack": pack_spec(config, method, 0, weighting=weighting)}
         for seed in variations_spec["seeds"]:
             for cell, changes in cells.items():
                 for task in config["targets"]["four"]:
@@ -350,11 +342,11 @@ def low(config: Json) -> Iterator[Job]:
         cells: dict[str, Json] = {}
         for n in low_spec["sources"]:
             drawn = sorted(random.Random(f"low {n} {seed}").sample(everyone, n))
-            spec = {**pack_spec(config, method, k=low_spec["k"]), "sources": drawn}
+            spec = {**pack_spec(config, method, seed, k=low_spec["k"]), "sources": drawn}
             for n_extra in low_spec["n_extra"]:
                 cells[f"n{n}-extra{n_extra}"] = {"pack": spec, "options": {"n_extra": n_extra}}
                 k = min(low_spec["k"], n * config["sources"]["rank"]) + n_extra
-                cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, k=k), "random": 0}}
+                cells[f"random-k{k}"] = {"pack": {**pack_spec(config, method, seed, k=k), "random": 0}}
         for cell, changes in cells.items():
             for task in low_spec["tasks"]:
                 changes["recipe"] = low_spec["recipe"]
@@ -363,14 +355,22 @@ def low(config: Json) -> Iterator[Job]:
 
 def gap(config: Json) -> Iterator[Job]:
     """Yield ways to close the gap between coefficients and LoRA, on the development tasks."""
-    spec = config["gap"]
-    for name, cell in spec["cells"].items():
-        method = {name: cell[name] for name in ("kind", "basis", "optimizer", "recipe") if name in cell}
-        pack = pack_spec(config, method, k=cell["k"]) if "basis" in cell else None
-        changes = {"options": cell["options"], "pack": pack}
+    yield from cells(config, "gap")
+
+
+def ablation(config: Json) -> Iterator[Job]:
+    """Yield the cells of the ablation, on the development tasks."""
+    yield from cells(config, "ablation")
+
+
+def cells(config: Json, stage: str) -> Iterator[Job]:
+    """Yield a stage of cells, each of which says how it is trained, and at which rate."""
+    spec = config[stage]
+    for name, method in spec["cells"].items():
         for seed in spec["seeds"]:
+            pack = pack_spec(config, method, seed, **({"k": method["k"]} if "k" in method else {}))
             for task in spec["tasks"]:
-                yield target(config, "gap", name, method, task, seed, cell["learning_rate"], **changes)
+                yield target(config, stage, name, method, task, seed, method["learning_rate"], pack=pack)
 
 
 def few(config: Json) -> Iterator[Job]:
@@ -394,7 +394,7 @@ def count(config: Json) -> Iterator[Job]:
             for draw in count_spec["draws"] if n < len(everyone) else count_spec["draws"][:1]:
                 drawn = sorted(random.Random(f"count {n} {draw}").sample(everyone, n))
                 spec, left_out_names = (
-                    {**pack_spec(config, method), "sources": drawn},
+                    {**pack_spec(config, method, 0), "sources": drawn},
                     sorted(set(everyone) - set(drawn)),
                 )
                 for task in count_spec["tasks"]:
@@ -404,6 +404,8 @@ def count(config: Json) -> Iterator[Job]:
                             config, "count", cell, method, task, seed, rate, left_out=left_out_names, **changes
                         )
 
+
+TASKS_STAGES = {"sources": sources, "rates": rates, "ablation": ablation, "targets": targets, "short": short}
 
 STAGES = {
     "sources": sources,

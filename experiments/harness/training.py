@@ -1,6 +1,7 @@
 """Training runs of the experiments on `eigenlorax.train`: one method on one task, and what the record says of it."""
 
 import hashlib
+import json
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 import eigenlorax as ex
 from eigenlorax.train import comparison_run, methods
@@ -15,8 +17,10 @@ from eigenlorax.train.comparison_run import Recipe, RunData, TrainingRun
 from eigenlorax.train.methods import CommonConfig
 
 from . import record
+from .metrics import FURTHER_METRICS
 
 Json = dict[str, Any]
+WORK = record.ROOT / "experiments" / "work"
 RECIPE_FIELDS = ("head_learning_rate", "epochs", "batch_size", "warmup", "evaluations", "bf16")
 
 
@@ -29,6 +33,35 @@ def fit_pack(spec: Json, adapter_folder: Callable[[str], Path]) -> ex.Pack:
     size = {"max_error": spec["max_error"]} if "max_error" in spec else {"n_components": spec["k"]}
     pack = ex.fit(sources, **size, weighting=spec["weighting"], dtype="float32", warn_above=1.0)
     return pack if spec.get("random") is None else ex.random_pack(pack, seed=spec["random"])
+
+
+def adapter_folder(experiment: str, name: str) -> Path:
+    """Return the folder of a source adapter of the experiments on texts."""
+    return WORK / experiment / "adapters" / name
+
+
+def pack_of(experiment: str, spec: Json) -> ex.Pack:
+    """Return the pack of some source adapters, cached by spec and contents. spec: as in `fit_pack`."""
+
+    def folder_of(name: str) -> Path:
+        return adapter_folder(experiment, name)
+
+    contents = [file_sha256(folder_of(name) / "adapter_model.safetensors") for name in spec["sources"]]
+    digest = hashlib.sha256(json.dumps([spec, contents], sort_keys=True).encode()).hexdigest()[:16]
+    folder = WORK / experiment / "packs" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            fit_pack(spec, folder_of).save(folder)
+    return ex.Pack.open(folder)
+
+
+METHOD_FIELDS = frozenset(("label", "kind", "options", "optimizer", "basis", "k", "recipe", "rates", "learning_rate"))
+
+
+def further_fields(method: Json) -> Json:
+    """Return the fields of a config's method that go into the configs of its runs as they are."""
+    return {name: setting for name, setting in method.items() if name not in METHOD_FIELDS}
 
 
 def make_model(config: Json, load_base: Callable[[], Any], common: CommonConfig) -> Any:
@@ -47,11 +80,13 @@ def train(model: Any, rows: RunData, config: Json, **recipe: Any) -> TrainingRun
 def recorded(run: TrainingRun, model: Any, rows: RunData, metric: str) -> Json:
     """Return `train_info` and `test` of a run's record. metric: its name."""
     labels = np.array([row["labels"] for row in rows.test])
+    further = {name: function(run.predictions, labels) for name, function in FURTHER_METRICS.get(metric, {}).items()}
     return {
         "train_info": train_info(run, model, metric, lambda score: round(score, 5)),
         "test": {
             "metric": metric,
             "score": run.score,
+            **further,
             "rows": len(labels),
             "resampled": record.resampled(rows.metric, run.predictions, labels),
         },

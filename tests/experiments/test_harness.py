@@ -9,7 +9,7 @@ import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-from harness import jobs, metrics, pages, record, records, recycled_tables, statistics, text, text_tables  # noqa: E402
+from harness import jobs, metrics, pages, record, records, recycled_tables, statistics, text_tables, training  # noqa: E402
 from harness.jobs import Job  # noqa: E402
 from harness.statistics import Run  # noqa: E402
 
@@ -246,17 +246,17 @@ def test_runs_on_the_same_sources_had_the_same_basis(results):
 
 
 def test_a_pack_is_fitted_anew_where_an_adapter_is_another(tmp_path, monkeypatch):
-    monkeypatch.setattr(text, "WORK", tmp_path)
+    monkeypatch.setattr(training, "WORK", tmp_path)
     spec = {"sources": ["a", "b"], "k": 2, "weighting": "delta"}
 
     def trained(seed):
         for n, name in enumerate(spec["sources"]):
-            make_adapter(text.adapter_folder(name), seed=seed + n)
+            make_adapter(training.adapter_folder("text", name), seed=seed + n)
 
     trained(0)
-    before, again = (text.pack_of(spec).info.fingerprint for _ in range(2))
+    before, again = (training.pack_of("text", spec).info.fingerprint for _ in range(2))
     trained(10)
-    assert before == again != text.pack_of(spec).info.fingerprint
+    assert before == again != training.pack_of("text", spec).info.fingerprint
 
 
 class TestPages:
