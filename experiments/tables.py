@@ -29,6 +29,7 @@ def main() -> int:
         records,
         recycled_tables,
         same_bytes_tables,
+        task_tables,
         text_tables,
         vision_tables,
     )
@@ -43,7 +44,7 @@ def main() -> int:
     options = parser.parse_args()
     configs = {
         name: tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
-        for name in ("text", "language", "vision", "diffusion", "bytes")
+        for name in ("text", "language", "vision", "diffusion", "bytes", "tasks")
     }
     if options.grid:
         drawing_tables.grid(configs["diffusion"], GRID)
@@ -56,6 +57,7 @@ def main() -> int:
         **vision_tables.blocks(configs["vision"]),
         **drawing_tables.blocks(configs["diffusion"]),
         **same_bytes_tables.blocks(configs["bytes"]),
+        **task_tables.blocks(configs["tasks"]),
         **head_tables.blocks(),
         **population_tables.blocks(),
     }

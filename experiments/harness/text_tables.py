@@ -8,7 +8,7 @@ from .pages import table
 from .records import Json, points, signed
 
 LORA, SOAP_LORA, SHARE_OF_LORA = "lora-r8", "lora-soap", 0.98
-STAGE = "text/targets"
+CHOICES = {"steadiest": f"the lowest within {100 * rates.NEAR:g} points of the best", "best": "the best"}
 Goal = tuple[str, str, str]
 """A goal, what was measured, and whether it was reached."""
 
@@ -27,12 +27,17 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
     }
 
 
+def stage(config: Json, name: str = "targets") -> str:
+    """Return the folder of a stage's records."""
+    return f"{config['name']}/{name}"
+
+
 def seeds_of(config: Json, name: str) -> list[int]:
     """Return the seeds that a method, and every other method, has been run with on all targets."""
     spec = config["targets"]
 
     def done(method: str) -> set[int]:
-        by_task = records.scores(STAGE, method)
+        by_task = records.scores(stage(config), method)
         return {seed for seed in spec["seeds"] if records.complete(by_task, spec["tasks"], [seed])}
 
     return sorted(done(name).intersection(*(done(one) for one in spec["methods"])))
@@ -40,7 +45,7 @@ def seeds_of(config: Json, name: str) -> list[int]:
 
 def scores(config: Json, name: str) -> records.Scores:
     """Return the runs of a method on all targets."""
-    return records.select(records.scores(STAGE, name), config["targets"]["tasks"], seeds_of(config, name))
+    return records.select(records.scores(stage(config), name), config["targets"]["tasks"], seeds_of(config, name))
 
 
 def shown(config: Json) -> list[str]:
@@ -54,14 +59,14 @@ def label(config: Json, name: str) -> str:
     return f"**{title}**" if name == config["targets"]["ours"] else title
 
 
-def numbers(name: str) -> int:
-    n_trained: int = records.first(STAGE, name)["train_info"]["num_trainable_params"]
+def numbers(config: Json, name: str) -> int:
+    n_trained: int = records.first(stage(config), name)["train_info"]["num_trainable_params"]
     return n_trained
 
 
-def file_bytes(name: str) -> float:
+def file_bytes(config: Json, name: str) -> float:
     """Return the mean size of the saved file without the head in it, which is float32."""
-    infos = [run["train_info"] for run in records.of(STAGE) if records.config_of(run)["method"] == name]
+    infos = [run["train_info"] for run in records.of(stage(config)) if records.config_of(run)["method"] == name]
     return sum(info["file_size"] - 4 * info["num_head_params"] for info in infos) / len(infos)
 
 
@@ -94,12 +99,12 @@ def rates_table(config: Json) -> str:
         for rate in method["rates"]:
             run_scores = [
                 run["test"]["score"]
-                for run in records.of("text/rates")
+                for run in records.of(stage(config, "rates"))
                 if records.config_of(run)["method"] == name and records.config_of(run)["learning_rate"] == rate
             ]
             if run_scores:
                 means[rate] = sum(run_scores) / len(run_scores)
-        best = rates.steadiest(means) if means else None
+        best = rates.RULES[config["development"]["choose"]](means) if means else None
         cells = [
             f"{'**' if rate == best else ''}{rate:g}: {records.percent(means[rate])}{'**' if rate == best else ''}"
             for rate in means
@@ -110,8 +115,8 @@ def rates_table(config: Json) -> str:
     rows = [[*row, *[""] * (most - len(row))] for row in rows]
     return (
         f"{table(('', 'rate: score', *[''] * (most - 2)), rows)}\n\nRate and mean score on {tasks}, seed "
-        f"{config['development']['seed']}. In bold, what was chosen: the lowest within {100 * rates.NEAR:g} points of "
-        f"the best. {records.source_line('text/rates')}"
+        f"{config['development']['seed']}. In bold, what was chosen: {CHOICES[config['development']['choose']]}. "
+        f"{records.source_line(stage(config, 'rates'))}"
     )
 
 
@@ -125,8 +130,10 @@ def targets_table(config: Json) -> str:
             if name == LORA
             else f"{100 * records.median_difference(scores(config, name), scores(config, LORA)):+.1f}"
         )
-        size = f"{file_bytes(name) / 1000:,.0f}"
-        rows.append([label(config, name), f"{numbers(name):,}", size, points(overall(config, name)), apart, median])
+        size = f"{file_bytes(config, name) / 1000:,.0f}"
+        rows.append(
+            [label(config, name), f"{numbers(config, name):,}", size, points(overall(config, name)), apart, median]
+        )
     n, seeds = len(config["targets"]["tasks"]), seeds_said(config)
     return (
         f"{table(('', 'trained numbers', 'kB of its file', 'mean score', 'against LoRA r = 8', 'median'), rows)}\n\n"
@@ -134,7 +141,7 @@ def targets_table(config: Json) -> str:
         "same seed and rows, and median is that of the tasks' differences. Numbers and files are those of the method: "
         "every one trains the task's head beside them. VeRA's file has its random matrices, as PEFT saves them by "
         "default. "
-        f"{records.source_line(STAGE)}"
+        f"{records.source_line(stage(config))}"
     )
 
 
@@ -143,7 +150,7 @@ def summary_table(config: Json) -> str:
     rows = []
     for name in (method for method in shown(config) if method in config["targets"]["in_short"]):
         apart = "–" if name == LORA else signed(between(config, name, LORA))
-        rows.append([label(config, name), f"{numbers(name):,}", points(overall(config, name)), apart])
+        rows.append([label(config, name), f"{numbers(config, name):,}", points(overall(config, name)), apart])
     n, seeds = len(config["targets"]["tasks"]), seeds_said(config)
     soap = "coefficients and the random basis with SOAP, the others with AdamW unless they say so"
     header = ("a new task, trained by", "trained numbers, head aside", "mean score", "against LoRA r = 8")
@@ -172,7 +179,7 @@ def curve(config: Json, name: str) -> list[tuple[int, float, float]]:
     seeds = seeds_of(config, name)
     runs = [
         run
-        for run in records.of(STAGE)
+        for run in records.of(stage(config))
         if records.config_of(run)["method"] == name and records.config_of(run)["seed"] in seeds
     ]
     return [
@@ -207,19 +214,22 @@ def seconds(config: Json, name: str) -> float:
     """
     fastest: dict[str, float] = {}
     seeds = seeds_of(config, name)
-    for run in records.of(STAGE):
+    for run in records.of(stage(config)):
         if records.config_of(run)["method"] == name and records.config_of(run)["seed"] in seeds:
             task, took = records.config_of(run)["task"], run["train_info"]["metrics"][-1]["train time"]
             fastest[task] = min(fastest.get(task, took), took)
     return sum(fastest.values()) / len(fastest)
 
 
-def wanted_score(config: Json) -> float:
-    return SHARE_OF_LORA * curve(config, LORA)[-1][2]
+def wanted_score(config: Json, baseline: str = LORA) -> float:
+    return SHARE_OF_LORA * curve(config, baseline)[-1][2]
 
 
-def convergence_table(config: Json) -> str:
-    target_score = wanted_score(config)
+def convergence_table(config: Json, baseline: str = LORA) -> str:
+    target_score = wanted_score(config, baseline)
+    of_baseline = (
+        "LoRA's last score" if baseline == LORA else f"the last score of {config['methods'][baseline]['label']}"
+    )
     header = [f"{epoch:g}" for _, epoch, _ in curve(config, LORA)]
     rows = []
     for name in shown(config):
@@ -229,7 +239,7 @@ def convergence_table(config: Json) -> str:
     return (
         f"{table(('score after epochs', *header, 'share of steps to 98 %', 'seconds'), rows)}\n\n"
         f"Mean score on {config['recipe']['rows_on_the_way']} test rows of each target, which nothing is chosen by; "
-        f"98 % of LoRA's last score are {records.percent(target_score)}. A training has {curve(config, LORA)[-1][0]} "
+        f"98 % of {of_baseline} are {records.percent(target_score)}. A training has {curve(config, LORA)[-1][0]} "
         "steps at most. Seconds are of that share of a training, of each task's fastest seed: threads share cores, and "
         "are not always as fast."
     )
@@ -238,7 +248,7 @@ def convergence_table(config: Json) -> str:
 def in_short(config: Json, name: str, epochs: int) -> records.Scores | None:
     """Return the runs of a method with fewer epochs, or None as long as one is missing."""
     spec = config["targets"]
-    return records.cell("text/short", text.in_short(name, epochs), spec["tasks"], spec["seeds"])
+    return records.cell(stage(config, "short"), text.in_short(name, epochs), spec["tasks"], spec["seeds"])
 
 
 def short_table(config: Json) -> str:
@@ -256,7 +266,7 @@ def short_table(config: Json) -> str:
     return (
         f"{table(header, rows)}\n\nMean over all targets and test rows, {len(config['targets']['seeds'])} seeds; rates "
         f"are those that were chosen for {whole} epochs, LoRA's among them, to which a higher one may do good here. "
-        f"{records.source_line('text/short')}"
+        f"{records.source_line(stage(config, 'short'))}"
     )
 
 
@@ -265,10 +275,10 @@ def heads_table(config: Json) -> str:
     spec, rows = config["heads"], []
     targets = config["targets"]
     rates_ = (config["recipe"]["head_learning_rate"], spec["learning_rate"])
-    for rate, stage in zip(rates_, (STAGE, "text/heads"), strict=True):
-        lora = records.cell(stage, LORA, targets["tasks"], targets["seeds"])
+    for rate, folder in zip(rates_, (stage(config), stage(config, "heads")), strict=True):
+        lora = records.cell(folder, LORA, targets["tasks"], targets["seeds"])
         for name in spec["methods"]:
-            runs = records.cell(stage, name, targets["tasks"], targets["seeds"])
+            runs = records.cell(folder, name, targets["tasks"], targets["seeds"])
             if runs is None or lora is None:
                 continue
             difference, median = "–", "–"
@@ -282,7 +292,7 @@ def heads_table(config: Json) -> str:
                 [f"{rate:g}", label(config, name), *means, points(records.mean_over_tasks(runs)), difference, median]
             )
     header = ("rate of heads", "", *targets["tasks"], "mean", "against LoRA", "median")
-    return f"{table(header, rows)}\n\n{len(targets['seeds'])} seeds. {records.source_line('text/heads')}"
+    return f"{table(header, rows)}\n\n{len(targets['seeds'])} seeds. {records.source_line(stage(config, 'heads'))}"
 
 
 def goals_table(config: Json) -> str:
@@ -302,7 +312,7 @@ def score_goals(config: Json) -> Iterator[Goal]:
         return difference, f"{signed(difference)}, median task {median:+.1f}"
 
     if comparison := compare(LORA):
-        (difference, measured), share = comparison, numbers(LORA) / numbers(ours)
+        (difference, measured), share = comparison, numbers(config, LORA) / numbers(config, ours)
         goal = "at most 0.5 points below LoRA r = 8, with at most 1/12 of its numbers"
         yield goal, f"{measured}, with 1/{share:.1f}", verdict(difference, -0.005) if share >= 12 else "missed"
     if comparison := compare(SOAP_LORA):
@@ -311,8 +321,8 @@ def score_goals(config: Json) -> Iterator[Goal]:
         if comparison := compare(baseline):
             difference, measured = comparison
             goal = f"2 points above {config['methods'][baseline]['label']}, with no more numbers"
-            sizes = f"{numbers(ours):,} to {numbers(baseline):,}"
-            smaller = numbers(ours) <= numbers(baseline)
+            sizes = f"{numbers(config, ours):,} to {numbers(config, baseline):,}"
+            smaller = numbers(config, ours) <= numbers(config, baseline)
             yield goal, f"{measured}, {sizes}", verdict(difference, 0.02) if smaller else "missed"
     if comparison := compare(random):
         difference, measured = comparison

@@ -9,7 +9,19 @@ import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-from harness import jobs, metrics, pages, record, records, recycled_tables, statistics, text_tables, training  # noqa: E402
+from harness import (  # noqa: E402
+    jobs,
+    metrics,
+    pages,
+    rates,
+    record,
+    records,
+    recycled_tables,
+    statistics,
+    task_tables,
+    text_tables,
+    training,
+)
 from harness.jobs import Job  # noqa: E402
 from harness.statistics import Run  # noqa: E402
 
@@ -93,7 +105,7 @@ class TestStatistics:
         assert (found.value, found.half_width) == (0.0, 0.0)
 
 
-def planted(results, stage, method, task, seed, score, *, numbers, curve=(0.5, 1.0), rate=0.01):
+def planted(results, stage, method, task, seed, score, *, numbers, curve=(0.5, 1.0), rate=0.01, **further):
     """A record whose points on the way are shares of the score."""
     metrics = [
         {"step": 10 * n, "epoch": float(n), "test accuracy": share * score, "train time": float(n), "train loss": 1.0}
@@ -114,7 +126,7 @@ def planted(results, stage, method, task, seed, score, *, numbers, curve=(0.5, 1
             "package_info": {f"{name}-version": "1" for name in ("torch", "transformers", "peft")},
             "system_info": {"processor": "a processor", "python": "3"},
         },
-        "test": {"score": score, "resampled": [score] * 5},
+        "test": {"score": score, "resampled": [score] * 5, **further},
     }
     path = results / stage / f"{method}--{task}--{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +135,7 @@ def planted(results, stage, method, task, seed, score, *, numbers, curve=(0.5, 1
 
 NAMES = ("lora-r8", "factors", "random", "vera", "unfinished")
 CONFIG = {
+    "name": "text",
     "methods": {name: {"label": name.upper(), "rates": [0.01]} for name in NAMES},
     "targets": {
         "tasks": ["one", "other"],
@@ -269,6 +282,86 @@ class TestPages:
     def test_an_unknown_block_is_an_error(self):
         with pytest.raises(SystemExit, match="there is no block 'three'"):
             pages.filled("<!-- experiment:three -->\n<!-- /experiment -->", {"one": lambda: ""})
+
+
+TASKS_CONFIG = {
+    **CONFIG,
+    "name": "tasks",
+    "methods": {
+        name: {"label": name.upper(), "rates": [0.01]} for name in ("lora-r8", "lora-soap", "factors", "random")
+    },
+    "targets": {
+        "tasks": ["one", "other"],
+        "seeds": [1, 2],
+        "methods": ["lora-r8", "lora-soap", "factors", "random"],
+        "long": [],
+        "ours": "factors",
+        "random": "random",
+    },
+    "short": {"epochs": [2], "methods": ["factors"]},
+    "ablation": {
+        "tasks": ["one", "other"],
+        "seeds": [1, 2],
+        "beside": "lora-soap",
+        "cells": {
+            "lora-soap": {"label": "SOAP", "learning_rate": 0.01},
+            "pack": {"label": "PACK", "learning_rate": 0.02},
+        },
+    },
+}
+
+
+class TestTaskTables:
+    """Planted: ours is 0.2 points below the LoRA with SOAP, with a twelfth of its numbers, and has 98 % after half."""
+
+    @pytest.fixture(autouse=True)
+    def some(self, results):
+        for task, seed in ((task, seed) for task in ("one", "other") for seed in (1, 2)):
+            scores = {"lora-r8": (0.79, 1200), "lora-soap": (0.8, 1200), "factors": (0.798, 100), "random": (0.7, 100)}
+            for name, (score, numbers) in scores.items():
+                planted(results, "tasks/targets", name, task, seed, score, numbers=numbers, macro_f1=score / 2)
+            planted(results, "tasks/short", "factors-epochs2", task, seed, 0.784, numbers=100)
+            planted(results, "tasks/ablation", "lora-soap", task, seed, 0.8, numbers=1200)
+            planted(results, "tasks/ablation", "pack", task, seed, 0.81, numbers=100)
+
+    def test_targets_have_macro_f1_and_differences_to_both_loras(self):
+        written = task_tables.targets_table(TASKS_CONFIG)
+        assert "| **FACTORS** | 100 | 0 | 79.8 ± 0.0 | 39.9 | +0.8 ± 0.0 | -0.2 ± 0.0 |" in written
+
+    def test_hypotheses_are_against_the_better_lora(self):
+        measured = [(goal[1], goal[2]) for goal in task_tables.goals(TASKS_CONFIG)]
+        assert measured == [
+            ("-0.2 ± 0.0 against LORA-SOAP, with 1/12.0", "reached"),
+            ("+9.8 ± 0.0", "reached"),
+            ("98.0 % of LORA-SOAP", "reached"),
+        ]
+
+    def test_ablation_and_short_trainings(self):
+        assert "| PACK | 100 | 400 | 0.02 | 81.0 | 81.0 | 81.0 ± 0.0 | +1.0 ± 0.0 |" in task_tables.ablation_table(
+            TASKS_CONFIG
+        )
+        assert "| 2 | **FACTORS** | 78.4 ± 0.0 | 99.2 % | 98.0 % |" in task_tables.short_table(TASKS_CONFIG)
+
+    def test_the_curves_are_measured_against_the_better_lora(self):
+        written = task_tables.blocks(TASKS_CONFIG)["tasks-convergence"]()
+        assert "98 % of the last score of LORA-SOAP are 78.4" in written
+
+
+def test_macro_f1_and_rank_correlation():
+    labels = np.array([0, 0, 1, 2])
+    predictions = np.eye(4)[[0, 1, 1, 0]]
+    # classes 0 and 1 have F1 1/2 and 2/3, class 2 has 0, and class 3 does not occur
+    assert metrics.macro_f1(predictions, labels) == pytest.approx((1 / 2 + 2 / 3) / 3)
+    assert metrics.spearman(np.array([[1.0], [2.0], [9.0]]), np.array([0.0, 4.0, 5.0])) == pytest.approx(1.0)
+
+
+def test_a_rate_at_the_edge_of_the_first_ones_is_an_error():
+    means = {0.1: 0.5, 0.2: 0.6, 0.4: 0.6, 0.8: 0.4}
+    assert rates.best(means) == 0.2
+    rates.check_edges("some", means)
+    rates.check_edges("some", {**means, 0.8: 0.7, 1.6: 0.9})
+    with pytest.raises(SystemExit, match=r"some: the best of its rates 0.1, 0.2, 0.4, 0.8 is 0.8, at the edge"):
+        rates.check_edges("some", {**means, 0.8: 0.7})
 
 
 def test_pearson():
