@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from eigenlorax.train.examples import IGNORED
-from eigenlorax.train.metrics import Metric, accuracy
+from eigenlorax.train.metrics import Metric, accuracy, macro_f1
 
 
 def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -20,14 +20,6 @@ def pearson(predictions: np.ndarray, labels: np.ndarray) -> float:
 def spearman(predictions: np.ndarray, labels: np.ndarray) -> float:
     """Return Spearman's rank correlation, or 0 if all predictions are equal."""
     return pearson(rankdata(predictions.reshape(-1)), rankdata(labels))
-
-
-def macro_f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean F1 of the classes that are among the labels or the predictions. predictions: logits."""
-    predicted, n_classes = predictions.argmax(axis=-1), predictions.shape[-1]
-    correct = np.bincount(labels[predicted == labels], minlength=n_classes)
-    total = np.bincount(labels, minlength=n_classes) + np.bincount(predicted, minlength=n_classes)
-    return float((2 * correct[total > 0] / total[total > 0]).mean())
 
 
 def mean_log_likelihood(losses: np.ndarray, _: np.ndarray) -> float:

@@ -13,6 +13,8 @@ import eigenlorax as ex
 from eigenlorax.train import models
 from eigenlorax.train.comparison_run import RunData
 from eigenlorax.train.methods import CommonConfig
+from eigenlorax.train.options import GRADIENT_BATCHES
+from eigenlorax.tuner import initialize_gradient_components
 
 from . import rates as learning
 from . import record, training
@@ -129,12 +131,22 @@ def train(experiment: str, config: Json) -> Json:
     pack = training.pack_of(experiment, config["pack"]) if config["pack"] else None
     common = CommonConfig(recipe["target_modules"], "SEQ_CLS", pack=pack)
     model = training.make_model(config, lambda: new_base(task, recipe), common)
-    result = trained(model, train_rows(task, config["rows"], config["seed"]), config)
+    rows = train_rows(task, config["rows"], config["seed"])
+    if config["options"].get("n_gradient"):
+        initialize_gradient_components(model, gradient_batches(rows, recipe))
+    result = trained(model, rows, config)
     if pack is not None:
         result["subspace"] = training.subspace(pack)
     if pack is not None and "left_out" in config:
         result["subspace"]["left_out"] = left_out(experiment, pack, config["left_out"])
     return result
+
+
+def gradient_batches(rows: Rows, recipe: Json) -> list[Any]:
+    """Return the first batches of the rows, whose order is random."""
+    size, make_batch = recipe["batch_size"], collate()
+    first = encoded(rows[: GRADIENT_BATCHES * size], recipe["max_length"])
+    return [make_batch(first[start : start + size]) for start in range(0, len(first), size)]
 
 
 def left_out(experiment: str, pack: ex.Pack, names: list[str]) -> Json:

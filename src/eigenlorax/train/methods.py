@@ -132,7 +132,9 @@ def _eigenlorax(base: Any, common: CommonConfig, **options: Any) -> Any:
 
     from ..tuner import EigenLoraxConfig
 
-    return get_peft_model(base, EigenLoraxConfig(subspace=common.subspace(), **common.peft_fields(), **options))
+    # with gradient components, no pack is needed
+    pack = common.pack if options.get("n_gradient") else common.subspace()
+    return get_peft_model(base, EigenLoraxConfig(subspace=pack, **common.peft_fields(), **options))
 
 
 def _init(base: Any, common: CommonConfig, **options: Any) -> Any:
