@@ -328,19 +328,14 @@ def chosen_rate(config: Json, name: str) -> float:
     return learning.best(higher_is_better)
 
 
-def seventh(config: Json, stage: str = "seventh") -> Iterator[Job]:
+def seventh(config: Json) -> Iterator[Job]:
     """Every method on the targets, at the rate that was chosen for it."""
     spec = config["targets"]
     for seed in spec["seeds"]:
         for name in config["methods"]:
             rate = chosen_rate(config, name)
             for kind in spec["kinds"]:
-                yield method_job(config, f"{stage}/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
-
-
-def targets(config: Json) -> Iterator[Job]:
-    """The same as a stage of its own name."""
-    yield from seventh(config, "targets")
+                yield method_job(config, f"seventh/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
 
 
 def recycled(config: Json) -> Iterator[Job]:

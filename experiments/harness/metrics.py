@@ -36,17 +36,6 @@ def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return token_losses.view(next_tokens.shape).sum(-1) / (next_tokens != IGNORED).sum(-1)
 
 
-def exact_matches(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return 1 for each row whose labelled tokens are all predicted, else 0; tokens labelled `IGNORED` do not count.
-
-    These are the rows whose greedily generated text is the labelled one: as long as every token so far is the labelled
-    one, the model has the same input in both cases.
-    """
-    next_tokens = labels[:, 1:]
-    right = (logits[:, :-1].argmax(-1) == next_tokens) | (next_tokens == IGNORED)
-    return right.all(-1).float()
-
-
 def mean_matches(matches: np.ndarray, _: np.ndarray) -> float:
     """Return the fraction of rows that match."""
     return float(matches.mean())
