@@ -117,12 +117,17 @@ class QuantisedBasis:
     @property
     def rows(self) -> Float[Tensor, "k d"]:
         """The rows in float32, as a reader of the codes computes them."""
+        return (self.codes.to(torch.float64) * self._step_sizes).to(torch.float32)
+
+    @property
+    def _step_sizes(self) -> Float[Tensor, "k 1"]:
         # the pack's fingerprint is of these rows, and a power function may be off in the last bit on some machines
-        step_sizes = np.ldexp(_QUARTER_OCTAVES[-self.fineness % 4], -self.fineness // 4)
-        return (self.codes.to(torch.float64) * torch.from_numpy(step_sizes)[:, None]).to(torch.float32)
+        return torch.from_numpy(np.ldexp(_QUARTER_OCTAVES[-self.fineness % 4], -self.fineness // 4))[:, None]
 
     def numbers(self, dtype: torch.dtype = torch.float64) -> BasisRows:
-        """Return the basis as numbers, for updates of this dtype."""
+        """Return the basis as numbers, for updates of this dtype. Products in float32 may be off in the last bit."""
+        if dtype == torch.float32:
+            return BasisRows.of(self.codes.to(dtype).mul_(self._step_sizes.to(dtype)), self.profile)
         return BasisRows.of(self.rows.to(dtype), self.profile)
 
     def leading(self, count: int) -> "QuantisedBasis":
