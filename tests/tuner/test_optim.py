@@ -29,8 +29,11 @@ def run(parameter, given, **options):
     return optimizer
 
 
-def oracle(start, given, *, lr, betas, eps, weight_decay, every):
-    """The method as its paper has it, an entry at a time: a matrix is moved along pairs of eigenvectors."""
+def oracle(start, given, *, lr, betas, eps, weight_decay, every, max_side=512):
+    """The method as its paper has it, an entry at a time: a matrix is moved along pairs of eigenvectors.
+
+    A side that is longer than `max_side` has unit vectors in their place.
+    """
     first, second = betas
     weight, mean = start.clone(), torch.zeros_like(start)
     left, right = (torch.zeros(n, n, dtype=torch.float64) for n in start.shape)
@@ -39,7 +42,10 @@ def oracle(start, given, *, lr, betas, eps, weight_decay, every):
         left = second * left + (1 - second) * gradient @ gradient.T
         right = second * right + (1 - second) * gradient.T @ gradient
         if step == 1 or step % every == 0:
-            u, v = torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1]
+            u, v = (
+                torch.linalg.eigh(moment)[1] if len(moment) <= max_side else torch.eye(len(moment)).double()
+                for moment in (left, right)
+            )
         mean = first * mean + (1 - first) * gradient
         change = torch.zeros_like(start)
         for i in range(start.shape[0]):
@@ -64,6 +70,17 @@ def test_is_adam_in_the_eigenbasis(shape, every):
     assert torch.allclose(parameter, oracle(start, given, every=every, **options), atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3)])
+def test_a_long_side_is_not_decomposed(shape):
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options = {"lr": 0.03, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.1, "max_side": 4}
+    given = gradients(shape, 8)
+    parameter = nn.Parameter(start.clone())
+    optimizer = run(parameter, given, precondition_frequency=1, **options)
+    assert torch.allclose(parameter, oracle(start, given, every=1, **options), atol=1e-10)
+    assert max(max(entry.shape) for entry in optimizer.state[parameter].values() if torch.is_tensor(entry)) == 5
+
+
 def test_does_not_depend_on_the_basis():
     """Coefficients over a turned basis are the same adapter, and are trained alike; AdamW would tell them apart."""
     turned = [torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)))[0]
@@ -76,7 +93,7 @@ def test_does_not_depend_on_the_basis():
     assert here.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 9), (2, 3, 2)])
+@pytest.mark.parametrize("shape", [(7,), (10, 9), (2, 3, 2)])
 def test_what_is_no_small_matrix_gets_adamw(shape):
     options = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.05}
     start = torch.randn(shape)

@@ -17,6 +17,7 @@ from .layer import EigenLoraxLayer
 
 MAX_SIDE = 512
 """Longest side of a matrix that is preconditioned, which takes 1 MiB per side in float32."""
+_SIDES = ("left", "right")
 WIDE = 32
 """Length of the shorter side of a matrix above which steps are shortened."""
 BETAS, EPSILON = (0.9, 0.95), 1e-8
@@ -32,8 +33,8 @@ class SOAP(Optimizer):
 
     A matrix G of gradients has a second moment on either side, G Gᵀ and Gᵀ G. In their eigenbases its entries are
     nearly uncorrelated, as Adam assumes. The decompositions would be expensive for the factors of a LoRA, which are
-    thousands long, but coefficients are small on both sides. Parameters that are not matrices, or longer than
-    `max_side` on one side, get AdamW.
+    thousands long, but coefficients are small on both sides. A side longer than `max_side` is not decomposed, as in the
+    paper (§4.1). Parameters that are not matrices, or longer on both sides, get AdamW.
 
     As in the authors' code, the first step of a matrix only initialises the second moments. In addition, the steps of
     matrices whose sides are both longer than 32 (cores) are multiplied by √(32 / the shorter side): the norm of a step
@@ -113,7 +114,7 @@ class SOAP(Optimizer):
                 if not state:
                     _init_state(state, parameter, group["max_side"])
                 state["step"] += 1
-                if "left" in state:
+                if _is_preconditioned(state):
                     _update_moments(state, parameter.grad, group["betas"][1])
                     if state["step"] == 1 or state["step"] % group["precondition_frequency"] == 0:
                         to_decompose.append(state)
@@ -248,23 +249,25 @@ def _init_state(state: dict[str, Any], parameter: nn.Parameter, max_side: int) -
     state["step"] = 0
     state["mean"] = torch.zeros_like(parameter)
     state["square"] = torch.zeros_like(parameter)
-    if parameter.ndim == 2 and max(parameter.shape) <= max_side:
-        rows, columns = parameter.shape
-        for side, size in (("left", rows), ("right", columns)):
-            state[side] = parameter.new_zeros(size, size)
+    if parameter.ndim == 2:
+        for side, size in zip(_SIDES, parameter.shape, strict=True):
+            if size <= max_side:
+                state[side] = parameter.new_zeros(size, size)
 
 
 def _update_moments(state: dict[str, Any], gradient: Tensor, decay: float) -> None:
-    """Add a gradient to the running second moments of both sides."""
-    state["left"].lerp_(gradient @ gradient.mT, 1 - decay)
-    state["right"].lerp_(gradient.mT @ gradient, 1 - decay)
+    """Add a gradient to the running second moments of the sides that have some."""
+    if "left" in state:
+        state["left"].lerp_(gradient @ gradient.mT, 1 - decay)
+    if "right" in state:
+        state["right"].lerp_(gradient.mT @ gradient, 1 - decay)
 
 
 def _update_eigenbases(states: list[dict[str, Any]]) -> None:
-    """Decompose the second moments of both sides, in one batch per size."""
+    """Decompose the second moments, in one batch per size."""
     sizes: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for state in states:
-        for side in ("left", "right"):
+        for side in (side for side in _SIDES if side in state):
             sizes.setdefault(len(state[side]), []).append((state, side))
     for entries in sizes.values():
         moments = torch.stack([state[side] for state, side in entries])
@@ -281,20 +284,37 @@ def _update_eigenbases(states: list[dict[str, Any]]) -> None:
 def _apply_step(parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
     """Update a parameter by a step of Adam, in the eigenbases if it has them."""
     step, (mean_decay, square_decay), lr = state["step"], group["betas"], group["lr"]
-    rotated = "left" in state
+    rotated = _is_preconditioned(state)
     state["mean"].lerp_(parameter.grad, 1 - mean_decay)
     gradient, mean = parameter.grad, state["mean"]
     if rotated:
-        left, right = state["left_basis"], state["right_basis"]
-        gradient, mean = (left.mT @ matrix @ right for matrix in (gradient, mean))
+        gradient, mean = (_rotate(matrix, state) for matrix in (gradient, mean))
     state["square"].mul_(square_decay).addcmul_(gradient, gradient, value=1 - square_decay)
     if rotated and step == 1:
         return
     root = (state["square"] / (1 - square_decay**step)).sqrt_().add_(group["eps"])
     change = mean / (1 - mean_decay**step) / root
     if rotated:
-        change = left @ change @ right.mT
+        change = _rotate_back(change, state)
         lr *= min(1.0, math.sqrt(WIDE / min(parameter.shape)))
     if group["weight_decay"]:
         parameter.mul_(1 - lr * group["weight_decay"])
     parameter.add_(change, alpha=-lr)
+
+
+def _is_preconditioned(state: dict[str, Any]) -> bool:
+    return any(side in state for side in _SIDES)
+
+
+def _rotate(matrix: Tensor, state: dict[str, Any]) -> Tensor:
+    """Return a matrix in the eigenbases of the sides that have one."""
+    if "left" in state:
+        matrix = state["left_basis"].mT @ matrix
+    return matrix @ state["right_basis"] if "right" in state else matrix
+
+
+def _rotate_back(matrix: Tensor, state: dict[str, Any]) -> Tensor:
+    """Return a matrix that `_rotate` returned in its own coordinates."""
+    if "left" in state:
+        matrix = state["left_basis"] @ matrix
+    return matrix @ state["right_basis"].mT if "right" in state else matrix
