@@ -55,7 +55,7 @@ class SOAP(Optimizer):
         max_side (`int`):
             The longest side that is decomposed; 0 for AdamW.
 
-    The state of a matrix (m, n) has 2·m·n + 2·(m² + n²) entries. Parameters must be float32, as coefficients are.
+    The state of a matrix (m, n) has 2·m·n + 2·(m² + n²) entries, without the square of a side that is not decomposed. Parameters must be float32, as coefficients are.
     """
 
     def __init__(
@@ -285,17 +285,15 @@ def _apply_step(parameter: nn.Parameter, state: dict[str, Any], group: dict[str,
     """Update a parameter by a step of Adam, in the eigenbases if it has them."""
     step, (mean_decay, square_decay), lr = state["step"], group["betas"], group["lr"]
     rotated = _is_preconditioned(state)
+    assert parameter.grad is not None
     state["mean"].lerp_(parameter.grad, 1 - mean_decay)
-    gradient, mean = parameter.grad, state["mean"]
-    if rotated:
-        gradient, mean = (_rotate(matrix, state) for matrix in (gradient, mean))
+    gradient, mean = _rotate(parameter.grad, state), _rotate(state["mean"], state)
     state["square"].mul_(square_decay).addcmul_(gradient, gradient, value=1 - square_decay)
     if rotated and step == 1:
         return
     root = (state["square"] / (1 - square_decay**step)).sqrt_().add_(group["eps"])
-    change = mean / (1 - mean_decay**step) / root
+    change = _rotate_back(mean / (1 - mean_decay**step) / root, state)
     if rotated:
-        change = _rotate_back(change, state)
         lr *= min(1.0, math.sqrt(WIDE / min(parameter.shape)))
     if group["weight_decay"]:
         parameter.mul_(1 - lr * group["weight_decay"])
