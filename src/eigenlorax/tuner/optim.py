@@ -55,7 +55,8 @@ class SOAP(Optimizer):
         max_side (`int`):
             The longest side that is decomposed; 0 for AdamW.
 
-    The state of a matrix (m, n) has 2·m·n + 2·(m² + n²) entries, without the square of a side that is not decomposed. Parameters must be float32, as coefficients are.
+    The state of a matrix (m, n) has 2·m·n + 2·(m² + n²) entries, without the square of a side that is not decomposed.
+    Parameters must be float32, as coefficients are.
     """
 
     def __init__(
