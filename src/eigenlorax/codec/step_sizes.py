@@ -83,7 +83,9 @@ def search_step_sizes(
         ratio = (target / errors.clamp_min(1e-300)) ** _exponents(
             step_sizes / last_step_sizes, errors / last_errors, turn
         )
-        candidates = step_sizes * ratio.clamp(0.25, 4.0)
+        # down in short steps at first, lest the search jumps over the largest step size where errors fall at once
+        smallest_ratio = max(0.9**2.0 ** (turn - 1), 0.25) if turn else 0.25
+        candidates = step_sizes * ratio.clamp(smallest_ratio, 4.0)
         # log–log interpolation between the good and the bad step size
         share = (target / good_errors).log() / (bad_errors / good_errors).log()
         # bisection every other round, since errors may jump and interpolation would creep
