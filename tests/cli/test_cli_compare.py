@@ -57,8 +57,11 @@ class TestAComparison:
         plan = r"note: 9 trainings of 7 epochs: 2 seeds on 40 rows for each of 2 methods, and 5 on 33 of them, which"
         assert re.search(plan, done.err)
         assert re.search(r"57 rows after 7 epochs on 40; the most frequent class\s+alone has 0\.\d{3}", done.out)
-        assert re.search(r"method +parameters +file bytes +accuracy +± +least–most +points above lora", done.out)
-        assert re.search(r"\n lora +768 ( +\S+){4} *\n core +324 ( +\S+){4} +[+-]\d+\.\d \([^)]*\) *\n", done.out)
+        assert re.search(
+            r"method +parameters +file bytes +accuracy +± +least–most +points above lora.* +macro-F1", done.out
+        )
+        difference = r"[+-]\d+\.\d \([^)]*\)"
+        assert re.search(rf"\n lora +768( +\S+){{5}} *\n core +324( +\S+){{4}} +{difference} +0\.\d+ *\n", done.out)
         assert "During training; a training has 21 steps" in done.out
         assert re.search(r"method +rate +epoch 1 +epoch 3 +epoch 4 +epoch 5 +epoch 7 +steps to 98 % of lora", done.out)
         assert "· core: " in done.out
