@@ -55,6 +55,17 @@ def test_a_bfloat16_output_is_rounded_once(rows):
     torch.testing.assert_close(hidden.grad, (gradient.double() @ rows.double().mT).float())
 
 
+def test_a_basis_without_components_adds_nothing():
+    none = torch.zeros(0, 11)
+    x = numbers(2, 19, 11, dtype=torch.bfloat16)
+    product = layer_update.project(x, none)
+    assert product.shape == (2, 19, 0)
+    total = layer_update.add_product(x, product, none)
+    assert torch.equal(total, x)
+    total.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 @pytest.mark.parametrize(("n", "blocks"), [(1, 1), (8, 8), (9, 5), (100, 8)])
 def test_there_are_at_most_eight_blocks(n, blocks):
     slices = list(half_products._blocks(torch.empty(n, 11)))

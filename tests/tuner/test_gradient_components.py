@@ -8,7 +8,7 @@ from torch import nn
 
 import eigenlorax as ex
 from eigenlorax.errors import FormatError, NonFiniteError, OptionError, ShapeError
-from eigenlorax.tuner import combine, initialize_gradient_components, to_lora
+from eigenlorax.tuner import combine, initialize_gradient_components, serve, to_lora
 from eigenlorax.tuner.layer import EigenLoraxLayer
 from loaders import base
 from tiny import shake
@@ -166,6 +166,14 @@ class TestFiles:
         (batch,) = batches(1, seed=5)
         assert torch.equal(loaded(**batch)["logits"], model(**batch)["logits"])
 
+    def test_beside_random_components(self, saved_base, bert_pack, tmp_path, ids):
+        model = trained(saved_base, bert_pack, ids, n_extra=2, extra_seed=5)
+        model.save_pretrained(tmp_path / "mine")
+        ex.Pack.open(bert_pack)
+        ex.write_adapter(ex.read_adapter(tmp_path / "mine"), tmp_path / "lora")
+        lora = PeftModel.from_pretrained(base(saved_base), tmp_path / "lora").eval()
+        torch.testing.assert_close(lora(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
     def test_store_eight_bits_a_number(self, saved_base, bert_pack, tmp_path, ids):
         trained(saved_base, bert_pack, ids).save_pretrained(tmp_path)
         tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -216,8 +224,31 @@ class TestRefusals:
         initialize_gradient_components(model, batches(2), loss=loss)
 
     def test_too_few_directions(self):
+        model = adapted()
         with pytest.raises(OptionError, match=r"have 1 directions outside the subspace, and n_gradient=3"):
-            initialize_gradient_components(adapted(), batches(1, rows=1), loss=loss)
+            initialize_gradient_components(model, batches(1, rows=1), loss=loss)
+        with pytest.raises(OptionError, match="no gradient components yet"):
+            model(**batches(1)[0])
+
+    def test_merging_and_serving_before_they_are_there(self):
+        for use in (lambda model: model.merge_adapter(), serve):
+            with pytest.raises(OptionError, match="no gradient components yet"):
+                use(adapted())
+
+    def test_one_adapter_may_wait_while_another_is_used(self):
+        model = adapted()
+        model.add_adapter("other", ex.EigenLoraxConfig(target_modules=["first"], n_gradient=2, r=2))
+        initialize_gradient_components(model, batches(2), loss=loss)
+        model(**batches(1)[0])
+        with pytest.raises(OptionError, match="adapter 'other' has no gradient components yet"):
+            model.set_adapter("other") or model(**batches(1)[0])
+
+    def test_embedding_cannot_be_taken_back(self, saved_base, bert_pack, tmp_path, ids):
+        trained(saved_base, bert_pack, ids, embed_subspace=True).save_pretrained(tmp_path / "with")
+        loaded = PeftModel.from_pretrained(base(saved_base), tmp_path / "with")
+        loaded.peft_config["default"].embed_subspace = False
+        with pytest.raises(OptionError, match="was loaded with embedded bases"):
+            loaded.save_pretrained(tmp_path / "without")
 
     def test_gradients_that_are_not_finite(self):
         (batch,) = batches(1)

@@ -49,7 +49,7 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, rows: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
+        tokens = _as_matrix(x)
         product = rows.new_empty(len(tokens), len(rows))
         with torch.autocast(x.device.type, enabled=False):
             for block in _blocks(tokens):
@@ -73,7 +73,7 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        tokens = hidden.reshape(-1, hidden.shape[-1])
+        tokens = _as_matrix(hidden)
         product = rows.new_empty(len(tokens), rows.shape[1], dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for block in _blocks(product):
@@ -96,7 +96,7 @@ class _AddProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(output: Tensor, hidden: Tensor, rows: Tensor) -> Tensor:
-        summands, tokens = output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        summands, tokens = output.reshape(-1, output.shape[-1]), _as_matrix(hidden)
         total = torch.empty_like(summands)
         with torch.autocast(output.device.type, enabled=False):
             for block in _blocks(summands):
@@ -117,6 +117,11 @@ class _AddProduct(torch.autograd.Function):
 _project: Callable[..., Tensor] = _Project.apply
 _expand: Callable[..., Tensor] = _Expand.apply
 _add_product: Callable[..., Tensor] = _AddProduct.apply
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """Return (…, n) as a matrix with one row per token; n may be 0, as in a basis without components."""
+    return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
 
 
 def _blocks(tokens: Tensor) -> Iterator[slice]:

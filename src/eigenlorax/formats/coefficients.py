@@ -104,7 +104,7 @@ def _bases(
     n_gradient = config.get("n_gradient") or 0
     # without a pack, an adapter has gradient components only
     subspace = Subspace({}) if n_gradient and not config.get("subspace_fingerprint") else _subspace(config, where)
-    if n_gradient:
+    if n_gradient and not config.get("n_extra"):
         subspace = _as_written(subspace, config)
     bases: dict[str, Bases] = {}
     for module, tensors in modules.items():
@@ -312,7 +312,10 @@ def _subspace(config: Mapping[str, Any], where: str) -> Subspace:
             "(eigenlorax.Pack.open('pack/') in Python), or, if it is an adapter of a pack, `eigenlorax export` it."
         )
     n_extra = config.get("n_extra") or 0
-    return spaces.augment(subspace, n_extra, config.get("extra_seed") or 0) if n_extra else subspace
+    if not n_extra:
+        return subspace
+    # the pack may have grown since: the adapter's own components came after those that the pack had
+    return spaces.augment(_as_written(subspace, config), n_extra, config.get("extra_seed") or 0)
 
 
 def _references(config: Mapping[str, Any]) -> References:

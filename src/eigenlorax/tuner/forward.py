@@ -70,6 +70,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
             `torch.Tensor`: The update, scaling included, in the shape of the layer's weight.
         """
         self.check_decoded()
+        self.check_gradients([adapter])
         if self.has_residual(adapter):
             down, up = self.lora_factors_of(adapter)
             return self._in_weight_shape(up @ (self.scaling[adapter] * down))
@@ -128,6 +129,7 @@ class AdaptedLayer(nn.Module, EigenLoraxLayer):
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or (adapter_names is None and self.merged):
             return result
+        self.check_gradients(adapter_names)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:

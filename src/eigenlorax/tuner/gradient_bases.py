@@ -14,7 +14,7 @@ from ..core import keys
 from ..core.basis import Basis
 from ..core.int8_rows import quantise_rows
 from ..core.subspace import ModuleBases
-from ..errors import FormatError
+from ..errors import FormatError, OptionError
 from ..formats import gradient_rows
 from .layer import EigenLoraxLayer
 
@@ -41,7 +41,16 @@ def pad_core(core: Tensor | None, n_rows: tuple[int, int]) -> Tensor | None:
 
 
 def saved_tensors(layer: EigenLoraxLayer, adapter_name: str) -> dict[str, Tensor]:
-    """Return the gradient components of an adapter by the last part of their keys in its file."""
+    """Return the gradient components of an adapter by the last part of their keys in its file.
+
+    Raises:
+        OptionError: The adapter was loaded with its whole bases, so that its gradient components are not known.
+    """
+    if adapter_name not in layer.n_gradient:
+        raise OptionError(
+            f"adapter {adapter_name!r} was loaded with embedded bases, of which its gradient components are a part. "
+            "Save it with embed_subspace=True in its config."
+        )
     tensors = {}
     sides = zip(keys.SIDES, layer.bases_of(adapter_name), layer.n_gradient[adapter_name], strict=True)
     for side, basis, n_rows in sides:

@@ -8,7 +8,7 @@ additional term B·Ω·x of a layer is G·Ωᵀ, whose columns span the leading 
 G (Halko et al. 2011, arXiv 0909.4061, §4); likewise the gradient of A = 0 in Ψᵀ·A·x is Ψ·G, for the right ones.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -90,8 +90,10 @@ def initialize_gradient_components(
             n_batches += 1
     if not n_batches:
         raise OptionError("batches is empty: pass at least one batch of training rows.")
+    # all components are found before the first is written, so that an error leaves the adapter as it was
+    components = {name: sketch.components(name) for name, sketch in sketches.items()}
     for name, sketch in sketches.items():
-        sketch.write_components(name)
+        sketch.write(components[name])
 
 
 class _GradientSketch:
@@ -142,11 +144,11 @@ class _GradientSketch:
                 rows = singular_values[:limit, None] * vectors[:limit]
             self._rows[side] = rows
 
-    def write_components(self, name: str) -> None:
-        """Write the components of both sides, rounded to 8 bits, into the adapter's bases."""
+    def components(self, name: str) -> list[Tensor]:
+        """Return the components (down, up) of the layer `name`, rounded to 8 bits."""
+        found = []
         n_gradient = self._layer.n_gradient[self._adapter_name]
         for basis, rows, n_rows in zip(self._layer.bases_of(self._adapter_name), self._rows, n_gradient, strict=True):
-            n_fitted = len(basis) - n_rows
             singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)[1:]
             # gradients are float32
             rank = linalg.numerical_rank(singular_values.float(), (len(rows), rows.shape[1])) if len(rows) else 0
@@ -155,10 +157,19 @@ class _GradientSketch:
                     f"module {name}: the gradients of these batches have {rank} directions outside the "
                     f"subspace, and n_gradient={n_rows}. Pass more batches, or choose a smaller n_gradient."
                 )
-            components = linalg.orthogonal_complement_rows(vectors[:n_rows], basis[:n_fitted].double())
-            with torch.no_grad():
-                basis[n_fitted:] = quantise_rows(components).dequantise(basis.dtype)
+            inside = basis[: len(basis) - n_rows].double()
+            found.append(
+                quantise_rows(linalg.orthogonal_complement_rows(vectors[:n_rows], inside)).dequantise(basis.dtype)
+            )
+        return found
+
+    @torch.no_grad()
+    def write(self, components: Sequence[Tensor]) -> None:
+        """Write components (down, up) into the adapter's bases."""
+        for basis, rows in zip(self._layer.bases_of(self._adapter_name), components, strict=True):
+            basis[len(basis) - len(rows) :] = rows
         self._layer.gradients_ready.pop(self._adapter_name)
+        self._layer.blend()
 
 
 @contextmanager
@@ -176,11 +187,9 @@ def _recording(model: nn.Module, adapter_name: str, sketches: Mapping[str, _Grad
             layer.gradients_ready[adapter_name] = True
         with torch.enable_grad():
             yield
-    except BaseException:
+    finally:
         for layer in layers.values():
             layer.gradients_ready[adapter_name] = False
-        raise
-    finally:
         for handle in handles:
             handle.remove()
         for parameter in frozen:

@@ -4,7 +4,7 @@ The bases are in `layer_bases`, the forward pass and merging in `forward`.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -215,8 +215,16 @@ class EigenLoraxLayer(LayerWithBases):
                 f"adapter {name!r} stores its coefficients as {stored}, which its loader did not decode: transformers' "
                 "load_adapter supports floats only. Load it with PeftModel.from_pretrained, or `eigenlorax export` it."
             )
-        for name, is_ready in self.gradients_ready.items():
-            if not is_ready and not self.disable_adapters:
+
+    def check_gradients(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Raise `OptionError` if the gradient components of an adapter were neither computed nor loaded.
+
+        Args:
+            adapter_names (`Iterable[str]`, *optional*):
+                The names of the adapters. Default: the active adapters.
+        """
+        for name in self.active_adapters if adapter_names is None else adapter_names:
+            if not self.gradients_ready.get(name, True):
                 raise OptionError(
                     f"adapter {name!r} has no gradient components yet. For a new adapter, call "
                     "eigenlorax.tuner.initialize_gradient_components(model, batches) before training; load a trained "
@@ -318,6 +326,7 @@ class EigenLoraxLayer(LayerWithBases):
                 Dtype of the bases, unless they are embedded. `torch.int8` stores 8 bits per entry and a scale per row.
                 By default they are unchanged.
         """
+        self.check_gradients(self.gradients_ready)
         if self.serving is None:
             self.register_load_state_dict_post_hook(_blend_after_loading)
         self.serving = Blend(dtype)

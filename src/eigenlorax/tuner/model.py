@@ -240,6 +240,7 @@ class EigenLoraxModel(BaseTuner):
         layers = _layers_with(model, adapter_name)
         for layer in layers.values():
             layer.check_decoded()
+            layer.check_gradients([adapter_name])
         config.rests = {
             name: layer.residual_sides(adapter_name)
             for name, layer in layers.items()
@@ -256,7 +257,7 @@ class EigenLoraxModel(BaseTuner):
                 bases = module.bases_of(adapter_name)
                 saved = {keys.EMBEDDED[side]: _to_narrowest_dtype(b) for side, b in zip(keys.SIDES, bases, strict=True)}
                 config.embedded_shapes[name.removeprefix(keys.MODEL_PREFIX)] = [len(basis) for basis in bases]
-            elif adapter_name in module.n_gradient:
+            elif config.n_gradient:
                 saved = gradient_bases.saved_tensors(module, adapter_name)
             tensors |= {f"{name}.{suffix}.{adapter_name}": tensor for suffix, tensor in saved.items()}
         return tensors
