@@ -8,7 +8,7 @@ import torch
 import eigenlorax as ex
 from eigenlorax.core import keys, metrics, projection
 from eigenlorax.core.batch import pad_factors
-from eigenlorax.errors import PackDamagedError
+from eigenlorax.errors import NonFiniteError, PackDamagedError
 from eigenlorax.reports.analysis import losses
 from planted import TOLERANCE, random_adapter
 from rests import SIDES, with_adapters, with_rest, with_rests
@@ -154,3 +154,37 @@ class TestErrors:
         for index, (factors, one) in enumerate(zip(originals, coefficients, strict=True)):
             wanted = metrics.module_error(factors, one, bases).squared_error
             assert float(found.delta[index]) == pytest.approx(wanted, rel=1e-9)
+
+
+class TestAddingWithAResidual:
+    """Adapters whose factors are made orthogonal to the bases of a pack, times a scale."""
+
+    @staticmethod
+    def outside(pack, scale):
+        adapter = random_adapter("new", 900)
+        modules = {}
+        for name, factors in adapter.modules.items():
+            bases = pack.subspace.modules[name]
+            down, up = (
+                scale * (rows.double() - rows.double() @ torch.linalg.pinv(basis.double()) @ basis.double())
+                for rows, basis in ((factors.down, bases.down.components), (factors.up.mT, bases.up.components))
+            )
+            modules[name] = replace(factors, down=down.float(), up=up.mT.float().contiguous())
+        return replace(adapter, modules=modules)
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 1e-2), ("float16", 2e-3)])
+    def test_loses_only_rounding(self, dtype, tolerance):
+        pack = ex.fit([random_adapter(f"a{i}", 100 * i) for i in range(4)], n_components=6, dtype=dtype)
+        adapter = self.outside(pack, 1.0)
+        record = pack.add(adapter, residual=True)
+        assert record.delta_error < tolerance
+        for name, factors in adapter.modules.items():
+            wanted = factors.scaling * factors.up.double() @ factors.down.double()
+            error = (oracle(pack, "new", name) - wanted).norm() / wanted.norm()
+            assert float(error) < tolerance
+
+    def test_numbers_beyond_the_dtype_are_refused(self):
+        pack = ex.fit([random_adapter(f"a{i}", 100 * i) for i in range(4)], n_components=6, dtype="float16")
+        with pytest.raises(NonFiniteError, match=r"has factors that float16 cannot represent\. Fit a pack with"):
+            pack.add(self.outside(pack, 1e5), residual=True)
+        assert "new" not in pack.names

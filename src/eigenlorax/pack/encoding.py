@@ -99,12 +99,23 @@ def project_with_residual(module: str, factors: LoRAFactors, bases: ModuleBases,
         factors: Factors of the update.
         bases: Bases of the module.
         storage: Storage of the coefficients, which stores both factors as floats.
+
+    Raises:
+        NonFiniteError: The dtype of the storage cannot represent the factors.
     """
-    without = project_module(module, factors, bases, storage).coefficients
     balanced = storage.prepare(stack_factors([factors], [0.0]))
-    inside = projection.reconstruct(without, bases)
-    down, up = balanced.down[0].double() - inside.down, balanced.up[0].mT.double() - inside.up
-    coefficients = replace(without, down_residual=down.to(storage.dtype), up_residual=up.to(storage.dtype).contiguous())
+    down, up = balanced.down[0].double(), balanced.up[0].mT.double()
+    # coefficients may vanish in the storage's dtype, since the residual holds what they lack
+    exact = projection.project(replace(factors, down=down, up=up), bases)
+    rounded = replace(exact, down=exact.down.to(storage.dtype), up=exact.up.to(storage.dtype))
+    inside = projection.reconstruct(rounded, bases)
+    residuals = [(down - inside.down).to(storage.dtype), (up - inside.up).to(storage.dtype).contiguous()]
+    if not all(bool(tensor.isfinite().all()) for tensor in (rounded.down, rounded.up, *residuals)):
+        raise NonFiniteError(
+            f"Module {module} has factors that {storage.name} cannot represent. Fit a pack with "
+            "dtype='float32' (--dtype float32)."
+        )
+    coefficients = replace(rounded, down_residual=residuals[0], up_residual=residuals[1])
     return EncodedModule(coefficients, {}, metrics.module_error(factors, coefficients, bases))
 
 
