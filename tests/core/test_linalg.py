@@ -95,6 +95,14 @@ def test_triangular_rows_multiply_back(stack):
     torch.testing.assert_close(rows @ rows.mT, identity, atol=1e-13, rtol=0)
 
 
+def test_triangular_rows_do_not_depend_on_the_rest_of_the_stack():
+    well, ill = decaying_rows(4, 13, 1, seed=3), decaying_rows(4, 13, 9, seed=4)
+    together = linalg.triangular_rows(torch.stack([well, ill, well]))
+    for index, matrix in enumerate((well, ill, well)):
+        for stacked, alone in zip(together, linalg.triangular_rows(matrix[None]), strict=True):
+            assert torch.equal(stacked[index], alone[0])
+
+
 def test_triangular_rows_of_zero_rows():
     stack = torch.stack([normal(3, 11, seed=1), torch.cat([normal(2, 11, seed=2), torch.zeros(1, 11)])])
     left, rows = linalg.triangular_rows(stack)

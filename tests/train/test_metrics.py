@@ -89,6 +89,8 @@ def test_of_two_classes_scores_are_those_of_the_second(name):
         ("log_loss", LABELS, r"no metric 'log_loss' of predicted classes. Did you mean 'neg_log_loss'\?"),
         ("hamming_loss", LABELS, "lower is better of the metric hamming_loss"),
         ("f1", LABELS, r"cannot be computed on 9 rows of 4 of 4 classes: .*multiclass.* such as f1_macro, take any"),
+        # of the two classes of these rows it can, but a model may predict another one
+        ("f1", [0, 1, 1, 0], "f1 cannot be computed on 4 rows of 2 of 4 classes"),
         ("roc_auc_ovr", [0, 1, 2, 2], "roc_auc_ovr cannot be computed on 4 rows of 3 of 4 classes"),
         ("os", LABELS, "there is no metric 'os'"),
     ],

@@ -149,15 +149,25 @@ def triangular_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         L, (n, r, min(r, d)), and Q, (n, min(r, d), d).
     """
-    first, has_failed = torch.linalg.cholesky_ex(rows @ rows.mT)
+    first, info = torch.linalg.cholesky_ex(rows @ rows.mT)
     diagonal = first.diagonal(dim1=1, dim2=2)
-    if bool(has_failed.any()) or bool((diagonal.amin(1) < _CHOLESKY_RESOLUTION * diagonal.amax(1)).any()):
-        q, r = torch.linalg.qr(rows.mT)
-        return r.mT, q.mT
+    has_failed = (info != 0) | (diagonal.amin(1) < _CHOLESKY_RESOLUTION * diagonal.amax(1))
+    if bool(has_failed.any()):
+        # one matrix at a time, so that no result depends on the other matrices of a stack
+        decomposed = [_qr_rows(matrix) if failed else None for matrix, failed in zip(rows, has_failed, strict=True)]
+        triangular_stack = [triangular_rows(rows[i : i + 1]) if qr is None else qr for i, qr in enumerate(decomposed)]
+        left, right = zip(*triangular_stack, strict=True)
+        return torch.cat(left), torch.cat(right)
     identity = torch.eye(rows.shape[1], dtype=rows.dtype).expand_as(first)
     nearly = torch.linalg.solve_triangular(first, identity, upper=False) @ rows
     second = torch.linalg.cholesky(nearly @ nearly.mT)
     return first @ second, torch.linalg.solve_triangular(second, identity, upper=False) @ nearly
+
+
+def _qr_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `triangular_rows` returns for one matrix (r, d), by a QR decomposition."""
+    q, r = torch.linalg.qr(rows.mT)
+    return r.mT[None], q.mT[None]
 
 
 def symmetric_inverse(gram: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ ACCURACY = NamedMetric(METRIC, accuracy)
 
 
 def find(name: str, n_classes: int, *row_labels: Sequence[int]) -> NamedMetric:
-    """Return the metric of a name, and try it on perfect predictions of the rows that it will be computed on.
+    """Return the metric of a name, and try it on right and wrong predictions of the rows that it will be computed on.
 
     Args:
         name: "accuracy" or "f1_macro"; a scorer (`sklearn.metrics.get_scorer_names()`) or a function of
@@ -99,6 +99,8 @@ def find(name: str, n_classes: int, *row_labels: Sequence[int]) -> NamedMetric:
         perfect = _PERFECT_LOGIT * np.eye(n_classes)[classes]
         try:
             best = metric.score(perfect, classes)
+            # a model may predict classes that no row has
+            metric.score(_PERFECT_LOGIT * np.eye(n_classes)[np.arange(len(classes)) % n_classes], classes)
         except (ValueError, TypeError, ZeroDivisionError, AttributeError) as error:
             raise OptionError(
                 f"the metric {name} cannot be computed on {len(classes)} rows of {len(set(labels))} of {n_classes} "
