@@ -103,10 +103,12 @@ class TestComponents:
 
     def test_leave_the_model_and_its_gradients_as_they_were(self, saved_base, bert_pack, ids):
         model = bert(saved_base, bert_pack, n_gradient=2).train()
+        frozen = model.base_model.model.bert.embeddings.eval()
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         initialize_gradient_components(model, bert_batches(ids))
         assert model.training
+        assert not frozen.training
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, before[name])
             assert parameter.grad is None
@@ -265,6 +267,14 @@ class TestRefusals:
     def test_numbers_out_of_range(self, n):
         with pytest.raises(OptionError, match="n_gradient"):
             ex.EigenLoraxConfig(n_gradient=n)
+
+    def test_a_config_of_another_type(self, saved_base, bert_pack, tmp_path, ids):
+        trained(saved_base, bert_pack, ids).save_pretrained(tmp_path)
+        config = tmp_path / "adapter_config.json"
+        config.write_text(config.read_text().replace('"n_gradient": 2', '"n_gradient": "2"'))
+        pack = ex.Pack.open(bert_pack)
+        with pytest.raises(FormatError, match="n_gradient is '2' in the config"):
+            pack.add(tmp_path, name="x")
 
     @pytest.mark.parametrize("into_pack", [False, True])
     @pytest.mark.parametrize(

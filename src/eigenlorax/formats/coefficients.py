@@ -102,6 +102,10 @@ def _bases(
     if all(keys.EMBEDDED["down"] in tensors for tensors in modules.values()):
         return {module: _embedded_bases(tensors, f"{where}, module {module}") for module, tensors in modules.items()}
     n_gradient = config.get("n_gradient") or 0
+    if not isinstance(n_gradient, int) or n_gradient < 0:
+        raise FormatError(
+            f"{where}: n_gradient is {n_gradient!r} in the config; it should be an integer of at least 0."
+        )
     # without a pack, an adapter has gradient components only
     subspace = Subspace({}) if n_gradient and not config.get("subspace_fingerprint") else _subspace(config, where)
     if n_gradient and not config.get("n_extra"):

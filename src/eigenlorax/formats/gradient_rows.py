@@ -26,7 +26,7 @@ def decode(codes: Tensor | None, scales: Tensor | None, shape: tuple[int, int], 
             "again from the model that it was trained in."
         )
     is_expected = tuple(codes.shape) == shape and codes.dtype == torch.int8 and tuple(scales.shape) == (shape[0], 1)
-    if not is_expected or not scales.is_floating_point() or not bool(scales.isfinite().all()):
+    if not is_expected or not scales.is_floating_point() or not bool(scales.float().isfinite().all()):
         raise ShapeError(
             f"{where}: the gradient components are {tuple(codes.shape)}, {codes.dtype}, with scales "
             f"{tuple(scales.shape)}, {scales.dtype}; expected int8 of shape {shape} and a finite float for each row. "

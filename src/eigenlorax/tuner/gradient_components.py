@@ -116,10 +116,10 @@ class _GradientSketch:
         # rows whose leading right singular vectors are the components of each side
         self._rows = [basis.new_zeros(0, basis.shape[1], dtype=torch.float64) for basis in bases]
 
-    def add_terms(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def add_terms(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add Ψᵀ·A·x and B·Ω·x, both zero, to the output of the layer. It is a forward hook."""
         convolution = self._layer.convolution
-        x = args[0].to(torch.float32)
+        x = (args[0] if args else kwargs["x"]).to(torch.float32)
         (omega, psi), (a, b_transposed) = self._random, self._terms
         added = linear(project(x, a, convolution), psi.mT) + linear(project(x, omega, convolution), b_transposed.mT)
         return output + in_output_shape(added, output.shape, convolution).to(output.dtype)
@@ -175,10 +175,12 @@ class _GradientSketch:
 @contextmanager
 def _recording(model: nn.Module, adapter_name: str, sketches: Mapping[str, _GradientSketch]) -> Iterator[None]:
     """Record gradients of the sketches alone, in evaluation mode."""
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = {name: layer for name, layer in model.named_modules() if name in sketches}
-    handles = [layer.register_forward_hook(sketches[name].add_terms) for name, layer in layers.items()]
+    handles = [
+        layer.register_forward_hook(sketches[name].add_terms, with_kwargs=True) for name, layer in layers.items()
+    ]
     try:
         model.eval()
         for parameter in frozen:
@@ -194,7 +196,8 @@ def _recording(model: nn.Module, adapter_name: str, sketches: Mapping[str, _Grad
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _on_device(batch: Any, model: nn.Module) -> dict[str, Any]:

@@ -295,7 +295,7 @@ def _apply_step(parameter: nn.Parameter, state: dict[str, Any], group: dict[str,
     root = (state["square"] / (1 - square_decay**step)).sqrt_().add_(group["eps"])
     change = _rotate_back(mean / (1 - mean_decay**step) / root, state)
     if rotated:
-        lr *= min(1.0, math.sqrt(WIDE / min(parameter.shape)))
+        lr *= min(1.0, math.sqrt(WIDE / max(min(parameter.shape), 1)))
     if group["weight_decay"]:
         parameter.mul_(1 - lr * group["weight_decay"])
     parameter.add_(change, alpha=-lr)
