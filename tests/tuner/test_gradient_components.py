@@ -227,7 +227,7 @@ class TestRefusals:
 
     def test_too_few_directions(self):
         model = adapted()
-        with pytest.raises(OptionError, match=r"have 1 directions outside the subspace, and n_gradient=3"):
+        with pytest.raises(OptionError, match=r"have 1 directions outside the subspace, and n_gradient asks for 3"):
             initialize_gradient_components(model, batches(1, rows=1), loss=loss)
         with pytest.raises(OptionError, match="no gradient components yet"):
             model(**batches(1)[0])
@@ -251,6 +251,14 @@ class TestRefusals:
         loaded.peft_config["default"].embed_subspace = False
         with pytest.raises(OptionError, match="was loaded with embedded bases"):
             loaded.save_pretrained(tmp_path / "without")
+
+    def test_batches_without_labels(self, saved_base, bert_pack, ids):
+        with pytest.raises(OptionError, match=r"batch 0 gives no loss\. Pass batches with labels"):
+            initialize_gradient_components(bert(saved_base, bert_pack, n_gradient=2), [{"input_ids": ids}])
+
+    def test_neither_pack_nor_modules(self):
+        with pytest.raises(OptionError, match="n_gradient=4 without a pack needs target_modules"):
+            get_peft_model(Network(), ex.EigenLoraxConfig(n_gradient=4, r=4))
 
     def test_gradients_that_are_not_finite(self):
         (batch,) = batches(1)

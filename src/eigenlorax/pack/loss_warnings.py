@@ -16,6 +16,13 @@ def check_warn_above(value: float) -> float:
     return share
 
 
+RESIDUAL_REMEDY = (
+    "To store all of an adapter, remove it and add it again with residual=True (--residual), or fit the pack again "
+    "with such adapters among the sources."
+)
+"""Advice for adapters that were added to a pack of floats."""
+
+
 def warn_of_losses(
     records: Mapping[str, Record],
     above: float,

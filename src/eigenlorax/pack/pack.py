@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import formats
-from ..codec.storage.table import CODED
+from ..codec.storage.table import CODED, storage_by_name
 from ..core import dtypes, keys, registry
 from ..core import subspace as spaces
 from ..core.options import name_list
@@ -37,7 +37,7 @@ from .copies import share_codes, warn_of_copies
 from .export import ExportErrors, ExportPlan
 from .folder import PackFolder
 from .history_store import HistoryStore
-from .loss_warnings import check_warn_above, warn_of_losses
+from .loss_warnings import RESIDUAL_REMEDY, check_warn_above, warn_of_losses
 from .manifest import Entry, FitInfo
 from .packed_adapter import PackedAdapter
 from .prune import remove_named
@@ -452,7 +452,10 @@ class Pack(VersionedContents):
                 UntrainedAdapterWarning,
                 stacklevel=3,
             )
-        warn_of_losses(records, warn_above, stacklevel=4)
+        if storage_by_name(self.coefficient_storage).keeps_factors and not self.is_coded:
+            warn_of_losses(records, warn_above, RESIDUAL_REMEDY, stacklevel=4)
+        else:
+            warn_of_losses(records, warn_above, stacklevel=4)
         warn_of_copies(addition.copies, self.records | records, as_references=self.is_coded)
         if addition.subspace is not self.subspace:
             # adapters in memory were encoded in the subspace before the extension

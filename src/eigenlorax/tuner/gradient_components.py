@@ -84,7 +84,13 @@ def initialize_gradient_components(
     with _recording(model, adapter_name, sketches):
         n_batches = 0
         for batch in batches:
-            (model(**_on_device(batch, model)).loss if loss is None else loss(model, batch)).backward()
+            value = model(**_on_device(batch, model)).loss if loss is None else loss(model, batch)
+            if value is None:
+                raise OptionError(
+                    f"batch {n_batches} gives no loss. Pass batches with labels, or as loss= a function of the model "
+                    "and a batch."
+                )
+            value.backward()
             for name, sketch in sketches.items():
                 sketch.collect(name)
             n_batches += 1
@@ -155,7 +161,7 @@ class _GradientSketch:
             if rank < n_rows:
                 raise OptionError(
                     f"module {name}: the gradients of these batches have {rank} directions outside the "
-                    f"subspace, and n_gradient={n_rows}. Pass more batches, or choose a smaller n_gradient."
+                    f"subspace, and n_gradient asks for {n_rows}. Pass more batches, or choose a smaller n_gradient."
                 )
             inside = basis[: len(basis) - n_rows].double()
             found.append(

@@ -71,6 +71,11 @@ class EigenLoraxModel(BaseTuner):
         resolve.expand_residual_sides(peft_config, resolved)
         if peft_config.target_modules is None:
             shared = self._shared_modules(resolved, peft_config)
+            if not shared and resolved.pack is None and peft_config.subspace_fingerprint is None:
+                raise OptionError(
+                    f"n_gradient={peft_config.n_gradient} without a pack needs target_modules: the names of the "
+                    "modules to adapt, or 'all-linear'. Or pass a pack as subspace=."
+                )
             if not shared:
                 raise ModuleNameError(
                     f"the model has none of the modules of the subspace {resolved.fingerprint[:12]}…. It is a "

@@ -158,9 +158,9 @@ def lora_groups(
     """
     Return parameter groups of a model with a LoRA of PEFT, for [`SOAP`] or AdamW: its factors, and all others.
 
-    A LoRA with the optimizer of the coefficients is the baseline that coefficients are compared with. `SOAP`
-    preconditions factors of layers that are at most `max_side` wide, and updates wider ones as AdamW does: pass the
-    width of the widest layer as its `max_side`. The other parameters, such as a task head, are updated by AdamW.
+    A LoRA with the optimizer of the coefficients is the baseline that coefficients are compared with. Of factors of
+    layers that are wider than its `max_side`, `SOAP` preconditions the side of the rank alone. The other parameters,
+    such as a task head, are updated by AdamW.
 
     Args:
         model (`nn.Module`):
@@ -190,12 +190,14 @@ class _AdapterKind:
         function: Name of the function, for messages.
         weights: What its weights are called in messages.
         remedy: What to do for a model without such layers.
+        other: What to do for a model with the other kind of adapter.
     """
 
     layer: type[BaseTunerLayer]
     function: str
     weights: str
     remedy: str
+    other: str
 
 
 _COEFFICIENTS = _AdapterKind(
@@ -203,8 +205,15 @@ _COEFFICIENTS = _AdapterKind(
     "coefficient_groups",
     "coefficients",
     "get_peft_model(model, EigenLoraxConfig(subspace=...)) makes them; for a LoRA, call lora_groups.",
+    "For a LoRA, call lora_groups.",
 )
-_LORA = _AdapterKind(LoraLayer, "lora_groups", "LoRA factors", "get_peft_model(model, LoraConfig(...)) makes them.")
+_LORA = _AdapterKind(
+    LoraLayer,
+    "lora_groups",
+    "LoRA factors",
+    "get_peft_model(model, LoraConfig(...)) makes them.",
+    "For coefficients, call coefficient_groups.",
+)
 
 
 def _adapter_groups(model: nn.Module, kind: _AdapterKind, lr: float, head_lr: float) -> list[dict[str, Any]]:
@@ -219,8 +228,8 @@ def _adapter_groups(model: nn.Module, kind: _AdapterKind, lr: float, head_lr: fl
         other_kind = type(layers_by_weight[id(trained[foreign[0]])]).__module__.split(".")[-2]
         raise OptionError(
             f"the model trains {len(foreign)} weights of another kind of adapter ({other_kind}), such as {foreign[0]}. "
-            f"{kind.function} has learning rates for {kind.weights} and heads only. Freeze these weights "
-            "(requires_grad_(False)), or pass your own groups of parameters to SOAP."
+            f"{kind.function} has learning rates for {kind.weights} and heads only. {kind.other} Or freeze these "
+            "weights (requires_grad_(False)), or pass your own groups of parameters to SOAP."
         )
     adapter_weights = [parameter for parameter in trained.values() if id(parameter) in all_of_kind]
     if not adapter_weights:
