@@ -311,7 +311,7 @@ class TestWarnings:
     def test_of_what_is_added(self):
         pack = ex.fit(shared(4, MODULES, seed=5), n_components=6)
         odd = random(1, MODULES, seed=99)[0]
-        with pytest.warns(LossWarning, match=r"above 0.5 for odd \(0\.\d\d\)\. Fit the pack again with"):
+        with pytest.warns(LossWarning, match=r"above 0.5 for odd \(0\.\d\d\)\. To store all of an adapter"):
             pack.add(odd, name="odd")
 
     def test_of_what_is_added_are_given_above_the_share_only(self, recwarn):

@@ -62,7 +62,7 @@ def split_rows(
     train_rows, test_rows = (
         examples.encode_classification(table, labels, options.columns, tokenizer, max_length) for table in (train, test)
     )
-    warn_about_duplicates(train, test, train_rows, test_rows, stacklevel=4)
+    _warn_about_duplicates(train, test, train_rows, test_rows)
     held_out = _held_out_indices([row["labels"] for row in train_rows])
     if any(options.searches(method) for method in options.methods):
         if len({train_rows[index]["labels"] for index in held_out}) < 2:
@@ -90,26 +90,17 @@ def split_rows(
     )
 
 
-def warn_about_duplicates(
-    train: Table, test: Table, train_rows: Sequence[Example], test_rows: Sequence[Example], *, stacklevel: int
+def _warn_about_duplicates(
+    train: Table, test: Table, train_rows: Sequence[Example], test_rows: Sequence[Example]
 ) -> None:
-    """Issue a `RowsWarning` if rows of one table are in another one, too.
-
-    Args:
-        train: Training rows.
-        test: Test rows.
-        train_rows: The training rows, encoded.
-        test_rows: The test rows, encoded.
-        stacklevel: Stack level of the warning.
-    """
     train_texts = {tuple(row["input_ids"]) for row in train_rows}
     duplicates = sum(tuple(row["input_ids"]) in train_texts for row in test_rows)
     if duplicates:
         warnings.warn(
-            f"{duplicates} of {len(test_rows)} rows of {test.path} are in {train.path} too: scores include "
+            f"{duplicates} of {len(test_rows)} rows of {test.path} are in {train.path} too: accuracies include "
             "memorised rows. Remove them from one of the files.",
             RowsWarning,
-            stacklevel=stacklevel,
+            stacklevel=4,
         )
 
 

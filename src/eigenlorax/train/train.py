@@ -17,7 +17,7 @@ from ..core import atomic_files, keys
 from ..core.progress import Progress
 from ..errors import BaselineWarning, EigenloraxError, NonFiniteError, OptionError, PackExistsError, reason
 from ..pack import writer
-from . import baselines, data, evaluate, examples, metrics, models, row_split, starts, trainer, training_record
+from . import baselines, data, evaluate, examples, metrics, models, starts, trainer, training_record
 from .data import Labels, Table
 from .figures import Figures
 from .metrics import NamedMetric
@@ -160,8 +160,6 @@ def _prepare(
         rows = [examples.encode_classification(table, labels, columns, tokenizer, max_length) for table in tables]
     else:
         rows = [examples.encode_language_model(table, columns, tokenizer, max_length) for table in tables]
-    if evaluation_table:
-        row_split.warn_about_duplicates(train_table, evaluation_table, *rows, stacklevel=4)
     settings = {
         **json.loads(json.dumps(asdict(training), default=str)),
         "train": data.rows_sha256(train_table),
