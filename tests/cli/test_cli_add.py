@@ -249,6 +249,6 @@ def test_losses_are_noted_together_above_the_share_that_was_asked_for(cli, pack)
     assert min(errors.values()) > 0.1
     worst, other = sorted(errors, key=errors.get, reverse=True)
     named = f"{worst} ({errors[worst]:.2f}), {other} ({errors[other]:.2f})."
-    assert done.err.startswith(f"note: The delta error is above 0.1 for {named} To store all of an adapter, remove it and add it")
+    assert done.err.startswith(f"note: The delta error is above 0.1 for {named} To store all of an adapter, remove it")
     done = succeeded(cli("add", pack, f"three={pack.parent / 'new'}", "--warn-above", 1))
     assert done.err == "note: three has the same update as two.\n"
