@@ -37,6 +37,16 @@ def many(n, *, k=6, noise=0.0, rank=4):
     return [factors_in(bases, rank, seed=50 + 10 * i, noise=noise) for i in range(n)]
 
 
+def test_rows_of_rounding_errors_have_no_energy():
+    """Such rows are left of coefficients that are decoded and decomposed again."""
+    updates = SvdBatch.of(many(3, rank=3), dtype=torch.float32)
+    updates.s[:, 2] = 1e-31
+    module = ModuleStatistics.of(updates, 1 / updates.s.square().sum(1).sqrt())
+    for side in (module.down, module.up):
+        assert np.isfinite(side.energies).all()
+        assert not side.energies.reshape(3, 3, -1)[:, 2].any()
+
+
 def test_statistics_have_all_energy_in_few_components():
     module = statistics_of(many(12))
     assert [side.directions.shape for side in (module.down, module.up)] == [(6, 48), (6, 48)]

@@ -119,7 +119,9 @@ def _side_statistics(vectors: Float[Tensor, "n r d"], lengths: Float[Tensor, "n 
         return SideStatistics(components, (rows @ components.mT).square().numpy(), dimension, has_combinations=False)
     sigma, vectors = _leading_eigenvectors(scale * linalg.symmetric_product(rows) * scale.mT)
     # the coordinates of the rows themselves, without a product with them: W·Σ = diag(lengths)·rows·Cᵀ
-    coordinates = torch.where(scale > 0, vectors * sigma / scale, 0.0)
+    # rows of which only rounding errors are left have no direction, and the quotient would overflow
+    floor = torch.finfo(scale.dtype).eps * scale.max() if len(scale) else 0.0
+    coordinates = torch.where(scale > floor, vectors * sigma / scale, 0.0)
     energies = coordinates.square()
     # rounding errors of rows that are nearly zero
     energies = energies / energies.sum(1, keepdim=True).clamp_min(1)
