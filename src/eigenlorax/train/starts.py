@@ -139,7 +139,7 @@ class SubspaceStart:
 
     @property
     def _has_residual(self) -> bool:
-        """Whether the pack has to store a residual of the trained adapter: its part in gradient components."""
+        """True if the pack has to store a residual: the part of the trained adapter in gradient components."""
         return bool(self.training.n_gradient) and not self.pack.is_coded
 
     def _config(self) -> Any:

@@ -152,7 +152,7 @@ class _GradientSketch:
 
     def components(self, name: str) -> list[Tensor]:
         """Return the components (down, up) of the layer `name`, rounded to 8 bits."""
-        found = []
+        components = []
         n_gradient = self._layer.n_gradient[self._adapter_name]
         for basis, rows, n_rows in zip(self._layer.bases_of(self._adapter_name), self._rows, n_gradient, strict=True):
             singular_values, vectors = torch.linalg.svd(rows, full_matrices=False)[1:]
@@ -164,10 +164,10 @@ class _GradientSketch:
                     f"subspace, and n_gradient asks for {n_rows}. Pass more batches, or choose a smaller n_gradient."
                 )
             inside = basis[: len(basis) - n_rows].double()
-            found.append(
+            components.append(
                 quantise_rows(linalg.orthogonal_complement_rows(vectors[:n_rows], inside)).dequantise(basis.dtype)
             )
-        return found
+        return components
 
     @torch.no_grad()
     def write(self, components: Sequence[Tensor]) -> None:
