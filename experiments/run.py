@@ -14,12 +14,17 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    from harness import drawing, jobs, language, recycled, same_bytes, text, vision
+    from harness import drawing, generation, jobs, language, recycled, same_bytes, text, vision
 
     experiments = {
         "text": {**text.STAGES, "recycled": recycled.jobs, "sized": recycled.sized},
         "language": language.STAGES,
         "tasks": text.TASKS_STAGES,
+        "texts": {
+            **language.TEXTS_STAGES,
+            "generation-rates": generation.rates,
+            "generation": generation.targets,
+        },
         "vision": vision.STAGES,
         "diffusion": drawing.STAGES,
         "bytes": same_bytes.STAGES,

@@ -329,13 +329,23 @@ def chosen_rate(config: Json, name: str) -> float:
 
 
 def seventh(config: Json) -> Iterator[Job]:
+    """Every method on the seventh kind."""
+    yield from on_targets(config, "seventh")
+
+
+def targets(config: Json) -> Iterator[Job]:
+    """Every method on the targets."""
+    yield from on_targets(config, "targets")
+
+
+def on_targets(config: Json, stage: str) -> Iterator[Job]:
     """Every method on the targets, at the rate that was chosen for it."""
     spec = config["targets"]
     for seed in spec["seeds"]:
         for name in config["methods"]:
             rate = chosen_rate(config, name)
             for kind in spec["kinds"]:
-                yield method_job(config, f"seventh/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
+                yield method_job(config, f"{stage}/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
 
 
 def recycled(config: Json) -> Iterator[Job]:
@@ -352,3 +362,4 @@ def recycled(config: Json) -> Iterator[Job]:
 
 
 STAGES = {"base": base, "sources": sources, "recycled": recycled, "rates": rates, "seventh": seventh}
+TEXTS_STAGES = {"base": base, "sources": sources, "rates": rates, "targets": targets}

@@ -134,6 +134,8 @@ def train(experiment: str, config: Json) -> Json:
     rows = train_rows(task, config["rows"], config["seed"])
     if config["options"].get("n_gradient"):
         initialize_gradient_components(model, gradient_batches(rows, recipe))
+    if "first_step" in config:
+        take_first_step(model, gradient_batches(rows, recipe), config["first_step"])
     result = trained(model, rows, config)
     if pack is not None:
         result["subspace"] = training.subspace(pack)
@@ -147,6 +149,20 @@ def gradient_batches(rows: Rows, recipe: Json) -> list[Any]:
     size, make_batch = recipe["batch_size"], collate()
     first = encoded(rows[: GRADIENT_BATCHES * size], recipe["max_length"])
     return [make_batch(first[start : start + size]) for start in range(0, len(first), size)]
+
+
+def take_first_step(model: Any, batches: list[Any], size: float) -> None:
+    """Start cores from the negative gradient of the batches, as LoRA-SB (arXiv 2411.19557, section 3) does.
+
+    size: Frobenius norm of the start of each core.
+    """
+    for batch in batches:
+        model(**batch).loss.backward()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "eigenlorax_core" in name:
+                parameter.copy_(-size * parameter.grad / parameter.grad.norm())
+    model.zero_grad()
 
 
 def left_out(experiment: str, pack: ex.Pack, names: list[str]) -> Json:
@@ -230,8 +246,10 @@ def pack_spec(config: Json, method: Json, seed: int, **changes: Any) -> Json | N
     """
     if "basis" not in method:
         return None
-    spec = {**config["pack"], **changes}
-    pack = {"sources": source_names(config, spec["sets"]), "k": spec["k"], "weighting": spec["weighting"]}
+    own_size = {name: method[name] for name in ("k", "energy") if name in method}
+    spec = {**config["pack"], **own_size, **changes}
+    size = {"energy": spec["energy"]} if "energy" in spec else {"k": spec["k"]}
+    pack = {"sources": source_names(config, spec["sets"]), **size, "weighting": spec["weighting"]}
     random_seed = seed if spec.get("random_by_seed", False) else 0
     return {**pack, "random": random_seed} if method["basis"] == "random" else pack
 
@@ -380,9 +398,8 @@ def cells(config: Json, stage: str) -> Iterator[Job]:
     spec = config[stage]
     for name, method in spec["cells"].items():
         for seed in spec["seeds"]:
-            pack = pack_spec(config, method, seed, **({"k": method["k"]} if "k" in method else {}))
             for task in spec["tasks"]:
-                yield target(config, stage, name, method, task, seed, method["learning_rate"], pack=pack)
+                yield target(config, stage, name, method, task, seed, method["learning_rate"])
 
 
 def few(config: Json) -> Iterator[Job]:

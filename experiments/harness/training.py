@@ -21,7 +21,7 @@ from .metrics import FURTHER_METRICS
 
 Json = dict[str, Any]
 WORK = record.ROOT / "experiments" / "work"
-RECIPE_FIELDS = ("head_learning_rate", "epochs", "batch_size", "warmup", "evaluations", "bf16")
+RECIPE_FIELDS = ("head_learning_rate", "epochs", "batch_size", "warmup", "schedule", "evaluations", "bf16")
 
 
 def fit_pack(spec: Json, adapter_folder: Callable[[str], Path]) -> ex.Pack:
@@ -30,7 +30,9 @@ def fit_pack(spec: Json, adapter_folder: Callable[[str], Path]) -> ex.Pack:
     spec: sources (names), k or max_error, weighting, and the seed `random` for a random basis.
     """
     sources = {name: adapter_folder(name) for name in spec["sources"]}
-    size = {"max_error": spec["max_error"]} if "max_error" in spec else {"n_components": spec["k"]}
+    size = {
+        "n_components" if name == "k" else name: spec[name] for name in ("k", "energy", "max_error") if name in spec
+    }
     pack = ex.fit(sources, **size, weighting=spec["weighting"], dtype="float32", warn_above=1.0)
     return pack if spec.get("random") is None else ex.random_pack(pack, seed=spec["random"])
 
@@ -56,7 +58,9 @@ def pack_of(experiment: str, spec: Json) -> ex.Pack:
     return ex.Pack.open(folder)
 
 
-METHOD_FIELDS = frozenset(("label", "kind", "options", "optimizer", "basis", "k", "recipe", "rates", "learning_rate"))
+METHOD_FIELDS = frozenset(
+    ("label", "kind", "options", "optimizer", "basis", "k", "energy", "recipe", "rates", "learning_rate")
+)
 
 
 def further_fields(method: Json) -> Json:

@@ -25,7 +25,7 @@ from .options import HEAD_LEARNING_RATE
 class Recipe:
     """Hyperparameters that all compared methods share.
 
-    The learning rate rises linearly during the warm-up, and then decays linearly to zero.
+    The learning rate rises linearly during the warm-up, and then decays to zero.
 
     Attributes:
         learning_rate: Learning rate of the method's parameters; of the head if the method has no other parameters.
@@ -34,6 +34,7 @@ class Recipe:
         epochs: Number of epochs.
         batch_size: Rows per batch.
         warmup: Fraction of the steps in the warm-up.
+        schedule: Name of transformers' learning-rate schedule.
         evaluations: Number of scores during training, at equal distances. The last one is after the last step.
         bf16: Compute in bfloat16 by autocast. Trained parameters stay float32.
         by_length: Put rows of similar length into one batch, which halves the padding. Rows must have "input_ids".
@@ -45,6 +46,7 @@ class Recipe:
     epochs: float = 4.0
     batch_size: int = 32
     warmup: float = 0.1
+    schedule: str = "linear"
     evaluations: int = 8
     bf16: bool = False
     by_length: bool = True
@@ -167,7 +169,7 @@ def _make_trainer(model: Any, rows: RunData, recipe: Recipe, seed: int, scratch:
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=2 * recipe.batch_size,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=recipe.schedule,
         warmup_steps=math.ceil(recipe.warmup * steps),
         max_grad_norm=1.0,
         train_sampling_strategy="group_by_length" if recipe.by_length else "random",
