@@ -84,6 +84,7 @@ def test_the_verbs_are_these():
         "remove",
         "augment",
         "refit",
+        "merge",
         "train",
         "evaluate",
         "compare",

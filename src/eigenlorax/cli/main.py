@@ -28,6 +28,7 @@ VERBS = (
     "remove",
     "augment",
     "refit",
+    "merge",
     "train",
     "evaluate",
     "compare",

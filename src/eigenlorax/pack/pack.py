@@ -20,6 +20,8 @@ from ..core.progress import Progress
 from ..core.subspace import Subspace
 from ..errors import WARN_ABOVE, OptionError, UntrainedAdapterWarning
 from ..formats import sources
+from ..merging.merge import MergedAdapter
+from ..merging.merge import merge as merge_adapters
 from . import (
     add,
     basis_adapters,
@@ -352,6 +354,25 @@ class Pack(VersionedContents):
             ('bfloat16', True)
         """
         return export.export_errors(self, name, dtypes.parse(dtype))
+
+    def merge(self, names: Sequence[str], method: str = "mean", **options: Any) -> MergedAdapter:
+        """Merge adapters of the pack into one LoRA. The pack does not change: `add` puts the result into it.
+
+        Args:
+            names: Names of two or more adapters, or of versions.
+            method: "mean", "task-arithmetic", "ties", "dare", "knots", "tsv" or "iso-c".
+            options: Further arguments of `eigenlorax.merge`: weights, rank, density, seed, head, name, progress.
+
+        Raises:
+            AdapterNameError: A name is unknown, or listed twice.
+            FormatError, OptionError: As `eigenlorax.merge`.
+
+        Example:
+            >>> merged = pack.merge(["a", "b"], "task-arithmetic", weights=[0.7, 0.3], rank=4)
+            >>> [round(source.kept, 1) for source in merged.comparison.sources]
+            [0.7, 0.3]
+        """
+        return merge_adapters([self.adapter(name) for name in name_list(names)], method, **options)
 
     def add(
         self,

@@ -1,0 +1,192 @@
+"""`merge`: several LoRAs into one LoRA of a wished rank, without an out × in matrix."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import atomic_files
+from ..core.adapter import Adapter, LoRAFactors
+from ..core.options import check_choice, to_float, to_int
+from ..core.progress import Progress
+from ..errors import AdapterNameError, OptionError
+from ..formats import checks, peft, safetensors_file, sources
+from .comparison import Comparison, ComparisonBuilder
+from .coordinates import common_coordinates
+from .derived import check_combinable, checked_rank, checked_weights, derived_adapter
+from .methods import METHODS, MethodOptions
+
+HEAD_FILE = "head.{}.safetensors"
+"""Name of the file with the head of a source, in the folder of a merged adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """Result of a merge.
+
+    Attributes:
+        adapter: The merged LoRA, with factors in float32, the scaling 1, and the head that was chosen, if any.
+        method: Name of the method.
+        weights: Weight by name of the source.
+        density: Share of the entries that the method kept; None for methods that keep all.
+        coordinates: Where entries were treated one by one, in words; None for methods that do not depend on that.
+        full_rank: Largest rank of a module before the cut to the rank of `adapter`.
+        cut_error: Relative Frobenius error of this cut, over all modules.
+        comparison: How the merge relates to its sources, to their mean, and to random adapters.
+        heads: Heads, trained biases and embeddings by name of the source; these are not merged.
+    """
+
+    adapter: Adapter
+    method: str
+    weights: Mapping[str, float]
+    density: float | None
+    coordinates: str | None
+    full_rank: int
+    cut_error: float
+    comparison: Comparison
+    heads: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a PEFT folder, with the heads of the sources in `head.NAME.safetensors`, and return its path.
+
+        Args:
+            path: The folder, which is written completely or not at all.
+            overwrite: Whether an existing folder is replaced.
+
+        Raises:
+            PackExistsError: The folder exists.
+        """
+        files = peft.to_files(self.adapter)
+        for name, tensors in self.heads.items():
+            owned = {key: peft.owned(tensor) for key, tensor in tensors.items()}
+            files[HEAD_FILE.format(name)] = safetensors_file.to_bytes(owned, {"format": "pt"})
+        atomic_files.write_folder(Path(path), files, overwrite=overwrite)
+        return Path(path)
+
+
+def merge(
+    adapters: sources.Sources,
+    method: str = "mean",
+    *,
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+    head: str | None = None,
+    name: str = "merged",
+    same_base: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> MergedAdapter:
+    """Merge adapters of one base model into one LoRA, whatever ranks and scalings they have.
+
+    Heads cannot be merged: outputs of one task have no counterpart in another. They are kept by name.
+
+    Args:
+        adapters: Two or more adapters, in any form that `fit` takes.
+        method: "mean", "task-arithmetic", "ties", "dare", "knots", "tsv" or "iso-c" (`methods`).
+        weights: One weight for each adapter, in their order. Default: 1 each. "mean" divides them by their sum.
+        rank: Rank of the result, which keeps the largest singular components. Default: the largest rank of a source.
+        density: Share of entries that TIES, DARE and KnOTS keep, above 0 and at most 1. Default: 0.2 for TIES and
+            KnOTS, 0.5 for DARE.
+        seed: Seed of the entries that DARE keeps, and of the random adapters of the comparison.
+        head: Name of the source whose head the result has. Default: none.
+        name: Name of the result.
+        same_base: Accept adapters that name different base models.
+        progress: Callback with the arguments (stage, done, total).
+        options: Options of `read_adapter`.
+
+    Returns:
+        The merged adapter, with a comparison to its sources, to their mean, and to random adapters of equal norm.
+
+    Raises:
+        AdapterNameError: Two adapters have one name, or `head` names none of them.
+        BaseModelError, ShapeError: The adapters do not belong to one base model.
+        FormatError: An adapter has tensors that cannot be merged, such as the magnitudes of DoRA.
+        OptionError: There are fewer than two adapters, or an option is invalid.
+
+    Example:
+        >>> merged = eigenlorax.merge(["adapters/a", "adapters/b"], "ties", rank=4)
+        >>> merged.adapter.ranks
+        (4,)
+    """
+    read = [checks.read_source(source, options) for source in sources.find_adapters(adapters, **options)]
+    _check_sources(read, head, same_base)
+    weights = [1.0] * len(read) if weights is None else checked_weights(weights, read)
+    if sum(weights) == 0:
+        raise OptionError(f"the sum of the weights must not be zero, got {weights}.")
+    density = _checked_density(method, density)
+    rank = max(max(adapter.ranks) for adapter in read) if rank is None else checked_rank(rank, read)
+    modules = sorted({module for adapter in read for module in adapter.specs})
+    comparison = ComparisonBuilder(read, modules, weights, seed=to_int("seed", seed))
+    merged: dict[str, LoRAFactors] = {}
+    full_rank, whole, lost = 0, 0.0, 0.0
+    for done, module in enumerate(modules):
+        if progress is not None:
+            progress("merging", done, len(modules))
+        updates = [adapter.modules.get(module) for adapter in read]
+        method_options = MethodOptions(weights, density or 1.0, _generator(seed, module))
+        coordinates = common_coordinates(updates)
+        components = METHODS[method].merge(coordinates, method_options)
+        squares = components.values.square()
+        full_rank = max(full_rank, components.rank)
+        whole, lost = whole + float(squares.sum()), lost + float(squares[rank:].sum())
+        down, up = components.cut(rank)
+        kernel = next(update.kernel for update in updates if update is not None)
+        merged[module] = LoRAFactors(down.float(), up.float(), 1.0, kernel)
+        comparison.add(module, updates, coordinates, METHODS[method].merge, method_options, merged[module])
+    chosen = next((adapter for adapter in read if adapter.name == head), None)
+    return MergedAdapter(
+        adapter=derived_adapter(name, merged, read, head=chosen),
+        method=method,
+        weights={adapter.name: weight for adapter, weight in zip(read, weights, strict=True)},
+        density=density,
+        coordinates=METHODS[method].coordinates,
+        full_rank=full_rank,
+        cut_error=math.sqrt(lost / whole) if whole else 0.0,
+        comparison=comparison.result(),
+        heads={adapter.name: adapter.heads for adapter in read if adapter.heads},
+    )
+
+
+def _check_sources(adapters: Sequence[Adapter], head: str | None, same_base: bool) -> None:
+    """Raise the errors of `merge` for adapters that cannot be merged, or a head that none of them has."""
+    names = [adapter.name for adapter in adapters]
+    if len(names) < 2:
+        raise OptionError(f"a merge needs at least two adapters, got {len(names)}.")
+    twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
+    if twice is not None:
+        raise AdapterNameError(
+            f"adapter {twice!r} is listed twice. List it once, with a larger weight (weights, --weights); for two "
+            "adapters of one name, pass NAME=PATH."
+        )
+    if head is not None and head not in names:
+        raise AdapterNameError(f"there is no adapter {head!r} whose head could be used. There are: {', '.join(names)}.")
+    check_combinable(adapters, same_base)
+
+
+def _checked_density(method: str, density: float | None) -> float | None:
+    """Return the density of a method. Raises `OptionError` for an unknown method, or one that keeps all entries."""
+    check_choice("method", method, METHODS)
+    default = METHODS[method].density
+    if density is None:
+        return default
+    if default is None:
+        with_density = [name for name, entry in METHODS.items() if entry.density is not None]
+        raise OptionError(f"{method} keeps all entries: density is an option of {', '.join(with_density)}.")
+    number = to_float("density", density)
+    if not 0 < number <= 1:
+        raise OptionError(f"density must be above 0 and at most 1, got {number:g}.")
+    return number
+
+
+def _generator(seed: int, module: str) -> torch.Generator:
+    """Return the source of random numbers of one module, which does not depend on the other modules."""
+    digest = sha256(f"{seed}\0{module}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
