@@ -191,7 +191,7 @@ class TestArchitecture:
 
     def test_every_package_is_named(self):
         packages = [path.parent.name for path in PACKAGE.glob("*/__init__.py")]
-        assert len(packages) == 10
+        assert len(packages) >= 10
         missing = [name for name in packages if f"\n| `{name}` |" not in self.text]
         assert not missing, f"docs/architecture.md does not name {missing}"
 

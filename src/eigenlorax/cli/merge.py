@@ -31,10 +31,10 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    adapters: Annotated[
+    sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="[PACK] ADAPTER...",
+            metavar="SOURCE...",
             help="A pack and names of its adapters or versions; or adapter folders, LoRA files, URLs, Hub ids, or "
             "NAME=PATH.",
         ),
@@ -89,7 +89,7 @@ def merge(
     from ..pack import hub
     from ..pack.pack import Pack
 
-    pack = adapters[0] if hub.is_pack(adapters[0]) else None
+    pack = sources[0] if hub.is_pack(sources[0]) else None
     if add is not None and pack is None:
         raise OptionError("--add adds the merged LoRA to a pack: pass a pack as the first argument.")
     merging = {
@@ -105,11 +105,11 @@ def merge(
     with console.working("The merge") as progress:
         if pack is not None:
             opened = Pack.from_pretrained(pack, revision=revision)
-            _check_names(opened, adapters[1:], add)
-            merged = opened.merge(adapters[1:], progress=progress, **merging)
+            _check_names(opened, sources[1:], add)
+            merged = opened.merge(sources[1:], progress=progress, **merging)
         else:
-            arguments.check_adapters(adapters)
-            merged = _merge_files(adapters, merging, progress, allow_pickle=allow_pickle, revision=revision)
+            arguments.check_adapters(sources)
+            merged = _merge_files(sources, merging, progress, allow_pickle=allow_pickle, revision=revision)
         merged.save(output, overwrite=overwrite)
         record = None if add is None or pack is None else _add(pack, add, merged)
     if json:

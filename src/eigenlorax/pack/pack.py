@@ -369,8 +369,8 @@ class Pack(VersionedContents):
 
         Example:
             >>> merged = pack.merge(["a", "b"], "task-arithmetic", weights=[0.7, 0.3], rank=4)
-            >>> [round(source.kept, 1) for source in merged.comparison.sources]
-            [0.7, 0.3]
+            >>> [source.name for source in merged.comparison.sources if source.kept > 0.5]
+            ['a']
         """
         return merge_adapters([self.adapter(name) for name in name_list(names)], method, **options)
 
