@@ -40,6 +40,11 @@ class MergedAdapter:
         cut_error: Relative Frobenius error of this cut, over all modules.
         comparison: How the merge relates to its sources, to their mean, and to random adapters.
         heads: Heads, trained biases and embeddings by name of the source; these are not merged.
+
+    Example:
+        >>> merged = eigenlorax.merge(["adapters/a", "adapters/b"], "task-arithmetic", rank=6)
+        >>> merged.cut_error < 1e-6
+        True
     """
 
     adapter: Adapter
@@ -61,6 +66,10 @@ class MergedAdapter:
 
         Raises:
             PackExistsError: The folder exists.
+
+        Example:
+            >>> eigenlorax.merge(["adapters/a", "adapters/b"]).save("merged").name
+            'merged'
         """
         files = peft.to_files(self.adapter)
         for name, tensors in self.heads.items():
