@@ -92,7 +92,7 @@ def merge(
     pack = sources[0] if hub.is_pack(sources[0]) else None
     if add is not None and pack is None:
         raise OptionError("--add adds the merged LoRA to a pack: pass a pack as the first argument.")
-    merging = {
+    merging: dict[str, Any] = {
         "method": method,
         "weights": None if weights is None else _numbers(weights),
         "rank": rank,

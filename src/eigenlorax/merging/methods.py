@@ -139,7 +139,8 @@ def _nearest_orthonormal(vectors: Tensor) -> Tensor:
     """
     left, values, right = torch.linalg.svd(vectors, full_matrices=False)
     rank = numerical_rank(values, _shape(vectors)) if len(values) else 0
-    return left[:, :rank] @ right[:rank]
+    isometry: Tensor = left[:, :rank] @ right[:rank]
+    return isometry
 
 
 def _shape(matrix: Tensor) -> tuple[int, int]:
