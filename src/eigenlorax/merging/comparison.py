@@ -13,7 +13,10 @@ from .coordinates import CommonCoordinates, common_coordinates, from_core
 from .methods import Merger, MethodOptions, mean
 
 MAX_RANDOM_MODULES = 8
-"""Number of modules on which merges with random adapters are computed, since each takes one merge for each source."""
+"""Number of modules on which merges with random adapters are computed."""
+RANDOM_COST = 4e9
+"""Number of multiplications, about, that all merges with random adapters may take: each is one more merge."""
+MIN_RANDOM_MERGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ class SourceShare:
         kept: Share that the merge keeps; None if the update is zero.
         kept_by_mean: Share that the mean of the sources keeps, cut to the same rank.
         kept_among_random: Share that the method keeps of this source if all others are random adapters of the same
-            ranks and norms, on `Comparison.random_modules` modules.
+            ranks and norms, on `Comparison.random_modules` modules; None for sources of large models beyond the first.
         sign_agreement: Share of its entries in the common coordinates, weighted by magnitude, whose sign is that of
             the weighted sum. 1 if no other source outweighs it with the other sign.
     """
@@ -100,8 +103,7 @@ class ComparisonBuilder:
         n = len(adapters)
         self._names, self._weights, self._seed = [adapter.name for adapter in adapters], weights, seed
         self._n_modules = len(modules)
-        step = max(1, len(modules) // MAX_RANDOM_MODULES)
-        self._random_modules = frozenset(modules[::step][:MAX_RANDOM_MODULES])
+        self._random_pairs = _random_pairs(adapters, modules)
         self._products = torch.zeros(n, n, dtype=torch.float64)
         self._with_merge, self._with_mean = torch.zeros(2, n, dtype=torch.float64)
         self._with_random, self._random_squares = torch.zeros(2, n, dtype=torch.float64)
@@ -141,8 +143,8 @@ class ComparisonBuilder:
         self._agreeing += (magnitudes * (cores.sign() == elected)).sum((1, 2))
         self._magnitudes += magnitudes.sum((1, 2))
         self._add_overlaps(coordinates)
-        if module in self._random_modules:
-            self._add_random(module, updates, cores, merger, options, rank)
+        if places := [place for name, place in self._random_pairs if name == module]:
+            self._add_random(module, places, updates, cores, merger, options, rank)
 
     def _add_overlaps(self, coordinates: CommonCoordinates) -> None:
         """Add the overlaps of the spans of each pair of sources."""
@@ -158,18 +160,20 @@ class ComparisonBuilder:
     def _add_random(
         self,
         module: str,
+        places: Sequence[int],
         updates: Sequence[LoRAFactors | None],
         cores: Tensor,
         merger: Merger,
         options: MethodOptions,
         rank: int,
     ) -> None:
-        """Add a merge of each source with random adapters in the place of the others."""
+        """Add merges of the sources at `places` with random adapters in the place of the others."""
         random = [
             None if update is None else random_update(update, self._seed, f"{module} {place}")
             for place, update in enumerate(updates)
         ]
-        for place, update in enumerate(updates):
+        for place in places:
+            update = updates[place]
             self._random_squares[place] += cores[place].square().sum()
             if update is not None:
                 coordinates = common_coordinates([*random[:place], update, *random[place + 1 :]])
@@ -208,8 +212,22 @@ class ComparisonBuilder:
             norm=math.sqrt(self._merge_square),
             mean_norm=math.sqrt(self._mean_square),
             modules=self._n_modules,
-            random_modules=len(self._random_modules),
+            random_modules=len({module for module, _ in self._random_pairs}),
         )
+
+
+def _random_pairs(adapters: Sequence[Adapter], modules: Sequence[str]) -> list[tuple[str, int]]:
+    """Return the modules and places of sources for which merges with random adapters are computed.
+
+    All sources on several modules, or as many as `RANDOM_COST` allows, so that they do not take longer than the merge.
+    """
+    specs = [adapter.specs[module] for adapter in adapters for module in adapter.specs]
+    rows = sum(max(adapter.ranks, default=0) for adapter in adapters)
+    cost = rows**2 * max((spec.in_features + spec.out_features for spec in specs), default=1)
+    step = max(1, len(modules) // MAX_RANDOM_MODULES)
+    sampled = modules[::step][:MAX_RANDOM_MODULES]
+    pairs = [(module, place) for module in sampled for place in range(len(adapters))]
+    return pairs[: max(MIN_RANDOM_MERGES, int(RANDOM_COST / max(cost, 1)))]
 
 
 def random_update(update: LoRAFactors, seed: int, label: str) -> LoRAFactors:
