@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    from harness import drawing, generation, jobs, language, recycled, same_bytes, text, vision
+    from harness import drawing, generation, jobs, language, merging, recycled, same_bytes, text, vision
 
     experiments = {
         "text": {**text.STAGES, "recycled": recycled.jobs, "sized": recycled.sized},
@@ -25,6 +25,7 @@ def main() -> int:
             "generation-rates": generation.rates,
             "generation": generation.targets,
         },
+        "merging": merging.STAGES,
         "vision": vision.STAGES,
         "diffusion": drawing.STAGES,
         "bytes": same_bytes.STAGES,

@@ -13,7 +13,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAGES = (*(ROOT / "docs" / f"{name}.md" for name in ("results", "images", "tuner", "bytes")), ROOT / "README.md")
+PAGES = (
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "images", "tuner", "bytes", "merging")),
+    ROOT / "README.md",
+)
 GRID = ROOT / "docs" / "images-grid.webp"
 
 
@@ -23,6 +26,7 @@ def main() -> int:
         drawing_tables,
         head_tables,
         language_tables,
+        merging,
         pages,
         population_tables,
         record,
@@ -44,7 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     configs = {
         name: tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
-        for name in ("text", "language", "vision", "diffusion", "bytes", "tasks")
+        for name in ("text", "language", "vision", "diffusion", "bytes", "tasks", "merging")
     }
     if options.grid:
         drawing_tables.grid(configs["diffusion"], GRID)
@@ -58,6 +62,7 @@ def main() -> int:
         **drawing_tables.blocks(configs["diffusion"]),
         **same_bytes_tables.blocks(configs["bytes"]),
         **task_tables.blocks(configs["tasks"]),
+        **merging.blocks(configs["merging"]),
         **head_tables.blocks(),
         **population_tables.blocks(),
     }
