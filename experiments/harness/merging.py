@@ -192,7 +192,7 @@ def groups_table(config: Json) -> str:
     return (
         f"{table(header, rows)}\n\nAccuracy on each task of a group, with its own head, as a share of that of its own "
         f"adapter; mean over tasks and {len(config['groups']['draws'])} groups of each size, {recipe['test_rows']} "
-        f"test rows a task, merges of rank {recipe['rank']} but for those on weights. The scale of a merge is the best of "
-        f"{', '.join(map(str, recipe['scales']))} on {recipe['development_rows']} training rows a task. "
+        f"test rows a task, merges of rank {recipe['rank']} but for those on weights. The scale of a merge is the best "
+        f"of {', '.join(map(str, recipe['scales']))} on {recipe['development_rows']} training rows a task. "
         f"{records.source_line('merging/groups')}"
     )
