@@ -107,6 +107,7 @@ NOT_KILLED = {
     "log": "reads",
     "diff": "writes one file as `report` does",
     "evaluate": "reads",
+    "find": "writes into the user's cache alone, one file at a time",
     "serve-check": "reads",
     "env": "reads",
     "push": "writes on the Hub alone, by one request",

@@ -18,6 +18,7 @@ from eigenlorax.cli.main import IO_ERROR
 from eigenlorax.core import subspace, update_changes
 from eigenlorax.fitting import refit
 from eigenlorax.pack import history, history_figures, manifest, prune, record, summary, track
+from eigenlorax.search import match
 from eigenlorax.serving.vllm import checking, plan
 from eigenlorax.train import (
     comparison_summary,
@@ -161,6 +162,7 @@ class TestCommandLine:
             (figures.ClassificationFigures, "`eigenlorax evaluate`"),
             (figures.LanguageModelFigures, "`eigenlorax evaluate`"),
             (method_comparison.ComparisonResult, "`eigenlorax compare`"),
+            (match.Match, "`eigenlorax find`"),
             (comparison_summary.MethodSummary, "`eigenlorax compare`"),
             (comparison_summary.Difference, "`eigenlorax compare`"),
             (comparison_summary.MethodRun, "`eigenlorax compare`"),

@@ -79,6 +79,8 @@ CALLS = {
     "metric of evaluate": "from eigenlorax.train import metrics\nmetrics.find('evaluate:f1', 2, [0, 1])",
     "saved rows": "from eigenlorax.train import data\ndata.read(Path('saved'))",
     "VersionCallback": "ex.VersionCallback",
+    "find by words": "ex.TextIndex.from_pack(pack)",
+    "find by loss": "ex.rank_by_loss(pack, rows, task='causal-lm')",
     "report": "ex.report(pack, adapters)",
     "page": "from eigenlorax.reports import write\nwrite(ex.report(pack), Path('report.html'))",
     "ray": "ex.fit(adapters, n_components=4, engine='ray')",
@@ -86,7 +88,7 @@ CALLS = {
     "bank": "layer = torch.nn.ModuleDict({'query': torch.nn.Linear(5, 4)})\n"
     "ex.AdapterBank(torch.nn.ModuleDict({'layer': layer}), pack)",
 }
-ON_MODELS = [*list(CALLS)[:9], "demo", "VersionCallback"]
+ON_MODELS = [*list(CALLS)[:9], "demo", "VersionCallback", "find by loss"]
 FAIL = {
     "peft": ON_MODELS,
     "transformers": [*ON_MODELS, "serve-check"],
@@ -96,6 +98,7 @@ FAIL = {
     "datasets": ["saved rows"],
     "sklearn": ["metric of scikit-learn"],
     "evaluate": ["metric of evaluate"],
+    "bm25s": ["find by words"],
     "scipy": ["report", "page"],
     "matplotlib": ["page"],
     "ray": ["ray"],

@@ -25,8 +25,12 @@ if TYPE_CHECKING:
     from .pack.summary import Summary
     from .pack.track import track
     from .reports import Report, report
+    from .search.match import Match
+    from .search.similarity_index import SimilarityIndex
+    from .search.text_index import TextIndex
     from .serving.bank import AdapterBank
     from .serving.diffusers import load_into
+    from .train.row_search import rank_by_loss
     from .train.version_callback import VersionCallback
     from .tuner import EigenLoraxConfig, EigenLoraxModel
 
@@ -38,12 +42,15 @@ _DEFINED_IN = {
     "EigenLoraxModel": "tuner",
     "EigenloraxError": "errors",
     "LoRAFactors": "core.adapter",
+    "Match": "search.match",
     "MergedAdapter": "merging.merge",
     "Pack": "pack.pack",
     "Refit": "fitting.refit",
     "Report": "reports",
+    "SimilarityIndex": "search.similarity_index",
     "Subspace": "core.subspace",
     "Summary": "pack.summary",
+    "TextIndex": "search.text_index",
     "VersionCallback": "train.version_callback",
     "combine": "merging.algebra",
     "fit": "fitting.fit",
@@ -54,6 +61,7 @@ _DEFINED_IN = {
     "orthogonalize": "merging.algebra",
     "project_out": "merging.algebra",
     "random_pack": "pack.random_pack",
+    "rank_by_loss": "train.row_search",
     "read_adapter": "formats",
     "refit": "fitting.refit",
     "report": "reports",
@@ -70,12 +78,15 @@ __all__ = [
     "EigenLoraxModel",
     "EigenloraxError",
     "LoRAFactors",
+    "Match",
     "MergedAdapter",
     "Pack",
     "Refit",
     "Report",
+    "SimilarityIndex",
     "Subspace",
     "Summary",
+    "TextIndex",
     "VersionCallback",
     "__version__",
     "combine",
@@ -87,6 +98,7 @@ __all__ = [
     "orthogonalize",
     "project_out",
     "random_pack",
+    "rank_by_loss",
     "read_adapter",
     "refit",
     "report",

@@ -88,6 +88,7 @@ def test_the_verbs_are_these():
         "train",
         "evaluate",
         "compare",
+        "find",
         "track",
         "log",
         "diff",

@@ -348,6 +348,8 @@ VERBS = (
     "remove pack a",
     "augment pack --n-extra 1 --seed 3 -o out",
     "refit pack -k 2 -o out",
+    "find pack words",
+    "find pack --like one",
     "add pack one",
     "add pack one --extend 1",
     "fit one -o out -k 2 --no-report",
@@ -363,6 +365,7 @@ OF_HISTORIES = (
     "prune pack run --keep-last 1",
     "prune pack exact --keep-every 2 --json",
     "remove pack run@20",
+    "find pack run --json",
     "restore pack exact@3 -o out",
 )
 """Verbs of a pack with the histories `run` and `exact`, the latter of which has lossless versions."""

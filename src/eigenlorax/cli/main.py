@@ -32,6 +32,7 @@ VERBS = (
     "train",
     "evaluate",
     "compare",
+    "find",
     "track",
     "log",
     "diff",

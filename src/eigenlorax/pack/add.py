@@ -135,12 +135,36 @@ def _read(source: AdapterSource, pack: PackContents, options: AddOptions) -> Sca
             f"The pack already has {kind} named {adapter.name!r}. Give the new one another name "
             "(NAME=PATH, name=), or remove the old one first."
         )
+    scanned = scan_for_pack(adapter, pack, same_base=options.same_base, carry_missing=options.carry_missing)
+    if not scanned.subspace_names and adapter.specs:
+        warnings.warn(
+            f"Adapter {adapter.name!r} has no module in common with the pack, such as {min(pack.info.modules)!r}. All "
+            "of it is stored unchanged. If it belongs to another base model, fit it in a pack of its own.",
+            NothingSharedWarning,
+            stacklevel=6,
+        )
+    return scanned
+
+
+def scan_for_pack(adapter: Adapter, pack: PackContents, *, same_base: bool, carry_missing: bool) -> ScannedAdapter:
+    """Scan an adapter, after a check that it belongs to the base model of a pack.
+
+    Args:
+        adapter: The adapter.
+        pack: The pack.
+        same_base: True to accept an adapter that names another base model.
+        carry_missing: True to accept modules that the subspace lacks.
+
+    Raises:
+        BaseModelError, ModuleNameError, ShapeError: The adapter does not belong to the pack.
+        NonFiniteError: The adapter has NaN or infinity.
+    """
     if adapter.subspace is None or adapter.subspace not in pack.info.lineage:
         present = StatedBase("the pack", pack.base_model, pack.revision)
-        checks.check_one_base([present, StatedBase.of(adapter)], options.same_base)
+        checks.check_one_base([present, StatedBase.of(adapter)], same_base)
     widths = ((module, sides["down"].dimension) for module, sides in pack.info.modules.items())
     checks.check_family(adapter, widths)
-    subspace_names = _match_modules(adapter, pack.info, options.carry_missing)
+    subspace_names = _match_modules(adapter, pack.info, carry_missing)
     return ScannedAdapter(adapter, checks.scan(adapter), subspace_names)
 
 
@@ -155,13 +179,6 @@ def _match_modules(adapter: Adapter, info: SubspaceInfo, carry_missing: bool) ->
             "pack again with this adapter among the sources."
         )
     subspace_names = {module: name for module, name in matches.items() if name is not None}
-    if missing and not subspace_names:
-        warnings.warn(
-            f"Adapter {adapter.name!r} has no module in common with the pack, such as {min(info.modules)!r}. All of it "
-            "is stored unchanged. If it belongs to another base model, fit it in a pack of its own.",
-            NothingSharedWarning,
-            stacklevel=7,
-        )
     for module, name in subspace_names.items():
         sides, spec = info.modules[name], adapter.specs[module]
         expected = sides["up"].dimension, sides["down"].dimension

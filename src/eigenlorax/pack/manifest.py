@@ -271,7 +271,8 @@ class Manifest:
     @property
     def needed(self) -> dict[str, Entry]:
         """Entries of all adapters whose files are read: `adapters`, and parents that were not selected."""
-        return self.adapters | self.unlisted
+        # copied only where it must be: it is looked up for each adapter that is read
+        return self.adapters | self.unlisted if self.unlisted else self.adapters
 
     def select(self, names: Collection[str]) -> "Manifest":
         """Return the manifest with only these adapters and histories; `AdapterNameError` for an unknown name.
@@ -311,10 +312,12 @@ def check_listed(name: str, adapters: Collection[str], histories: Mapping[str, H
         adapters: Names of the pack's adapters.
         histories: Its histories, by name.
     """
+    if name in adapters or name in histories:
+        return
     kinds = {"adapter": adapters, "history": histories}
     kind = " or ".join(kind for kind, known in kinds.items() if known) or "adapter"
     versions = [history + keys.VERSION_MARK + name for history in histories if name in histories[history]]
-    if versions and name not in adapters and name not in histories:
+    if versions:
         shown = " or ".join(map(repr, versions[:3]))
         raise AdapterNameError(
             f"no {kind} named {name!r} in the pack. To name a version, pass its history too: {shown}."

@@ -79,7 +79,7 @@ class VersionLoader:
         """
         compared = [version for version in versions if version != ORIGINAL]
         shares_base = _leaves_base_unchanged(versions[ORIGINAL])
-        for group in [compared] if shares_base else [[version] for version in compared]:
+        for group in [compared] if shares_base or not compared else [[version] for version in compared]:
             with tempfile.TemporaryDirectory() as temporary:
                 folders = {
                     version: formats.write_adapter(versions[version], Path(temporary) / str(index))
