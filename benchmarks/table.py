@@ -14,6 +14,7 @@ import bytes_tables
 import coded_fit_tables
 import error_tables
 import file_bytes_tables
+import find_tables
 import growth_tables
 import history_tables
 import measured
@@ -32,6 +33,7 @@ BYTES, CORES, HISTORIES, PROFILE, CODED_FIT, GROWTH, FILE_BYTES = (
     RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile", "coded_fit", "growth", "file_bytes")
 )
 TRAINING_MEMORY = RESULTS / "training_memory.json"
+FIND = RESULTS / "find.json"
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -64,6 +66,7 @@ def main() -> int:
             json.loads(CODED_FIT.read_text(encoding="utf-8"))
         ),
         (docs / "benchmarks.md", "growth"): growth_tables.markdown(json.loads(GROWTH.read_text(encoding="utf-8"))),
+        (docs / "find.md", "results"): find_tables.markdown(json.loads(FIND.read_text(encoding="utf-8"))),
         (docs / "histories.md", "results"): history_tables.page(histories),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (docs / "bytes.md", "file-bytes"): file_bytes_tables.markdown(

@@ -55,7 +55,8 @@ class SideSketch:
             # a basis without components; not every FFT library takes empty batches
             return torch.zeros(*rows.shape[:-1], WIDTH // 2 + 1, dtype=torch.complex64)
         counted = torch.zeros(*rows.shape[:-1], WIDTH)
-        return torch.fft.rfft(counted.index_add_(-1, self.buckets, rows.float() * self.signs))
+        spectra: Tensor = torch.fft.rfft(counted.index_add_(-1, self.buckets, rows.float() * self.signs))
+        return spectra
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ class Sketcher:
             return SideSketch.of(module, side, rows.shape[2]).spectra(rows)
         # a real matrix times pairs of real numbers: half the time of a complex product
         parts = torch.view_as_real(self.components[module, side]).flatten(1)
-        return torch.view_as_complex((rows.float() @ parts).unflatten(2, (-1, 2)).contiguous())
+        products = rows.float() @ parts
+        return torch.view_as_complex(products.view(*products.shape[:2], -1, 2))
 
 
 def sketch_factors(factors: Mapping[str, LoRAFactors]) -> Tensor:
