@@ -18,9 +18,9 @@ def markdown(result: Json) -> str:
     header = ("query", "ms, median", "ms, processor", "index made, s", "from the cache, s", "best ten found")
     where, (n_out, n_in) = result["environment"], result["shape"]
     return (
-        f"{table(header, rows)}\n\n{result['adapters']:,} planted adapters, {result['modules']} modules {n_out} × {n_in}, "
-        f"r = {result['rank']}, in a pack of k = {result['k']}. To open the pack takes {seconds(result['open_manifest'])} "
-        "s more. Seconds are of the processor. "
+        f"{table(header, rows)}\n\n{result['adapters']:,} planted adapters, {result['modules']} modules "
+        f"{n_out} × {n_in}, r = {result['rank']}, in a pack of k = {result['k']}. To open the pack takes "
+        f"{seconds(result['open_manifest'])} s more. Seconds are of the processor. "
         f"`python benchmarks/find.py`; {where['processor']}, one thread, torch {where['torch']}, load at the start "
         f"{result['load_at_start']:.1f}."
     )
