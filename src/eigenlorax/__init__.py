@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .search.text_index import TextIndex
     from .serving.bank import AdapterBank
     from .serving.diffusers import load_into
+    from .serving.routing import Router
     from .train.row_search import rank_by_loss
     from .train.version_callback import VersionCallback
     from .tuner import EigenLoraxConfig, EigenLoraxModel
@@ -47,6 +48,7 @@ _DEFINED_IN = {
     "Pack": "pack.pack",
     "Refit": "fitting.refit",
     "Report": "reports",
+    "Router": "serving.routing",
     "SimilarityIndex": "search.similarity_index",
     "Subspace": "core.subspace",
     "Summary": "pack.summary",
@@ -83,6 +85,7 @@ __all__ = [
     "Pack",
     "Refit",
     "Report",
+    "Router",
     "SimilarityIndex",
     "Subspace",
     "Summary",

@@ -1,6 +1,7 @@
 """`AdapterBank`: any number of adapters of one pack on one model."""
 
 import copy
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from ...core import int8_rows, keys
 from ...core.adapter import Adapter
 from ...core.coefficients import pad_coefficients
 from ...core.layer_update import without_autograd
-from ...core.options import name_list, to_int
+from ...core.options import name_list, to_float, to_int
 from ...core.subspace import Subspace
 from ...errors import WARN_ABOVE, AdapterNameError, OptionError
 from ...formats import checks
@@ -28,6 +29,7 @@ from . import requests
 from .bank_adapter import BankAdapter, BankStorage, check_none_carried, check_not_carried
 from .heads import Heads, make_heads, tensor_names
 from .hooks import HeadHook, UpdateHook, device_of
+from .mixtures import plan_mixture
 from .modules import check_kernel, check_not_compiled, match_modules, match_version
 from .requests import RequestPlan, RunningPlan, current_plan
 from .versions import BankVersions, as_residual
@@ -211,13 +213,13 @@ class AdapterBank:
             self._default, self._default_adapter = name, adapter
             self._default_plan = requests.plan_single(adapter, self._dtype)
 
-    def using(self, adapter_names: str | Sequence[str]) -> AbstractContextManager[None]:
+    def using(self, adapter_names: str | Sequence[str | None]) -> AbstractContextManager[None]:
         """Return a context manager in which the current thread or task runs with these adapters.
 
         Args:
-            adapter_names (`str` or `Sequence[str]`):
-                One adapter for all rows, or one per row. "__base__" is the base model. The adapters are looked up when
-                this is called, not when the context is entered.
+            adapter_names (`str` or `Sequence[str | None]`):
+                One adapter for all rows, or one per row. "__base__", or None in a list, is the base model. The adapters
+                are looked up when this is called, not when the context is entered.
 
         Raises:
             AdapterNameError: The bank has no adapter of a name.
@@ -229,7 +231,44 @@ class AdapterBank:
         """
         return RunningPlan(self, self._make_plan(adapter_names))
 
-    def __call__(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def mixing(
+        self, adapter_names: str | Sequence[str] | None = None, *, top: int = 3, temperature: float = 1.0
+    ) -> AbstractContextManager[None]:
+        """Return a context manager in which each token uses a mixture of adapters in each module (Arrow).
+
+        The score of an adapter is |x·v|, with the input x of the module and the adapter's prototype v, the leading
+        right singular vector of its update of the module. The `top` adapters with the largest scores are weighted by
+        the softmax of score / temperature (arXiv 2405.11157). Ranks may differ. Heads are those of the model.
+
+        Args:
+            adapter_names (`str` or `Sequence[str]`, *optional*):
+                The adapters to mix, looked up when this is called. By default all of the bank, without versions.
+            top (`int`):
+                Number of adapters that each token mixes, at most the number of adapters. Defaults to 3.
+            temperature (`float`):
+                Divisor of the scores, above 0. Large numbers give equal weights. Defaults to 1.
+
+        Raises:
+            AdapterNameError: The bank has no adapter of a name.
+            OptionError: There is no adapter to mix, or `top` or `temperature` is outside its range.
+
+        Example:
+            >>> with bank.mixing(["a0", "a1", "a2"], top=2):
+            ...     output = model(torch.tensor([[3, 4], [5, 6]]))
+        """
+        names = self.names if adapter_names is None else list(dict.fromkeys(name_list(adapter_names)))
+        top, temperature = to_int("top", top), to_float("temperature", temperature)
+        if not 1 <= top <= max(len(names), 1):
+            raise OptionError(f"top must be at least 1 and at most the number of adapters, {len(names)}; got {top}.")
+        if not 0 < temperature < math.inf:
+            raise OptionError(f"temperature must be a finite number above 0, got {temperature:g}.")
+        adapters = [adapter for adapter in map(self._adapter, names) if adapter is not None]
+        if not names or len(adapters) < len(names):
+            raise OptionError(f"mixing needs adapters, got {names}. The base model has no update to mix.")
+        bases = {hook.subspace_name: hook.bases for hook in self._update_hooks.values()}
+        return RunningPlan(self, plan_mixture(adapters, bases, top=top, temperature=temperature, dtype=self._dtype))
+
+    def __call__(self, *args: Any, adapter_names: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """Call the model with these adapters; see `using`.
 
         Default: the adapters of the current request, or else the adapter of `set_adapter`.
@@ -237,13 +276,13 @@ class AdapterBank:
         with self._request() if adapter_names is None else self.using(adapter_names):
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, adapter_names: str | Sequence[str | None] | None = None, **kwargs: Any) -> Any:
         """Call `model.generate` with one adapter for all rows of the input, or one per row, beams included.
 
         Args:
             args, kwargs:
                 Arguments of `model.generate`.
-            adapter_names (`str` or `Sequence[str]`, *optional*):
+            adapter_names (`str` or `Sequence[str | None]`, *optional*):
                 One adapter for all rows, or one per row. By default the adapters of the current request.
 
         Raises:
@@ -392,7 +431,7 @@ class AdapterBank:
         """Continue the current request, or begin one with the default adapter."""
         return RunningPlan(self, self._plan())
 
-    def _make_plan(self, adapter_names: str | Sequence[str], repeats: tuple[int, ...] = (1,)) -> RequestPlan:
+    def _make_plan(self, adapter_names: str | Sequence[str | None], repeats: tuple[int, ...] = (1,)) -> RequestPlan:
         if isinstance(adapter_names, str):
             return requests.plan_single(self._adapter(adapter_names), self._dtype)
         # not under the lock, because a version may be read from disk

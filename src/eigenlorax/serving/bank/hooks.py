@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...core import convolution, int8_rows
 from ...core.int8_rows import BasisRows
 from ...core.layer_update import LayerBases, add_grouped_update, add_update
+from ...core.token_mixture import add_mixture
 from ...errors import OptionError, ShapeError
 from .heads import apply_heads
 from .requests import RequestPlan
@@ -102,19 +103,25 @@ class UpdateHook(ModuleHook):
         plan = self.plan()
         plan.check_rows(x, self.name)
         coefficients = plan.coefficients.get(self.subspace_name)
-        if coefficients is None:
+        mixture = plan.mixtures.get(self.subspace_name)
+        if coefficients is None and mixture is None:
             return output
-        groups = plan.groups
-        if coefficients.down.device != x.device or self.bases.down.device != x.device:
-            # the model was moved after the request began
+        if self.bases.down.device != x.device:
+            # the model was moved after the bank was made
             self.bases = self.bases.to(x.device)
-            coefficients = coefficients.to(x.device)
-            groups = groups.to(x.device) if groups is not None else None
         layer = self.bases.convolution
         if layer is not None and x.dim() != 2 + len(layer.kernel_size):
             raise ShapeError(
                 f"module {self.name} got an input of shape {tuple(x.shape)}: the bank serves batches. Pass x[None]."
             )
+        if mixture is not None:
+            return add_mixture(output, x, self.bases, mixture.to(x.device))
+        assert coefficients is not None
+        groups = plan.groups
+        if coefficients.down.device != x.device:
+            # the model was moved after the request began
+            coefficients = coefficients.to(x.device)
+            groups = groups.to(x.device) if groups is not None else None
         if groups is None:
             return add_update(output, x, self.bases, coefficients, in_place=in_place)
         return add_grouped_update(output, x, self.bases, coefficients, groups, in_place=in_place)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...core.layer_update import LayerCoefficients, LayerResidual, without_autograd
 from ...core.row_groups import RowGroups, group_rows
+from ...core.token_mixture import LayerMixture
 from ...errors import ShapeError
 from .bank_adapter import BankAdapter, Layout
 
@@ -138,6 +139,7 @@ class RequestPlan:
         groups: Groups of rows with the same adapter; None if all rows have the same one.
         rows: Number of batch rows; None for any number.
         repeats: How often each row may occur, for beam search.
+        mixtures: Mixtures of adapters by module name in the subspace, of a request in which each token mixes them.
     """
 
     coefficients: Mapping[str, LayerCoefficients] = field(default_factory=dict)
@@ -145,6 +147,7 @@ class RequestPlan:
     groups: RowGroups | None = None
     rows: int | None = None
     repeats: tuple[int, ...] = (1,)
+    mixtures: Mapping[str, LayerMixture] = field(default_factory=dict)
 
     def check_rows(self, x: Tensor, module: str) -> None:
         """Raise `ShapeError` if the input of a module does not have one row for each adapter that was named."""
