@@ -22,11 +22,11 @@ from .calibration import (
     choose_threshold,
     choose_weights,
     combine,
-    confidence,
     fit_temperature,
 )
 from .centroids import Centroids, fit_centroids
 from .classifier import LinearClassifier, fit_classifier
+from .decisions import decide, routing_figures
 from .encoder import Embed, TextEncoder, make_encoder, unit_embeddings
 from .prototypes import PackPrototypes, pack_prototypes
 from .router_file import FORMAT_VERSION, RouterFields, RouterState
@@ -232,7 +232,7 @@ class Router:
         kind, threshold = choose_threshold(scores, combined, owners, base, target)
         self._standardisation = standardisation
         self._calibration = Calibration(temperatures, weights, kind, threshold)
-        return self._figures(scores, owners, None if base is None else base[0])
+        return routing_figures(scores, owners, None if base is None else base[0], self._calibration)
 
     def evaluate(self, rows: Mapping[str, Sequence[str]], base_rows: Sequence[str] | None = None) -> RoutingFigures:
         """Return the figures of the router, and of each of its signals alone, on texts whose adapters are known.
@@ -255,7 +255,7 @@ class Router:
         texts, owners = self._labelled(rows)
         base_texts = None if base_rows is None else check_texts(base_rows, "base_rows")
         base = None if base_texts is None else self._scores(base_texts, signals)
-        return self._figures(self._scores(texts, signals), owners, base)
+        return routing_figures(self._scores(texts, signals), owners, base, self._calibration)
 
     def route(self, texts: str | Sequence[str], *, top: int = 1) -> list[Route]:
         """Return the route of each text: an adapter, or None for the base model.
@@ -279,11 +279,11 @@ class Router:
             )
         found = check_texts(name_list(texts) if isinstance(texts, str) else texts, "texts", allows_blank=True)
         signals = self._check_signals(self._used_signals())
-        routes = [Route(None, -math.inf, {}, "abstains: the text is blank")] * len(found)
+        routes = [Route(None, -math.inf, {}, "abstains: the text is blank") for _ in found]
         filled = [number for number, text in enumerate(found) if text.strip()]
         if filled:
             scores = self._scores([found[number] for number in filled], signals)
-            for number, route in zip(filled, self._routes(scores, top), strict=True):
+            for number, route in zip(filled, decide(scores, self._calibration).routes(self._names, top), strict=True):
                 routes[number] = route
         return routes
 
@@ -443,55 +443,3 @@ class Router:
         if cosines is not None:
             scores["prototypes"] = prototype_scores(cosines, self._pack_prototypes().has_module(), standardisation)
         return scores
-
-    def _combine(self, scores: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return log probabilities, (rows, adapters), and the confidence in the best adapter, (rows,)."""
-        if self._calibration is None:
-            first = self.signals[0]
-            combined = combine(scores, {first: 1.0}, {first: 1.0})
-            return combined, confidence(scores, combined, first)
-        combined = combine(scores, self._calibration.temperatures, self._calibration.weights)
-        return combined, confidence(scores, combined, self._calibration.confidence)
-
-    def _threshold(self) -> float:
-        return -math.inf if self._calibration is None else self._calibration.threshold
-
-    def _routes(self, scores: Mapping[str, Tensor], top: int) -> list[Route]:
-        combined, confidences = self._combine(scores)
-        largest, indices = combined.exp().topk(top, dim=1)
-        used = "+".join(self.signals[:1] if self._calibration is None else self._calibration.weights)
-        routes = []
-        for row, value in enumerate(confidences.tolist()):
-            names = [self._names[index] for index in indices[row].tolist()]
-            is_routed = value >= self._threshold()
-            if self._calibration is None:
-                reason = f"{used}: {value:.3f}; not calibrated, so that it never abstains"
-            else:
-                relation = "is at least" if is_routed else "is below"
-                kind, threshold = self._calibration.confidence, self._calibration.threshold
-                reason = f"{used}: {'' if is_routed else 'abstains, '}{kind} {value:.3f} {relation} {threshold:.3f}"
-            probabilities = dict(zip(names, largest[row].tolist(), strict=True))
-            routes.append(Route(names[0] if is_routed else None, value, probabilities, reason))
-        return routes
-
-    def _figures(
-        self, scores: Mapping[str, Tensor], owners: Tensor, base_scores: Mapping[str, Tensor] | None
-    ) -> RoutingFigures:
-        combined, confidences = self._combine(scores)
-        right, routed = combined.argmax(1) == owners, confidences >= self._threshold()
-        false_accepts = None
-        if base_scores is not None:
-            false_accepts = _share(self._combine(base_scores)[1] >= self._threshold())
-        return RoutingFigures(
-            rows=len(owners),
-            signals={signal: _share(each.argmax(1) == owners) for signal, each in scores.items()},
-            accuracy=_share(right),
-            routed_right=_share(right & routed),
-            abstentions=_share(~routed),
-            base_rows=0 if base_scores is None else len(next(iter(base_scores.values()))),
-            false_accepts=false_accepts,
-        )
-
-
-def _share(values: Tensor) -> float:
-    return float(values.double().mean())
