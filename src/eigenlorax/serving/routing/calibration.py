@@ -197,7 +197,7 @@ def _best_threshold(
     values: Tensor, right: Tensor, base_values: Tensor, target: AbstentionTarget
 ) -> tuple[float, float] | None:
     """Return the value of the best threshold for a target, and the threshold; None if it is not reached."""
-    distinct = torch.cat([values, base_values]).unique()
+    distinct = torch.tensor(sorted({*values.tolist(), *base_values.tolist()}), dtype=values.dtype)
     # the smallest value routes all rows; the others lie in the middle of two values
     thresholds = torch.cat([distinct[:1], (distinct[1:] + distinct[:-1]) / 2])
     routed = values >= thresholds[:, None]

@@ -123,7 +123,7 @@ def _check(state: RouterState, path: Path) -> None:
     is_valid = bool(state.fields.adapters)
     if state.centroids is not None:
         centres, owners = state.centroids.centres, state.centroids.owners
-        is_valid &= centres.dim() == 2 and owners.shape == centres.shape[:1] and owners.unique().tolist() == [*range(n)]
+        is_valid &= centres.dim() == 2 and owners.shape == centres.shape[:1] and {*owners.tolist()} == {*range(n)}
     if state.classifier is not None:
         weight, bias = state.classifier.weight, state.classifier.bias
         is_valid &= weight.dim() == 2 and len(weight) == n and bias.shape == weight.shape[:1]
