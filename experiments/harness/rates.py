@@ -9,8 +9,8 @@ from .jobs import Job
 NEAR = 0.005
 """Difference of scores within which `steadiest` prefers a lower learning rate."""
 
-FIRST_RATES = 4
-"""Number of rates that every method starts with, where `best` chooses. One more is tried beyond an edge that wins."""
+MOST_RATES = 5
+"""Largest number of rates of a method, where `best` chooses. Further ones are tried beyond an edge that wins."""
 
 
 def means(jobs: Iterable[Job]) -> dict[float, float]:
@@ -34,9 +34,9 @@ def best(means: Mapping[float, float]) -> float:
 
 
 def check_edges(name: str, means: Mapping[float, float]) -> None:
-    """Exit if the best of a method's first rates is the lowest or the highest of them, and no further one was tried."""
+    """Exit if the best of a method's rates is the lowest or the highest, and further ones may be tried."""
     ordered = sorted(means)
-    if len(ordered) <= FIRST_RATES and best(means) in (ordered[0], ordered[-1]):
+    if len(ordered) < MOST_RATES and best(means) in (ordered[0], ordered[-1]):
         raise SystemExit(
             f"{name}: the best of its rates {', '.join(f'{rate:g}' for rate in ordered)} is {best(means):g}, at the "
             "edge. Add one rate beyond it to the config, and run the stage rates again."

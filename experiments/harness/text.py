@@ -396,7 +396,8 @@ def ablation(config: Json) -> Iterator[Job]:
 def cells(config: Json, stage: str) -> Iterator[Job]:
     """Yield a stage of cells, each of which says how it is trained, and at which rate."""
     spec = config[stage]
-    for name, method in spec["cells"].items():
+    for name, cell in spec["cells"].items():
+        method = {**cell, "recipe": {**spec.get("recipe", {}), **cell.get("recipe", {})}}
         for seed in spec["seeds"]:
             for task in spec["tasks"]:
                 yield target(config, stage, name, method, task, seed, method["learning_rate"])

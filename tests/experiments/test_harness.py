@@ -355,7 +355,7 @@ def test_macro_f1_and_rank_correlation():
     assert metrics.spearman(np.array([[1.0], [2.0], [9.0]]), np.array([0.0, 4.0, 5.0])) == pytest.approx(1.0)
 
 
-def test_a_rate_at_the_edge_of_the_first_ones_is_an_error():
+def test_a_rate_at_the_edge_is_an_error_until_five_were_tried():
     means = {0.1: 0.5, 0.2: 0.6, 0.4: 0.6, 0.8: 0.4}
     assert rates.best(means) == 0.2
     rates.check_edges("some", means)
