@@ -75,10 +75,10 @@ def main() -> int:
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
         (ROOT / "README.md", "sharing"): sharing_table(demo),
         (ROOT / "README.md", "results"): figures_table(run, demo),
-        (docs / "tuner.md", "memory"): training_memory_tables.markdown(
+        (docs / "training-memory.md", "memory"): training_memory_tables.markdown(
             json.loads(TRAINING_MEMORY.read_text(encoding="utf-8"))
         ),
-        (docs / "tuner.md", "results"): tuner_table(tuner),
+        (docs / "training-memory.md", "results"): tuner_table(tuner),
         (docs / "diffusion.md", "sdxl"): sdxl_table(sdxl),
         (docs / "vllm.md", "serving-bytes"): vllm_tables.computed_bytes(vllm),
         (docs / "vllm.md", "serving-speed"): vllm_tables.speed(vllm),
