@@ -1,6 +1,6 @@
-"""Write the tables and plots of the docs and the README from results/, or check that they are up to date.
+"""Write the tables of the docs and the README from results/, or check that they are up to date.
 
-python experiments/tables.py --write     # tables between markers, and plots
+python experiments/tables.py --write     # tables between markers
 python experiments/tables.py --check     # exits with 1 where a page has other tables
 python experiments/tables.py --grid      # the pictures of docs/images.md
 """
@@ -34,7 +34,6 @@ def main() -> int:
         recycled_tables,
         same_bytes_tables,
         task_tables,
-        text_tables,
         vision_tables,
     )
 
@@ -54,7 +53,6 @@ def main() -> int:
         drawing_tables.grid(configs["diffusion"], GRID)
         return 0
     blocks: dict[str, Callable[[], str]] = {
-        **text_tables.blocks(configs["text"]),
         **cell_tables.blocks(configs["text"]),
         **recycled_tables.blocks(configs["text"]),
         **language_tables.blocks(configs["language"]),
@@ -77,8 +75,6 @@ def main() -> int:
             stale.append(page.relative_to(ROOT).as_posix())
             if options.write:
                 page.write_text(fresh, "utf-8")
-    if options.write:
-        text_tables.plots(configs["text"], ROOT / "docs" / "results")
     if stale:
         print(f"{', '.join(stale)}: {'written' if options.write else 'not the tables of the results'}")
     if stale and options.check:

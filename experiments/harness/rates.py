@@ -41,7 +41,3 @@ def check_edges(name: str, means: Mapping[float, float]) -> None:
             f"{name}: the best of its rates {', '.join(f'{rate:g}' for rate in ordered)} is {best(means):g}, at the "
             "edge. Add one rate beyond it to the config, and run the stage rates again."
         )
-
-
-RULES = {"steadiest": steadiest, "best": best}
-"""Name in configs → function that chooses a rate by the means of all."""

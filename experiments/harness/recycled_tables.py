@@ -45,28 +45,6 @@ def full_numbers() -> int:
     return numbers
 
 
-def at_a_sixth(config: Json) -> dict[str, float]:
-    """Return the mean loss of score of the largest k and of the smallest error bound at a sixth of the adapters' bytes.
-
-    Bytes are those of basis and coefficients if `MANY` adapters share the basis. Sizes that have not been run with all
-    adapters do not count.
-    """
-    rows_of, n = ways(), len(config["sources"]["tasks"])
-    by_k = {k: rows_of.get(("seen", k, None), []) for k in config["recycled"]["k"]}
-    by_error = {error: sized().get(error, []) for error in config["recycled"].get("max_error", ())}
-
-    def fits(rows: list[Json]) -> bool:
-        return len(rows) == n and mean(rows, "numbers_at_100") <= full_numbers() / A_SIXTH
-
-    original = rows_of.get(("original", None, None), [])
-    fitting: dict[str, list[Json]] = {}
-    if small := [k for k, rows in by_k.items() if fits(rows)]:
-        fitting[f"k = {max(small)}"] = by_k[max(small)]
-    if small_errors := [error for error, rows in by_error.items() if fits(rows)]:
-        fitting[f"max_error = {min(small_errors):g}"] = by_error[min(small_errors)]
-    return {name: mean(original, "score") - mean(rows, "score") for name, rows in fitting.items()}
-
-
 def changed(lost: float) -> str:
     """Return a loss as a change in points."""
     return f"{round(-100 * lost, 1) + 0.0:+.1f}"

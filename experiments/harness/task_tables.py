@@ -7,9 +7,11 @@ from . import records, statistics, text_tables
 from .cell_tables import by_task, seeds_said
 from .pages import table
 from .records import Json, Scores, percent, points, signed
-from .text_tables import LORA, SOAP_LORA, Goal, stage
+from .text_tables import LORA, SOAP_LORA, stage
 
 SHARE = 0.98
+Goal = tuple[str, str, str]
+"""A hypothesis, what was measured, and whether it was reached."""
 
 
 def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
@@ -18,7 +20,7 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
         "tasks-rates": lambda: text_tables.rates_table(config),
         "tasks-targets": lambda: targets_table(config),
         "tasks-by-task": lambda: text_tables.by_task_table(config),
-        "tasks-convergence": lambda: text_tables.convergence_table(config, better_lora(config)),
+        "tasks-summary": lambda: summary_table(config),
         "tasks-short": lambda: short_table(config),
         "tasks-ablation": lambda: ablation_table(config),
         "tasks-goals": lambda: table(("hypothesis", "measured", ""), list(goals(config))),
@@ -66,6 +68,26 @@ def targets_table(config: Json) -> str:
         "intervals; differences are between runs of the same seed and rows. Macro-F1 is the mean over the "
         "classification tasks. Numbers and files are those of the method, without the task's head. "
         f"{records.source_line(stage(config))}"
+    )
+
+
+def summary_table(config: Json) -> str:
+    """Write a short version of `targets_table` for other pages."""
+    rows = [
+        [
+            text_tables.label(config, name),
+            f"{text_tables.numbers(config, name):,}",
+            points(text_tables.overall(config, name)),
+            "–" if name == SOAP_LORA else signed(text_tables.between(config, name, SOAP_LORA)),
+        ]
+        for name in text_tables.shown(config)
+    ]
+    label = config["methods"][SOAP_LORA]["label"]
+    header = ("a new task, trained by", "trained numbers, head aside", "mean score", f"against {label}")
+    return (
+        f"{table(header, rows)}\n\nMiniLM, a basis of {len(config['sources']['tasks'])} adapters of other tasks; "
+        f"{len(config['targets']['tasks'])} tasks, {text_tables.seeds_said(config)}, 95 % intervals. "
+        "`python experiments/run.py tasks`, preregistered."
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-import eigenlorax as ex
 from eigenlorax.train import models
 from eigenlorax.train.comparison_run import RunData
 from eigenlorax.train.methods import CommonConfig
@@ -139,8 +138,6 @@ def train(experiment: str, config: Json) -> Json:
     result = trained(model, rows, config)
     if pack is not None:
         result["subspace"] = training.subspace(pack)
-    if pack is not None and "left_out" in config:
-        result["subspace"]["left_out"] = left_out(experiment, pack, config["left_out"])
     return result
 
 
@@ -163,12 +160,6 @@ def take_first_step(model: Any, batches: list[Any], size: float) -> None:
             if "eigenlorax_core" in name:
                 parameter.copy_(-size * parameter.grad / parameter.grad.norm())
     model.zero_grad()
-
-
-def left_out(experiment: str, pack: ex.Pack, names: list[str]) -> Json:
-    """Return the delta errors of adapters that were not in the fit."""
-    folders = {name: training.adapter_folder(experiment, name) for name in names}
-    return {name: pack.add(folder, name=name, warn_above=1.0).delta_error for name, folder in folders.items()}
 
 
 def source(experiment: str, config: Json) -> Json:
@@ -257,7 +248,7 @@ def pack_spec(config: Json, method: Json, seed: int, **changes: Any) -> Json | N
 def target(config: Json, stage: str, name: str, method: Json, task: str, seed: int, rate: float, **changes: Any) -> Job:
     """Return the training of a method on a task.
 
-    changes: fields that differ from the config: options, rows, pack, recipe, left_out. suffix: appended to the name.
+    changes: fields that differ from the config: options, rows, pack, recipe. suffix: appended to the name.
     """
     job = {
         "method": name,
@@ -270,7 +261,6 @@ def target(config: Json, stage: str, name: str, method: Json, task: str, seed: i
         "seed": seed,
         "pack": changes["pack"] if "pack" in changes else pack_spec(config, method, seed),
         "recipe": {**config["recipe"], **method.get("recipe", {}), **changes.get("recipe", {})},
-        **({"left_out": changes["left_out"]} if "left_out" in changes else {}),
         **training.further_fields(method),
     }
     path = f"{config['name']}/{stage}/{name}--{task}--{seed}" + changes.get("suffix", "")
@@ -289,9 +279,8 @@ def rates(config: Json) -> Iterator[Job]:
 def chosen_rate(config: Json, name: str) -> float:
     """Return the learning rate of a method on targets."""
     means = learning.means(job for job in rates(config) if job.config["method"] == name)
-    if config["development"]["choose"] == "best":
-        learning.check_edges(name, means)
-    return learning.RULES[config["development"]["choose"]](means)
+    learning.check_edges(name, means)
+    return learning.best(means)
 
 
 def runs(
@@ -306,10 +295,9 @@ def runs(
 
 
 def targets(config: Json) -> Iterator[Job]:
-    """Yield every method on every target and seed at its chosen rate; the slowest methods come last."""
+    """Yield every method on every target and seed at its chosen rate."""
     spec = config["targets"]
     yield from runs(config, "targets", spec["methods"], spec["seeds"], spec["tasks"])
-    yield from runs(config, "targets", spec["long"], spec["long_seeds"], spec["tasks"])
 
 
 def short(config: Json) -> Iterator[Job]:
@@ -333,40 +321,14 @@ def in_short(name: str, epochs: int) -> str:
     return f"{name}-epochs{epochs}"
 
 
-def heads(config: Json) -> Iterator[Job]:
-    """Yield some methods on all targets, with another learning rate for the head."""
-    spec, targets_spec = config["heads"], config["targets"]
-    recipe = {"head_learning_rate": spec["learning_rate"]}
-    yield from runs(config, "heads", spec["methods"], targets_spec["seeds"], targets_spec["tasks"], recipe=recipe)
-
-
-def variations(config: Json) -> Iterator[Job]:
-    """Yield variations of one option at a time, on four targets."""
-    variations_spec = config["variations"]
-    for name in variations_spec["of"]:
-        method, rate = config["methods"][name], chosen_rate(config, name)
-        cells: dict[str, Json] = {}
-        for k in variations_spec["k"]:
-            cells[f"k{k}"] = {"pack": pack_spec(config, method, 0, k=k)}
-        for start in variations_spec["starts"]:
-            cells[f"start-{start}"] = {"options": {"start": start}}
-        for weighting in variations_spec["weightings"]:
-            cells[f"weighting-{weighting}"] = {"pack": pack_spec(config, method, 0, weighting=weighting)}
-        for seed in variations_spec["seeds"]:
-            for cell, changes in cells.items():
-                for task in config["targets"]["four"]:
-                    changes["recipe"] = variations_spec["recipe"]
-                    yield target(config, "variations", f"{name}-{cell}", method, task, seed, rate, **changes)
-
-
 def low(config: Json) -> Iterator[Job]:
     """Yield bases of one to eight sources, with and without random components, and random bases of the same size.
 
     Every seed draws sources of its own.
     """
     low_spec = config["low"]
-    name = low_spec["method"]
-    method, rate = config["methods"][name], chosen_rate(config, name)
+    name, method = low_spec["method"], config["methods"][low_spec["method"]]
+    rate = low_spec["learning_rate"]
     everyone = source_names(config, config["pack"]["sets"][:1])
     for seed in low_spec["seeds"]:
         cells: dict[str, Json] = {}
@@ -383,69 +345,16 @@ def low(config: Json) -> Iterator[Job]:
                 yield target(config, "low", f"{name}-{cell}", method, task, seed, rate, **changes)
 
 
-def gap(config: Json) -> Iterator[Job]:
-    """Yield ways to close the gap between coefficients and LoRA, on the development tasks."""
-    yield from cells(config, "gap")
-
-
 def ablation(config: Json) -> Iterator[Job]:
-    """Yield the cells of the ablation, on the development tasks."""
-    yield from cells(config, "ablation")
-
-
-def cells(config: Json, stage: str) -> Iterator[Job]:
-    """Yield a stage of cells, each of which says how it is trained, and at which rate."""
-    spec = config[stage]
+    """Yield the cells of the ablation, on the development tasks. Each says how it is trained, and at which rate."""
+    spec = config["ablation"]
     for name, cell in spec["cells"].items():
-        method = {**cell, "recipe": {**spec.get("recipe", {}), **cell.get("recipe", {})}}
+        method = {**cell, "recipe": {**spec["recipe"], **cell.get("recipe", {})}}
         for seed in spec["seeds"]:
             for task in spec["tasks"]:
-                yield target(config, stage, name, method, task, seed, method["learning_rate"])
-
-
-def few(config: Json) -> Iterator[Job]:
-    """Yield targets with few training rows, with the same number of steps, because epochs of 16 rows are short."""
-    spec = config["few"]
-    for rows in spec["rows"]:
-        epochs = spec["recipe"]["steps"] * spec["recipe"]["batch_size"] / rows
-        recipe = {**{key: value for key, value in spec["recipe"].items() if key != "steps"}, "epochs": epochs}
-        changes = {"rows": rows, "recipe": recipe, "suffix": f"--{rows}"}
-        yield from runs(config, "few", spec["methods"], spec["seeds"], spec["tasks"], **changes)
-
-
-def count(config: Json) -> Iterator[Job]:
-    """Yield bases of more and more sources, from sets with one random start or with several."""
-    count_spec = config["count"]
-    name = count_spec["method"]
-    method, rate = config["methods"][name], chosen_rate(config, name)
-    for source_set in count_spec["sets"]:
-        everyone = source_names(config, [source_set])
-        for n in count_spec["sources"]:
-            for draw in count_spec["draws"] if n < len(everyone) else count_spec["draws"][:1]:
-                drawn = sorted(random.Random(f"count {n} {draw}").sample(everyone, n))
-                spec, left_out_names = (
-                    {**pack_spec(config, method, 0), "sources": drawn},
-                    sorted(set(everyone) - set(drawn)),
-                )
-                for task in count_spec["tasks"]:
-                    for seed in config["targets"]["seeds"][:1]:
-                        cell, changes = f"{source_set}-n{n}-draw{draw}", {"pack": spec, "recipe": count_spec["recipe"]}
-                        yield target(
-                            config, "count", cell, method, task, seed, rate, left_out=left_out_names, **changes
-                        )
+                yield target(config, "ablation", name, method, task, seed, method["learning_rate"])
 
 
 TASKS_STAGES = {"sources": sources, "rates": rates, "ablation": ablation, "targets": targets, "short": short}
 
-STAGES = {
-    "sources": sources,
-    "gap": gap,
-    "rates": rates,
-    "targets": targets,
-    "short": short,
-    "heads": heads,
-    "variations": variations,
-    "low": low,
-    "few": few,
-    "count": count,
-}
+STAGES = {"sources": sources, "low": low}

@@ -16,10 +16,8 @@ from harness import (  # noqa: E402
     rates,
     record,
     records,
-    recycled_tables,
     statistics,
     task_tables,
-    text_tables,
     training,
 )
 from harness.jobs import Job  # noqa: E402
@@ -133,116 +131,6 @@ def planted(results, stage, method, task, seed, score, *, numbers, curve=(0.5, 1
     path.write_text(json.dumps(found), "utf-8")
 
 
-NAMES = ("lora-r8", "factors", "random", "vera", "unfinished")
-CONFIG = {
-    "name": "text",
-    "methods": {name: {"label": name.upper(), "rates": [0.01]} for name in NAMES},
-    "targets": {
-        "tasks": ["one", "other"],
-        "seeds": [1, 2, 3],
-        "methods": ["lora-r8", "factors", "random", "vera"],
-        "long": ["unfinished"],
-        "ours": "factors",
-        "random": "random",
-        "in_short": ["factors"],
-    },
-    "sources": {"tasks": ["a", "b"]},
-    "recycled": {"k": [8]},
-    "recipe": {"rows_on_the_way": 5, "epochs": 4},
-    "short": {"epochs": [1, 2], "methods": ["lora-r8", "factors"]},
-}
-
-
-class TestTables:
-    @pytest.fixture(autouse=True)
-    def some(self, results):
-        for task in ("one", "other"):
-            for seed in (1, 2):
-                put = {"stage": "text/targets", "task": task, "seed": seed}
-                planted(results, method="lora-r8", score=0.8, numbers=1200, curve=(0.49, 0.98, 1.0, 1.0), **put)
-                planted(results, method="factors", score=0.81, numbers=100, curve=(0.98 / 1.0125, 1.0, 1.0, 1.0), **put)
-                planted(results, method="random", score=0.81, numbers=100, curve=(0.1, 0.2, 0.3, 0.4), **put)
-                planted(results, method="vera", score=0.785, numbers=99, curve=(0.1, 0.2, 0.3, 0.4), **put)
-        planted(results, "text/targets", "unfinished", "one", 1, 0.9, numbers=1)
-        planted(results, "text/targets", "factors", "one", 3, 0.1, numbers=100)
-
-    def test_methods_without_all_runs_are_not_shown(self):
-        found = text_tables.targets_table(CONFIG)
-        assert "UNFINISHED" not in found
-        assert "| **FACTORS** | 100 | 0 | 81.0 ± 0.0 | +1.0 ± 0.0 | +1.0 |" in found
-        assert "| LORA-R8 | 1,200 | 5 | 80.0 ± 0.0 | – | – |" in found
-        assert "18 runs, 18.0 hours of one thread" in found
-
-    def test_seeds_that_only_some_have_are_not_counted(self):
-        assert text_tables.seeds_of(CONFIG, "factors") == [1, 2]
-        assert "2 tasks and 2 seeds" in text_tables.targets_table(CONFIG)
-
-    def test_steps_are_counted_between_two_points(self):
-        wanted = text_tables.wanted_score(CONFIG)
-        assert wanted == pytest.approx(0.784)
-        assert text_tables.share_to(CONFIG, "lora-r8", wanted) == pytest.approx(0.5)
-        assert text_tables.share_to(CONFIG, "factors", wanted) == pytest.approx(0.25)
-        assert text_tables.share_to(CONFIG, "vera", wanted) is None
-
-    def test_goals_are_reached_or_missed(self):
-        rows = [line.split(" | ") for line in text_tables.goals_table(CONFIG).splitlines()[2:]]
-        assert [row[-1].rstrip(" |") for row in rows] == ["reached", "missed", "missed", "reached"]
-        assert [row[1] for row in rows] == [
-            "+1.0 ± 0.0, median task +1.0, with 1/12.0",
-            "+2.5 ± 0.0, median task +2.5, 100 to 99",
-            "+0.0 ± 0.0, median task +0.0",
-            "0.50 of them",
-        ]
-
-    def test_an_interval_may_leave_a_goal_open(self):
-        assert text_tables.verdict(statistics.Mean(0.03, 0.005), 0.02) == "reached"
-        assert text_tables.verdict(statistics.Mean(0.03, 0.02), 0.02).startswith("reached, not surely")
-        assert text_tables.verdict(statistics.Mean(0.01, 0.02), 0.02) == "missed"
-
-    def test_a_twelfth_is_a_twelfth(self, results):
-        for path in (results / "text" / "targets").glob("factors*"):
-            found = record.read(path)
-            found["train_info"]["num_trainable_params"] = 101
-            path.write_text(json.dumps(found), "utf-8")
-        records.of.cache_clear()
-        assert "with 1/11.9 | missed" in text_tables.goals_table(CONFIG)
-
-    def test_half_of_the_steps_are_counted_once_all_of_them_were_run(self, results):
-        for task in ("one", "other"):
-            for seed in (1, 2, 3):
-                planted(results, "text/short", "factors-epochs2", task, seed, 0.792, numbers=100)
-        planted(results, "text/short", "factors-epochs1", "one", 1, 0.3, numbers=100)
-        found = text_tables.short_table(CONFIG)
-        assert "| 2 | **FACTORS** | 79.2 ± 0.0 | 99.0 % |" in found
-        assert "| 1 | " not in found
-        assert "ours trained for half of the steps | 99.0 % of LoRA's score | reached |" in text_tables.goals_table(
-            CONFIG
-        )
-        (results / "text" / "short" / "factors-epochs2--one--3.json").unlink()
-        records.of.cache_clear()
-        assert "half of the steps | " not in text_tables.goals_table(CONFIG)
-
-    def test_recycled_ones_at_a_sixth_of_the_bytes(self, results):
-        ways = [("original", None, 0.9, None), ("seen", 4, 0.8, 15.0), ("seen", 8, 0.89, 16.0), ("seen", 16, 0.9, 17.0)]
-        for name in ("a", "b"):
-            rows = [{"way": way, "k": k, "bits": None, "score": score, "numbers_at_100": numbers}
-                    for way, k, score, numbers in ways]  # fmt: skip
-            path = results / "text" / "recycled" / f"{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"test": {"numbers": 96, "ways": rows}}), "utf-8")
-            sized = [{"way": "seen", "k": None, "max_error": error, "score": score, "numbers_at_100": numbers}
-                     for error, score, numbers in ((0.4, 0.7, 14.0), (0.3, 0.88, 16.0), (0.2, 0.9, 16.1))]  # fmt: skip
-            path = results / "text" / "sized" / f"{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"test": {"ways": sized}}), "utf-8")
-        config = {**CONFIG, "recycled": {"k": [4, 8, 16], "max_error": [0.4, 0.3, 0.2]}}
-        found = {"k = 8": pytest.approx(0.01), "max_error = 0.3": pytest.approx(0.02)}
-        assert recycled_tables.at_a_sixth(config) == found
-        (results / "text" / "sized" / "b.json").unlink()
-        records.of.cache_clear()
-        assert list(recycled_tables.at_a_sixth(config)) == ["k = 8"]
-
-
 def test_runs_on_the_same_sources_had_the_same_basis(results):
     for task, k, fingerprint in (("one", 8, "a"), ("other", 8, "a"), ("third", 16, "b")):
         planted(results, "text/low", "factors", task, 1, 0.5, numbers=1)
@@ -285,8 +173,9 @@ class TestPages:
 
 
 TASKS_CONFIG = {
-    **CONFIG,
     "name": "tasks",
+    "recipe": {"epochs": 4},
+    "sources": {"tasks": ["a", "b"]},
     "methods": {
         name: {"label": name.upper(), "rates": [0.01]} for name in ("lora-r8", "lora-soap", "factors", "random")
     },
@@ -294,7 +183,6 @@ TASKS_CONFIG = {
         "tasks": ["one", "other"],
         "seeds": [1, 2],
         "methods": ["lora-r8", "lora-soap", "factors", "random"],
-        "long": [],
         "ours": "factors",
         "random": "random",
     },
@@ -342,9 +230,24 @@ class TestTaskTables:
         )
         assert "| 2 | **FACTORS** | 78.4 ± 0.0 | 99.2 % | 98.0 % |" in task_tables.short_table(TASKS_CONFIG)
 
-    def test_the_curves_are_measured_against_the_better_lora(self):
-        written = task_tables.blocks(TASKS_CONFIG)["tasks-convergence"]()
-        assert "98 % of the last score of LORA-SOAP are 78.4" in written
+    def test_methods_and_seeds_without_all_runs_are_not_shown(self, results):
+        planted(results, "tasks/targets", "unfinished", "one", 1, 0.9, numbers=1)
+        planted(results, "tasks/targets", "factors", "one", 3, 0.1, numbers=100)
+        records.of.cache_clear()
+        methods = {**TASKS_CONFIG["methods"], "unfinished": {"label": "UNFINISHED", "rates": [0.01]}}
+        targets = {**TASKS_CONFIG["targets"], "seeds": [1, 2, 3]}
+        written = task_tables.summary_table({**TASKS_CONFIG, "methods": methods, "targets": targets})
+        assert "UNFINISHED" not in written
+        assert "| **FACTORS** | 100 | 79.8 ± 0.0 | -0.2 ± 0.0 |" in written
+        assert "2 tasks, 2 seeds" in written
+
+    def test_a_twelfth_is_a_twelfth(self, results):
+        for path in (results / "tasks" / "targets").glob("factors*"):
+            found = record.read(path)
+            found["train_info"]["num_trainable_params"] = 101
+            path.write_text(json.dumps(found), "utf-8")
+        records.of.cache_clear()
+        assert next(task_tables.goals(TASKS_CONFIG))[1:] == ("-0.2 ± 0.0 against LORA-SOAP, with 1/11.9", "missed")
 
 
 def test_macro_f1_and_rank_correlation():
