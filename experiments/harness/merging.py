@@ -179,6 +179,8 @@ def groups_table(config: Json) -> str:
     for record in records.of("merging/groups"):
         job = records.config_of(record)
         found.setdefault((job["name"], len(job["group"])), []).append(record["test"])
+    if not found:
+        return "Not run yet: `python experiments/run.py merging groups`."
     rows = []
     for name, method in config["methods"].items():
         cells = []
