@@ -19,8 +19,8 @@ EXAMPLES = r"""
 eigenlorax find pack/ "classify spam messages"
 eigenlorax find pack/ --like sms-spam-a
 eigenlorax find pack/ --like demo/adapters/sms-spam-b --top 3
-eigenlorax find pack/ --rows demo/spam.csv --labels ham,spam --model demo/model \
-    --task text-classification
+eigenlorax find pack/ --rows demo/spam.csv --labels ham,spam \
+    --model demo/model --task text-classification
 """
 _SHOWN_SKIPPED = 5
 """Maximum number of skipped adapters whose reasons are printed."""
