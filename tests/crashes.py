@@ -55,6 +55,8 @@ VERBS = {
     "export files": "export {place}/styles -o {place}/fresh",
     "export files in place": "export {place}/styles -o {place}/files --overwrite",
     "export a version": "export {place}/runs run@20 -o {place}/fresh",
+    "merge": "merge {pack} alpha beta -o {place}/fresh",
+    "merge in place": "merge {pack} alpha beta -o {place}/loras/alpha --overwrite",
     "remove a version": "remove {place}/runs run@20",
     "track": "track {run} -o {place}/runs",
     "prune": "prune {place}/runs run --keep-last 1 --keep-every 20",
