@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 eigenlorax merge pack/ clinc-home clinc-work -o merged/
-eigenlorax merge pack/ clinc-home clinc-work --method ties --weights 1,0.5 --rank 16 -o merged/
-eigenlorax merge demo/adapters/clinc-home demo/adapters/clinc-work --method tsv -o merged/
+eigenlorax merge pack/ clinc-home clinc-work --method ties --rank 4 -o ties/
+eigenlorax merge demo/adapters/clinc-home demo/adapters/clinc-work -o sum/
 """
 
 MAX_PAIRS = 10
