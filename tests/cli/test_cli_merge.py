@@ -73,7 +73,7 @@ def test_the_result_is_added_to_the_pack(cli, folders, tmp_path, max_error):
         (["alpha", "beta", "--weights", "1"], "1 numbers for 2 adapters"),
         (["alpha", "beta", "--rank", "0"], "rank must be from 1 to"),
         (["alpha", "beta", "--density", "0.5"], "mean keeps all entries"),
-        (["alpha", "beta", "--add", "gamma"], "the pack already has an adapter 'gamma'"),
+        (["alpha", "beta", "--add", "gamma"], "the pack already has an adapter or history 'gamma'"),
         (["alpha", "beta", "--add", "a/b"], "adapter name 'a/b' is not allowed"),
     ],
 )

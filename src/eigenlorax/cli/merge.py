@@ -86,6 +86,7 @@ def merge(
     json: arguments.Json = False,
 ) -> None:
     """Merge adapters into one LoRA, and show what it keeps of each."""
+    from ..core import atomic_files
     from ..pack import hub
     from ..pack.pack import Pack
 
@@ -99,9 +100,10 @@ def merge(
         "density": density,
         "seed": seed,
         "head": head,
-        "name": add or output.name or "merged",
+        "name": "merged" if add is None else add,
         "same_base": same_base,
     }
+    atomic_files.check_free(output, overwrite)
     with console.working("The merge") as progress:
         if pack is not None:
             opened = Pack.from_pretrained(pack, revision=revision)
@@ -124,12 +126,19 @@ def merge(
 
 
 def _check_names(pack: "Pack", names: Sequence[str], new_name: str | None) -> None:
-    """Raise an error unless two adapters of a pack are named, and the name of the merged one is free."""
+    """Raise an error unless two adapters of a pack are named, and the merged one can be added under its name."""
+    from ..core import keys
+
     if len(names) < 2:
         known = ", ".join(pack.names[:10]) + (" …" if len(pack.names) > 10 else "")
         raise OptionError(f"name two or more adapters of the pack after it. It has: {known or 'no adapters'}.")
-    if new_name in pack.names:
-        raise AdapterNameError(f"the pack already has an adapter {new_name!r}. Pass another name as --add.")
+    if new_name is None:
+        return
+    keys.check_name(new_name)
+    if new_name in (*pack.names, *pack.histories):
+        raise AdapterNameError(f"the pack already has an adapter or history {new_name!r}. Pass another name as --add.")
+    if not pack.info.modules:
+        raise OptionError("--add needs a pack with bases, and this one has histories alone. Leave --add out.")
 
 
 def _numbers(text: str) -> list[float]:
@@ -147,7 +156,7 @@ def _merge_files(adapters: Sequence[str], merging: Mapping[str, Any], progress: 
 
 
 def _add(pack: str, name: str, merged: "MergedAdapter") -> "Record":
-    """Add a merged LoRA to a pack, whole, and return its record."""
+    """Add a merged LoRA to a pack, whole or within the error bound of the pack, and return its record."""
     from ..pack.pack import Pack
 
     with Pack.edit(Path(pack)) as opened:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..core.adapter import Adapter, LoRAFactors, delta_square
 from ..core.basis import seeded_normal_rows
-from .coordinates import CommonCoordinates, common_coordinates, from_core
-from .methods import Merger, MethodOptions, mean
+from .coordinates import CommonCoordinates, common_coordinates, significant
+from .methods import Merger, MethodOptions, mean, sum_is_zero
 
 MAX_RANDOM_MODULES = 8
 """Number of modules on which merges with random adapters are computed."""
@@ -30,7 +30,8 @@ class SourceShare:
         norm: Frobenius norm of its update.
         cosine: Cosine of its update and the merge, −1 to 1; None if one of the two is zero.
         kept: Share that the merge keeps; None if the update is zero.
-        kept_by_mean: Share that the mean of the sources keeps, cut to the same rank.
+        kept_by_mean: Share that the mean of the sources keeps, cut to the same rank: the weighted one, or the plain
+            one if the weights add up to zero.
         kept_among_random: Share that the method keeps of this source if all others are random adapters of the same
             ranks and norms, on `Comparison.random_modules` modules; None for sources of large models beyond the first.
         sign_agreement: Share of its entries in the common coordinates, weighted by magnitude, whose sign is that of
@@ -103,6 +104,9 @@ class ComparisonBuilder:
         n = len(adapters)
         self._names, self._weights, self._seed = [adapter.name for adapter in adapters], weights, seed
         self._n_modules = len(modules)
+        # a difference of adapters has no weighted mean; the plain one stands beside it
+        mean_weights = [1.0] * n if sum_is_zero(weights) else weights
+        self._mean_options = MethodOptions(mean_weights, 1.0, torch.Generator())
         self._random_pairs = _random_pairs(adapters, modules)
         self._products = torch.zeros(n, n, dtype=torch.float64)
         self._with_merge, self._with_mean = torch.zeros(2, n, dtype=torch.float64)
@@ -133,7 +137,7 @@ class ComparisonBuilder:
         """
         cores, rank = coordinates.cores, merged.down.shape[0]
         self._products += torch.einsum("iqp,jqp->ij", cores, cores)
-        average = LoRAFactors(*mean(coordinates, options).cut(rank), 1.0)
+        average = LoRAFactors(*mean(coordinates, self._mean_options).cut(rank), 1.0)
         self._with_merge += _products(merged, coordinates)
         self._with_mean += _products(average, coordinates)
         self._merge_square += delta_square(merged)
@@ -142,13 +146,13 @@ class ComparisonBuilder:
         magnitudes = cores.abs()
         self._agreeing += (magnitudes * (cores.sign() == elected)).sum((1, 2))
         self._magnitudes += magnitudes.sum((1, 2))
-        self._add_overlaps(coordinates)
+        self._add_overlaps(cores)
         if places := [place for name, place in self._random_pairs if name == module]:
             self._add_random(module, places, updates, cores, merger, options, rank)
 
-    def _add_overlaps(self, coordinates: CommonCoordinates) -> None:
+    def _add_overlaps(self, cores: Tensor) -> None:
         """Add the overlaps of the spans of each pair of sources."""
-        spans = [_spans(core, coordinates) for core in coordinates.cores]
+        spans = [_spans(core) for core in cores]
         for i, first in enumerate(spans):
             for j, second in enumerate(spans[:i]):
                 smaller = min(first[0].shape[0], second[0].shape[0])
@@ -251,10 +255,11 @@ def _products(merged: LoRAFactors, coordinates: CommonCoordinates) -> Tensor:
     return merged.scaling * torch.einsum("qr,nqp,rp->n", up, coordinates.cores, down)
 
 
-def _spans(core: Tensor, coordinates: CommonCoordinates) -> tuple[Tensor, Tensor]:
-    """Return orthonormal rows of the input span and of the output span of a core."""
-    components = from_core(core, coordinates)
-    return components.right[: components.rank], components.left[:, : components.rank].mT
+def _spans(core: Tensor) -> tuple[Tensor, Tensor]:
+    """Return orthonormal rows of the input span and of the output span of a core, in the common coordinates."""
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    rank = significant(values)
+    return right[:rank], left[:, :rank].mT
 
 
 def _ratio(numerator: float | Tensor, denominator: float | Tensor) -> float | None:

@@ -12,7 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.adapter import LoRAFactors
-from ..core.linalg import descending_eigh, numerical_rank
+from ..core.linalg import descending_eigh, svd_factors
+
+ROUNDING = 1e-6
+"""Singular value, as a share of the largest, up to which it is a rounding error of factors in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class SingularComponents:
     @property
     def rank(self) -> int:
         """Number of singular values that are more than rounding errors."""
-        return numerical_rank(self.values, (len(self.values), len(self.values))) if len(self.values) else 0
+        return significant(self.values)
 
     def cut(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return the factors down (rank, in) and up (out, rank) of the first components.
@@ -81,23 +84,40 @@ def common_coordinates(updates: Sequence[LoRAFactors | None]) -> CommonCoordinat
         torch.Size([2, 6, 6])
     """
     present = [update for update in updates if update is not None]
-    down, down_parts = _span([update.down.to(torch.float64) for update in present])
-    up, up_parts = _span([update.up.to(torch.float64).mT * update.scaling for update in present])
+    factors = [(update.down.to(torch.float64), update.up.to(torch.float64).mT * update.scaling) for update in present]
+    components = [svd_factors(down, up) for down, up in factors]
+    down = _span([rows for rows, _ in components])
+    up = _span([rows for _, rows in components])
     cores = torch.zeros(len(updates), len(up), len(down), dtype=torch.float64)
     places = [place for place, update in enumerate(updates) if update is not None]
-    for place, down_part, up_part in zip(places, down_parts, up_parts, strict=True):
-        cores[place] = up_part @ down_part.mT
+    for place, (down_factor, up_factor) in zip(places, factors, strict=True):
+        cores[place] = (up @ up_factor.mT) @ (down_factor @ down.mT)
     # singular vectors of the updates side by side and one above the other, in the two spans
     _, rotation_up = descending_eigh((cores @ cores.mT).sum(0))
     _, rotation_down = descending_eigh((cores.mT @ cores).sum(0))
     return CommonCoordinates(rotation_down.mT @ down, rotation_up.mT @ up, rotation_up.mT @ cores @ rotation_down)
 
 
-def _span(factors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return an orthonormal basis of the rows of all factors, (p, d), and the coordinates of each, (p, r)."""
-    # QR leaves each row as exact as it was, however its norm differs from those of the others
-    q, r = torch.linalg.qr(torch.cat(list(factors)).mT)
-    return q.mT, list(r.split([len(factor) for factor in factors], dim=1))
+def _span(components: Sequence[Tensor]) -> Tensor:
+    """Return orthonormal rows that span the singular vectors of all updates, but for rounding errors of the factors.
+
+    Args:
+        components: Singular vectors of each update as rows, (r, d), each with the norm √σ.
+    """
+    # row j of an update gets the norm σⱼ / σ₁: where spans are shared, factors in float32 leave directions of rounding
+    # errors, and padded factors rows of zeros; methods that make directions equally large would take them for updates
+    rows = []
+    for each in components:
+        norms = each.norm(dim=1, keepdim=True)
+        rows.append(each * (norms / norms.max().square().clamp_min(torch.finfo(torch.float64).tiny)))
+    q, r = torch.linalg.qr(torch.cat(rows).mT)
+    left, values, _ = torch.linalg.svd(r)
+    return (q @ left[:, : significant(values)]).mT
+
+
+def significant(values: Tensor) -> int:
+    """Return the number of singular values that are more than rounding errors of factors in float32."""
+    return int((values > ROUNDING * values.max()).sum()) if len(values) else 0
 
 
 def from_core(core: Tensor, coordinates: CommonCoordinates) -> SingularComponents:

@@ -73,8 +73,10 @@ def derived_adapter(
     revision = next((adapter.revision for adapter in adapters if adapter.base_model == base_model), None)
     made = from_factors(check_name(name), modules, base_model=base_model, revision=revision)
     fields = json.loads(lora_config.make(made))
+    # the head decides on the task
+    stating = [head, *adapters] if head is not None else adapters
     for key in ("task_type", "fan_in_fan_out"):
-        fields[key] = next((adapter.config[key] for adapter in adapters if adapter.config.get(key)), fields.get(key))
+        fields[key] = next((adapter.config[key] for adapter in stating if adapter.config.get(key)), fields.get(key))
     if head is not None and head.config.get("modules_to_save"):
         fields["modules_to_save"] = head.config["modules_to_save"]
     return from_factors(

@@ -20,7 +20,7 @@ from ..formats import checks, peft, safetensors_file, sources
 from .comparison import Comparison, ComparisonBuilder
 from .coordinates import common_coordinates
 from .derived import check_combinable, checked_rank, checked_weights, derived_adapter
-from .methods import METHODS, MethodOptions
+from .methods import METHODS, MethodOptions, sum_is_zero
 
 HEAD_FILE = "head.{}.safetensors"
 """Name of the file with the head of a source, in the folder of a merged adapter."""
@@ -127,20 +127,24 @@ def merge(
     """
     read = [checks.read_source(source, options) for source in sources.find_adapters(adapters, **options)]
     _check_sources(read, head, same_base)
-    weights = [1.0] * len(read) if weights is None else checked_weights(weights, read)
-    if sum(weights) == 0:
-        raise OptionError(f"the sum of the weights must not be zero, got {weights}.")
     density = _checked_density(method, density)
+    weights = [1.0] * len(read) if weights is None else checked_weights(weights, read)
+    if method == "mean":
+        if sum_is_zero(weights):
+            raise OptionError(f"mean divides by the sum of the weights, which must not be zero; got {weights}.")
+        effective = [weight / sum(weights) for weight in weights]
+    else:
+        effective = weights
     rank = max(max(adapter.ranks) for adapter in read) if rank is None else checked_rank(rank, read)
     modules = sorted({module for adapter in read for module in adapter.specs})
-    comparison = ComparisonBuilder(read, modules, weights, seed=to_int("seed", seed))
+    comparison = ComparisonBuilder(read, modules, effective, seed=to_int("seed", seed))
     merged: dict[str, LoRAFactors] = {}
     full_rank, whole, lost = 0, 0.0, 0.0
     for done, module in enumerate(modules):
         if progress is not None:
             progress("merging", done, len(modules))
         updates = [adapter.modules.get(module) for adapter in read]
-        method_options = MethodOptions(weights, density or 1.0, _generator(seed, module))
+        method_options = MethodOptions(effective, density or 1.0, _generator(seed, module))
         coordinates = common_coordinates(updates)
         components = METHODS[method].merge(coordinates, method_options)
         squares = components.values.square()
@@ -169,6 +173,9 @@ def _check_sources(adapters: Sequence[Adapter], head: str | None, same_base: boo
     names = [adapter.name for adapter in adapters]
     if len(names) < 2:
         raise OptionError(f"a merge needs at least two adapters, got {len(names)}.")
+    empty = next((adapter.name for adapter in adapters if not adapter.specs), None)
+    if empty is not None:
+        raise OptionError(f"adapter {empty!r} has no module that could be merged. Leave it out.")
     twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
     if twice is not None:
         raise AdapterNameError(

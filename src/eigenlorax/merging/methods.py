@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.linalg import numerical_rank
-from .coordinates import CommonCoordinates, SingularComponents, from_core
+from .coordinates import CommonCoordinates, SingularComponents, from_core, significant
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +32,7 @@ Merger = Callable[[CommonCoordinates, MethodOptions], SingularComponents]
 
 
 def mean(coordinates: CommonCoordinates, options: MethodOptions) -> SingularComponents:
-    """Return the mean, weighted by the weights divided by their sum."""
+    """Return the mean, weighted by the weights divided by their sum, which is not zero."""
     total = sum(options.weights)
     return from_core(_weighted_sum(coordinates.cores, [weight / total for weight in options.weights]), coordinates)
 
@@ -74,11 +73,11 @@ def tsv(coordinates: CommonCoordinates, options: MethodOptions) -> SingularCompo
     singular vectors of all are replaced by the nearest orthonormal ones. Components of zero norm take no part.
     """
     n = len(options.weights)
-    most = min(coordinates.up.shape[1], coordinates.down.shape[1]) // n
+    most = max(1, min(coordinates.up.shape[1], coordinates.down.shape[1]) // n)
     lefts, values, rights = [], [], []
     for core, weight in zip(coordinates.cores, options.weights, strict=True):
         left, sigma, right = torch.linalg.svd(core, full_matrices=False)
-        kept = min(numerical_rank(sigma, _shape(core)), most)
+        kept = min(significant(sigma), most)
         lefts.append(left[:, :kept])
         values.append(weight * sigma[:kept])
         rights.append(right[:kept])
@@ -95,9 +94,14 @@ def iso_c(coordinates: CommonCoordinates, options: MethodOptions) -> SingularCom
     rank / min(out, in). The components keep the order of the singular values that they had.
     """
     components = task_arithmetic(coordinates, options)
-    rank = numerical_rank(components.values, _shape(coordinates.cores[0]))
+    rank = components.rank
     values = torch.full((rank,), float(components.values[:rank].mean()) if rank else 0.0, dtype=torch.float64)
     return SingularComponents(components.left[:, :rank], values, components.right[:rank])
+
+
+def sum_is_zero(weights: Sequence[float]) -> bool:
+    """Return whether weights add up to zero, but for rounding, so that they have no mean."""
+    return abs(sum(weights)) <= 1e-9 * sum(map(abs, weights))
 
 
 def elect_and_merge(parts: Tensor, options: MethodOptions) -> Tensor:
@@ -138,14 +142,9 @@ def _nearest_orthonormal(vectors: Tensor) -> Tensor:
     Linearly dependent vectors have the partial isometry of their span.
     """
     left, values, right = torch.linalg.svd(vectors, full_matrices=False)
-    rank = numerical_rank(values, _shape(vectors)) if len(values) else 0
+    rank = significant(values)
     isometry: Tensor = left[:, :rank] @ right[:rank]
     return isometry
-
-
-def _shape(matrix: Tensor) -> tuple[int, int]:
-    rows, columns = matrix.shape
-    return rows, columns
 
 
 @dataclass(frozen=True, slots=True)

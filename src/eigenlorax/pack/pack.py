@@ -372,7 +372,12 @@ class Pack(VersionedContents):
             >>> [source.name for source in merged.comparison.sources if source.kept > 0.5]
             ['a']
         """
-        return merge_adapters([self.adapter(name) for name in name_list(names)], method, **options)
+        listed = name_list(names)
+        adapters = [self.adapter(name) for name in listed]
+        if options.get("head") in listed:
+            # a version may be named as run@latest
+            options["head"] = adapters[listed.index(options["head"])].name
+        return merge_adapters(adapters, method, **options)
 
     def add(
         self,
