@@ -133,3 +133,17 @@ def test_models_that_cannot_be_read_are_errors(model, tokenizer, pack):
         make_encoder(pack, None, None, None).encode(TEXTS, None)
     with pytest.raises(ModuleNameError, match="none of the"):
         TextEncoder(pack, tiny.make_gpt2(), tokenizer).encode(TEXTS, pack_prototypes(pack, pack.names))
+
+
+@pytest.mark.parametrize("through_a_bank", [False, True])
+def test_a_text_is_cut_to_the_positions_of_the_model(model, tokenizer, through_a_bank):
+    tokenizer.model_max_length = 10**30
+    positions = model.config.max_position_embeddings
+    words = [f"word{n}" for n in range(2 * positions)]
+    pack = pack_of_unequal_modules()
+    given = ex.AdapterBank(model, pack) if through_a_bank else model
+    long, cut = (
+        TextEncoder(pack, given, tokenizer).encode([" ".join(part)], None).embeddings
+        for part in (words, words[:positions])
+    )
+    torch.testing.assert_close(long, cut)

@@ -101,7 +101,12 @@ class TextEncoder:
 
     def _tokenize(self, texts: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return token ids and mask, (rows, tokens), padded on the right: tokenizers of decoders may lack a padding."""
-        limit = min(MAX_TOKENS, getattr(self.tokenizer, "model_max_length", MAX_TOKENS))
+        model = self.model.model if isinstance(self.model, AdapterBank) else self.model
+        limits = (
+            getattr(self.tokenizer, "model_max_length", None),
+            getattr(getattr(model, "config", None), "max_position_embeddings", None),
+        )
+        limit = min([MAX_TOKENS, *(limit for limit in limits if limit)])
         ids = self.tokenizer(list(texts), truncation=True, max_length=limit)["input_ids"]
         for text, row in zip(texts, ids, strict=True):
             if not row:

@@ -152,7 +152,7 @@ class Router:
         if to_int("per_adapter", per_adapter) < 1:
             raise OptionError(f"per_adapter must be at least 1, got {per_adapter}.")
         self._centroids = fit_centroids(self._embed(rows), per_adapter)
-        self._calibration = None
+        self._calibration = self._standardisation = None
 
     def train(self, rows: Rows) -> None:
         """Train a linear classifier of embedded texts, in place of an earlier one. The calibration is discarded.
@@ -180,7 +180,7 @@ class Router:
                 "and calibrate with base_rows."
             )
         self._classifier = fit_classifier(self._embed(rows))
-        self._calibration = None
+        self._calibration = self._standardisation = None
 
     def calibrate(
         self,
