@@ -165,6 +165,8 @@ LINES = [
     "export PLACE/pack -o PLACE/out --overwrite",
     "augment PLACE/pack --n-extra 1 --seed 1 -o PLACE/wider --overwrite",
     "refit PLACE/pack -o PLACE/again -k 4 --overwrite",
+    "merge PLACE/pack sentiment-of-reviews-of-films b-with-one-that-is-quite-as-long -o PLACE/sum --overwrite",
+    "find PLACE/pack --like c",
     "log PLACE/history",
     "diff PLACE/history run@10 run@latest",
     "restore PLACE/history run@10 -o PLACE/out --overwrite",
