@@ -112,7 +112,8 @@ def _span(components: Sequence[Tensor]) -> Tensor:
         rows.append(each * (norms / norms.max().square().clamp_min(torch.finfo(torch.float64).tiny)))
     q, r = torch.linalg.qr(torch.cat(rows).mT)
     left, values, _ = torch.linalg.svd(r)
-    return (q @ left[:, : significant(values)]).mT
+    basis: Tensor = q @ left[:, : significant(values)]
+    return basis.mT
 
 
 def significant(values: Tensor) -> int:
