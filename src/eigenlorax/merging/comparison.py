@@ -14,9 +14,11 @@ from .methods import Merger, MethodOptions, mean, sum_is_zero
 
 MAX_RANDOM_MODULES = 8
 """Number of modules on which merges with random adapters are computed."""
-RANDOM_COST = 4e9
+RANDOM_COST = 2e9
 """Number of multiplications, about, that all merges with random adapters may take: each is one more merge."""
-MIN_RANDOM_MERGES = 4
+RANDOM_SHARE = 4
+"""A merge of more modules may take as many merges with random adapters as a quarter of its modules."""
+MIN_RANDOM_MERGES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,7 @@ def _random_pairs(adapters: Sequence[Adapter], modules: Sequence[str]) -> list[t
     step = max(1, len(modules) // MAX_RANDOM_MODULES)
     sampled = modules[::step][:MAX_RANDOM_MODULES]
     pairs = [(module, place) for module in sampled for place in range(len(adapters))]
-    return pairs[: max(MIN_RANDOM_MERGES, int(RANDOM_COST / max(cost, 1)))]
+    return pairs[: max(MIN_RANDOM_MERGES, int(RANDOM_COST / max(cost, 1)), len(modules) // RANDOM_SHARE)]
 
 
 def random_update(update: LoRAFactors, seed: int, label: str) -> LoRAFactors:
