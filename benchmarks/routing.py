@@ -67,7 +67,8 @@ class Answers:
         model = AutoModelForSequenceClassification.from_pretrained(
             get_model_path(), num_labels=len(heads["classifier.bias"])
         )
-        model.load_state_dict(heads, strict=False)
+        for name, head in heads.items():
+            model.get_parameter(name).data.copy_(head)
         return model.eval()
 
     @torch.inference_mode()

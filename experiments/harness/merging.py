@@ -66,7 +66,8 @@ def bench(config: Json, task: str) -> Bench:
     model = text.new_base(task, {**recipe, "dropout": 0.0}).eval()
     adapter = source(config, task)
     heads = {key.removeprefix("base_model.model."): tensor for key, tensor in adapter.heads.items()}
-    model.load_state_dict(heads, strict=False)
+    for name, head in heads.items():
+        model.get_parameter(name).data.copy_(head)
     weights = {module: model.get_submodule(module).weight.data.clone() for module in adapter.specs}
     splits = {
         "test": text.test_rows(task, recipe["test_rows"]),

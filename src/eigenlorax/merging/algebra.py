@@ -7,13 +7,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ..core.adapter import Adapter, LoRAFactors, delta_square
 from ..core.options import to_float
 from ..errors import OptionError
-from .coordinates import CommonCoordinates, common_coordinates, from_core
+from .coordinates import common_coordinates, from_core, merged_factors
 from .derived import check_combinable, checked_rank, checked_weights, derived_adapter
+from .methods import weighted_sum
 
 
 def scale(adapter: Adapter, factor: float, *, name: str | None = None) -> Adapter:
@@ -65,21 +65,16 @@ def combine(
         (6,)
     """
     check_combinable(adapters, same_base)
-    factors = torch.tensor(checked_weights(weights, adapters), dtype=torch.float64)
+    numbers = checked_weights(weights, adapters)
     if rank is not None:
         rank = checked_rank(rank, adapters)
-
-    def weighted(coordinates: CommonCoordinates) -> Tensor:
-        return torch.einsum("n,nqp->qp", factors, coordinates.cores)
-
     modules = {}
     for module in sorted({module for adapter in adapters for module in adapter.specs}):
         updates = [adapter.modules.get(module) for adapter in adapters]
         coordinates = common_coordinates(updates)
         joined = sum(len(update.down) for update in updates if update is not None)
-        down, up = from_core(weighted(coordinates), coordinates).cut(joined if rank is None else rank)
-        kernel = next(update.kernel for update in updates if update is not None)
-        modules[module] = LoRAFactors(down.float(), up.float(), 1.0, kernel)
+        total = from_core(weighted_sum(coordinates.cores, numbers), coordinates)
+        modules[module] = merged_factors(total, joined if rank is None else rank, updates)
     return derived_adapter(name, modules, adapters, head=adapters[0])
 
 

@@ -1,4 +1,4 @@
-"""How a merge relates to its sources: what it keeps of each, and how much they contradict each other."""
+"""Comparison of a merge with its sources: the share of each that it keeps, and the conflicts between them."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, LoRAFactors, delta_square
 from ..core.basis import seeded_normal_rows
 from .coordinates import CommonCoordinates, common_coordinates, significant
-from .methods import Merger, MethodOptions, mean, sum_is_zero
+from .methods import Merger, MethodOptions, mean, sum_is_zero, weighted_sum
 
 MAX_RANDOM_MODULES = 8
 """Number of modules on which merges with random adapters are computed."""
@@ -23,7 +23,7 @@ MIN_RANDOM_MERGES = 2
 
 @dataclass(frozen=True, slots=True)
 class SourceShare:
-    """What a merge keeps of one of its sources.
+    """Share of one source that a merge keeps.
 
     The share kept is ⟨merge, update⟩ / ‖update‖², over all modules: 1 if the merge contains the update as it is.
 
@@ -51,7 +51,7 @@ class SourceShare:
 
 @dataclass(frozen=True, slots=True)
 class PairRelation:
-    """How the updates of two sources relate.
+    """Overlap of the updates of two sources.
 
     Attributes:
         first: Name of one source.
@@ -144,7 +144,7 @@ class ComparisonBuilder:
         self._with_mean += _products(average, coordinates)
         self._merge_square += delta_square(merged)
         self._mean_square += delta_square(average)
-        elected = torch.einsum("n,nqp->qp", torch.tensor(self._weights, dtype=torch.float64), cores).sign()
+        elected = weighted_sum(cores, self._weights).sign()
         magnitudes = cores.abs()
         self._agreeing += (magnitudes * (cores.sign() == elected)).sum((1, 2))
         self._magnitudes += magnitudes.sum((1, 2))

@@ -121,6 +121,19 @@ def significant(values: Tensor) -> int:
     return int((values > ROUNDING * values.max()).sum()) if len(values) else 0
 
 
+def merged_factors(components: SingularComponents, rank: int, updates: Sequence[LoRAFactors | None]) -> LoRAFactors:
+    """Return a merged update, cut to a rank, in float32, with the scaling 1 and the kernel of its sources.
+
+    Args:
+        components: Its singular components.
+        rank: Rank of the factors.
+        updates: The updates that were merged, of which at least one is not None.
+    """
+    down, up = components.cut(rank)
+    kernel = next(update.kernel for update in updates if update is not None)
+    return LoRAFactors(down.float(), up.float(), 1.0, kernel)
+
+
 def from_core(core: Tensor, coordinates: CommonCoordinates) -> SingularComponents:
     """Return the singular components of a matrix (q, p) in common coordinates, in descending order."""
     left, values, right = torch.linalg.svd(core, full_matrices=False)

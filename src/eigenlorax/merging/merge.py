@@ -18,7 +18,7 @@ from ..core.progress import Progress
 from ..errors import AdapterNameError, OptionError
 from ..formats import checks, peft, safetensors_file, sources
 from .comparison import Comparison, ComparisonBuilder
-from .coordinates import common_coordinates
+from .coordinates import common_coordinates, merged_factors
 from .derived import check_combinable, checked_rank, checked_weights, derived_adapter
 from .methods import METHODS, MethodOptions, sum_is_zero
 
@@ -150,9 +150,7 @@ def merge(
         squares = components.values.square()
         full_rank = max(full_rank, components.rank)
         whole, lost = whole + float(squares.sum()), lost + float(squares[rank:].sum())
-        down, up = components.cut(rank)
-        kernel = next(update.kernel for update in updates if update is not None)
-        merged[module] = LoRAFactors(down.float(), up.float(), 1.0, kernel)
+        merged[module] = merged_factors(components, rank, updates)
         comparison.add(module, updates, coordinates, METHODS[method].merge, method_options, merged[module])
     chosen = next((adapter for adapter in read if adapter.name == head), None)
     return MergedAdapter(

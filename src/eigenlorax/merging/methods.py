@@ -34,12 +34,12 @@ Merger = Callable[[CommonCoordinates, MethodOptions], SingularComponents]
 def mean(coordinates: CommonCoordinates, options: MethodOptions) -> SingularComponents:
     """Return the mean, weighted by the weights divided by their sum, which is not zero."""
     total = sum(options.weights)
-    return from_core(_weighted_sum(coordinates.cores, [weight / total for weight in options.weights]), coordinates)
+    return from_core(weighted_sum(coordinates.cores, [weight / total for weight in options.weights]), coordinates)
 
 
 def task_arithmetic(coordinates: CommonCoordinates, options: MethodOptions) -> SingularComponents:
     """Return the weighted sum (Ilharco et al. 2023, arXiv 2212.04089)."""
-    return from_core(_weighted_sum(coordinates.cores, options.weights), coordinates)
+    return from_core(weighted_sum(coordinates.cores, options.weights), coordinates)
 
 
 def ties(coordinates: CommonCoordinates, options: MethodOptions) -> SingularComponents:
@@ -50,7 +50,7 @@ def ties(coordinates: CommonCoordinates, options: MethodOptions) -> SingularComp
 def dare(coordinates: CommonCoordinates, options: MethodOptions) -> SingularComponents:
     """Drop random entries of the cores, rescale the others, and add (DARE, Yu et al. 2024, arXiv 2311.03099)."""
     kept = torch.rand(coordinates.cores.shape, generator=options.generator, dtype=torch.float64) < options.density
-    return from_core(_weighted_sum(coordinates.cores * kept / options.density, options.weights), coordinates)
+    return from_core(weighted_sum(coordinates.cores * kept / options.density, options.weights), coordinates)
 
 
 def knots(coordinates: CommonCoordinates, options: MethodOptions) -> SingularComponents:
@@ -132,7 +132,8 @@ def _keep_largest(part: Tensor, density: float) -> Tensor:
     return kept.view_as(part)
 
 
-def _weighted_sum(cores: Tensor, weights: Sequence[float]) -> Tensor:
+def weighted_sum(cores: Tensor, weights: Sequence[float]) -> Tensor:
+    """Return the weighted sum (q, p) of cores (n, q, p)."""
     return torch.einsum("n,nqp->qp", torch.tensor(weights, dtype=torch.float64), cores)
 
 
