@@ -34,6 +34,7 @@ def main() -> int:
         recycled_tables,
         same_bytes_tables,
         task_tables,
+        texts_tables,
         vision_tables,
     )
 
@@ -47,7 +48,7 @@ def main() -> int:
     options = parser.parse_args()
     configs = {
         name: tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
-        for name in ("text", "language", "vision", "diffusion", "bytes", "tasks", "merging")
+        for name in ("text", "language", "vision", "diffusion", "bytes", "tasks", "texts", "merging")
     }
     if options.grid:
         drawing_tables.grid(configs["diffusion"], GRID)
@@ -60,6 +61,7 @@ def main() -> int:
         **drawing_tables.blocks(configs["diffusion"]),
         **same_bytes_tables.blocks(configs["bytes"]),
         **task_tables.blocks(configs["tasks"]),
+        **texts_tables.blocks(configs["texts"]),
         **merging.blocks(configs["merging"]),
         **head_tables.blocks(),
         **population_tables.blocks(),

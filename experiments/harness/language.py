@@ -247,8 +247,9 @@ def recycle(config: Json) -> Json:
 
 
 def kinds(config: Json) -> list[str]:
-    """Every kind of text: of the sources, of development, of the targets."""
-    return [*config["sources"]["kinds"], config["development"]["kind"], *config["targets"]["kinds"]]
+    """Every kind of text: of the sources, and, where the config has them, of development and the targets."""
+    further = [config["development"]["kind"], *config["targets"]["kinds"]] if "targets" in config else []
+    return [*config["sources"]["kinds"], *further]
 
 
 def base(config: Json) -> Iterator[Job]:
@@ -323,29 +324,18 @@ def chosen_rate(config: Json, name: str) -> float:
     """The rate with the lowest perplexity on the development kind; of equals, the lowest."""
     means = learning.means(job for job in rates(config) if job.config["method"] == name)
     higher_is_better = {rate: -mean for rate, mean in means.items()}
-    if config["development"].get("check_edges", False):
-        learning.check_edges(name, higher_is_better)
+    learning.check_edges(name, higher_is_better)
     return learning.best(higher_is_better)
 
 
-def seventh(config: Json) -> Iterator[Job]:
-    """Every method on the seventh kind."""
-    yield from on_targets(config, "seventh")
-
-
 def targets(config: Json) -> Iterator[Job]:
-    """Every method on the targets."""
-    yield from on_targets(config, "targets")
-
-
-def on_targets(config: Json, stage: str) -> Iterator[Job]:
     """Every method on the targets, at the rate that was chosen for it."""
     spec = config["targets"]
     for seed in spec["seeds"]:
         for name in config["methods"]:
             rate = chosen_rate(config, name)
             for kind in spec["kinds"]:
-                yield method_job(config, f"{stage}/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
+                yield method_job(config, f"targets/{name}--{kind}--{seed}", name, kind, seed, rate, config["recipe"])
 
 
 def recycled(config: Json) -> Iterator[Job]:
@@ -361,5 +351,5 @@ def recycled(config: Json) -> Iterator[Job]:
         yield Job(f"{config['name']}/recycled/{kind}", job, recycle)
 
 
-STAGES = {"base": base, "sources": sources, "recycled": recycled, "rates": rates, "seventh": seventh}
+STAGES = {"base": base, "sources": sources, "recycled": recycled}
 TEXTS_STAGES = {"base": base, "sources": sources, "rates": rates, "targets": targets}

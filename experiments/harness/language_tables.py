@@ -1,7 +1,6 @@
 """Tables of the language experiment."""
 
 from collections.abc import Callable, Mapping
-from statistics import fmean, stdev
 
 from . import records
 from .pages import table
@@ -12,7 +11,6 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
     """Return functions that write the blocks of the pages, by their names."""
     return {
         "language-recycled": lambda: recycled_table(config),
-        "language-seventh": lambda: seventh_table(config),
     }
 
 
@@ -33,26 +31,3 @@ def recycled_table(config: Json) -> str:
     header = ("perplexity on unseen text", *kinds, "nats a token", "delta error")
     source = records.source_line("language/recycled")
     return f"{table(header, rows)}\n\nNats a token: the mean change against the original. {source}"
-
-
-def seventh_table(config: Json) -> str:
-    """Write the methods on a kind of text that is no source."""
-    kind, seeds = config["targets"]["kinds"][0], config["targets"]["seeds"]
-    base = next(run for run in records.of("language/base") if records.config_of(run)["task"] == kind)
-    rows = [["no training", "–", "–", f"{base['test']['score']:.2f}", ""]]
-    for name, method in config["methods"].items():
-        runs = [run for run in records.of("language/seventh") if records.config_of(run)["method"] == name]
-        if {records.config_of(run)["seed"] for run in runs} >= set(seeds):
-            info, scores = runs[0], [run["test"]["score"] for run in runs]
-            rows.append(
-                [
-                    method["label"],
-                    f"{info['train_info']['num_trainable_params']:,}",
-                    f"{records.config_of(info)['learning_rate']:g}",
-                    f"{fmean(scores):.2f}",
-                    f"{stdev(scores):.2f}" if len(scores) > 1 else "–",
-                ]
-            )
-    header = ("", "trained numbers", "rate", f"perplexity, {kind}", "± of seeds")
-    source = records.source_line("language/seventh")
-    return f"{table(header, rows)}\n\n{len(seeds)} seeds; ± is their standard deviation. {source}"
