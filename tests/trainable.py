@@ -68,27 +68,32 @@ def gpt2_pack(folder, base):
     return pack.save(folder)
 
 
-def keyword_rows(n, seed, labels=("bad", "good"), words=4):
-    """The label is that of the one keyword among fillers."""
+def keyword_rows(n, seed, labels=("bad", "good"), words=4, without=()):
+    """The label is that of the one keyword among fillers. without: rows whose texts are not used."""
     chance = random.Random(seed)
-    rows = []
-    for _ in range(n):
+    rows, used = [], {row["text"] for row in without}
+    while len(rows) < n:
         text = [chance.choice(FILLERS) for _ in range(chance.randint(2, words))]
         number = chance.randrange(len(labels))
         text.insert(chance.randint(0, len(text)), ("bad", "good", "odd")[number])
-        rows.append({"text": " ".join(text), "label": labels[number]})
+        if " ".join(text) not in used:
+            rows.append({"text": " ".join(text), "label": labels[number]})
     return rows
 
 
-def cycle_rows(n, seed):
-    """After each letter comes the next one, whatever the text begins with."""
+def cycle_rows(n, seed, lengths=range(4, 13)):
+    """After each letter comes the next one, whatever the text begins with. lengths: those that a text may have."""
     chance = random.Random(seed)
     letters = "abcdef"
     rows = []
     for _ in range(n):
-        start = chance.randrange(6)
-        rows.append({"text": " ".join(letters[(start + i) % 6] for i in range(chance.randint(4, 12)))})
+        start, length = chance.randrange(6), chance.choice(lengths)
+        rows.append({"text": " ".join(letters[(start + i) % 6] for i in range(length))})
     return rows
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def write_jsonl(path, rows):
@@ -125,10 +130,11 @@ def make_all(place):
     bert_pack(place / "pack", save_bert(place / "bert"))
     gpt2_pack(place / "lm-pack", save_gpt2(place / "gpt2"))
     save_bert(place / "dropping-bert", dropout=0.2)
-    write_jsonl(place / "train.jsonl", keyword_rows(192, seed=0))
-    write_jsonl(place / "eval.jsonl", keyword_rows(57, seed=1))
-    write_jsonl(place / "lm-train.jsonl", cycle_rows(96, seed=0))
-    write_jsonl(place / "lm-eval.jsonl", cycle_rows(29, seed=1))
+    rows = keyword_rows(192, seed=0)
+    write_jsonl(place / "train.jsonl", rows)
+    write_jsonl(place / "eval.jsonl", keyword_rows(57, seed=1, without=rows))
+    write_jsonl(place / "lm-train.jsonl", cycle_rows(96, seed=0, lengths=range(4, 13, 2)))
+    write_jsonl(place / "lm-eval.jsonl", cycle_rows(29, seed=1, lengths=range(5, 12, 2)))
     return place
 
 

@@ -129,8 +129,8 @@ def trained(_trainable, tmp_path, monkeypatch):
     place.mkdir(parents=True)
     trainable.copy_all(_trainable, place)
     monkeypatch.chdir(place)
-    rows = trainable.keyword_rows(40, seed=3)
-    trainable.write_jsonl(place / "few.jsonl", [row for row in rows if row not in trainable.keyword_rows(57, seed=1)])
+    unseen = trainable.read_jsonl(place / "eval.jsonl")
+    trainable.write_jsonl(place / "few.jsonl", trainable.keyword_rows(40, seed=3, without=unseen))
     return place
 
 

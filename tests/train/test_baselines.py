@@ -218,7 +218,8 @@ class TestTheDefaultNumberOfEpochs:
         assert (found.num_train_epochs, found.save_steps, found.logging_strategy.value) == (150.0, 5, "epoch")
 
     def test_is_what_the_trainer_does(self, place):
-        rows = trainable.write_jsonl(place / "few.jsonl", trainable.keyword_rows(40, seed=3))
+        unseen = trainable.read_jsonl(place / "eval.jsonl")
+        rows = trainable.write_jsonl(place / "few.jsonl", trainable.keyword_rows(40, seed=3, without=unseen))
         options = {"save_total_limit": 1}
         training = classify(place, train=rows, evaluation=place / "eval.jsonl", trainer_options=options, **QUICK)
         found = train(place / "pack", training, place / "out")

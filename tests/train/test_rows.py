@@ -55,7 +55,7 @@ class TestReading:
             labels = data.infer_labels(table, COLUMNS)
         assert (labels.names, labels.encode(table, COLUMNS)) == (("z", "y", "x"), [2, 0])
         datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
-        with pytest.raises(FormatError, match=f"It holds {tmp_path}/splits/train: name one"):
+        with pytest.raises(FormatError, match=f"It contains {tmp_path}/splits/train: pass one"):
             data.read(tmp_path / "splits")
 
     def test_a_folder_without_datasets(self, tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from eigenlorax.errors import (
     PackExistsError,
     PackMissingError,
     RankWarning,
+    RowsWarning,
 )
 from eigenlorax.train import models, training_record
 from eigenlorax.train.evaluate import evaluate
@@ -560,6 +561,12 @@ class TestWhatCannotBe:
             with pytest.raises(error, match=re.escape(match)):
                 train(place / pack, classify(place, **fields), output, name=name)
             assert not (place / "out").exists(), match
+
+    def test_rows_that_are_in_both_files_are_counted(self, place):
+        both = trainable.read_jsonl(place / "train.jsonl")[:5] + trainable.read_jsonl(place / "eval.jsonl")
+        rows = trainable.write_jsonl(place / "both.jsonl", both)
+        with pytest.raises(RowsWarning, match=r"5 of 62 rows of .*both.jsonl are in .*train.jsonl too: scores include"):
+            train(place / "pack", classify(place, evaluation=rows), place / "out")
 
     def test_labels_of_the_evaluation_that_are_not_in_the_training(self, place):
         trainable.write_jsonl(place / "odd.jsonl", [{"text": "x", "label": "odd"}])

@@ -170,7 +170,7 @@ class TestStart:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), common).eval()
         tokenizer = AutoTokenizer.from_pretrained(base)
         losses, count = 0.0, 0
-        for row in trainable.cycle_rows(29, seed=1):
+        for row in trainable.read_jsonl(place / "lm-eval.jsonl"):
             ids = tokenizer(row["text"] + " [SEP]", return_tensors="pt").input_ids
             losses += float(model(ids, labels=ids).loss) * (ids.shape[1] - 1)
             count += ids.shape[1] - 1

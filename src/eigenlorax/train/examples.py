@@ -144,6 +144,28 @@ def encode_language_model(table: Table, columns: Columns, tokenizer: Any, max_le
     return examples
 
 
+def warn_about_duplicates(
+    train: Table, test: Table, train_rows: Sequence[Example], test_rows: Sequence[Example]
+) -> None:
+    """Warn with `RowsWarning` if encoded test rows are among the encoded training rows.
+
+    Args:
+        train: Training rows.
+        test: Test rows.
+        train_rows: Training rows, encoded.
+        test_rows: Test rows, encoded.
+    """
+    train_texts = {tuple(row["input_ids"]) for row in train_rows}
+    duplicates = sum(tuple(row["input_ids"]) in train_texts for row in test_rows)
+    if duplicates:
+        warnings.warn(
+            f"{duplicates} of {len(test_rows)} rows of {test.path} are in {train.path} too: scores include memorised "
+            "rows. Remove them from one of the files.",
+            RowsWarning,
+            stacklevel=4,
+        )
+
+
 def _without_end(ids: Sequence[int], end: list[int]) -> list[int]:
     return list(ids[:-1]) if end and ids and ids[-1] == end[0] else list(ids)
 

@@ -62,7 +62,7 @@ def split_rows(
     train_rows, test_rows = (
         examples.encode_classification(table, labels, options.columns, tokenizer, max_length) for table in (train, test)
     )
-    _warn_about_duplicates(train, test, train_rows, test_rows)
+    examples.warn_about_duplicates(train, test, train_rows, test_rows)
     held_out = _held_out_indices([row["labels"] for row in train_rows])
     if any(options.searches(method) for method in options.methods):
         if len({train_rows[index]["labels"] for index in held_out}) < 2:
@@ -88,20 +88,6 @@ def split_rows(
         test=test_rows,
         validation=validation,
     )
-
-
-def _warn_about_duplicates(
-    train: Table, test: Table, train_rows: Sequence[Example], test_rows: Sequence[Example]
-) -> None:
-    train_texts = {tuple(row["input_ids"]) for row in train_rows}
-    duplicates = sum(tuple(row["input_ids"]) in train_texts for row in test_rows)
-    if duplicates:
-        warnings.warn(
-            f"{duplicates} of {len(test_rows)} rows of {test.path} are in {train.path} too: accuracies include "
-            "memorised rows. Remove them from one of the files.",
-            RowsWarning,
-            stacklevel=4,
-        )
 
 
 def _held_out_indices(classes: Sequence[int]) -> set[int]:

@@ -160,6 +160,8 @@ def _prepare(
         rows = [examples.encode_classification(table, labels, columns, tokenizer, max_length) for table in tables]
     else:
         rows = [examples.encode_language_model(table, columns, tokenizer, max_length) for table in tables]
+    if evaluation_table:
+        examples.warn_about_duplicates(train_table, evaluation_table, *rows)
     settings = {
         **json.loads(json.dumps(asdict(training), default=str)),
         "train": data.rows_sha256(train_table),
