@@ -20,7 +20,6 @@ import history_tables
 import measured
 import profile_tables
 import recorded
-import routing_tables
 import training_memory_tables
 import vllm_tables
 from markdown_table import table
@@ -34,7 +33,7 @@ BYTES, CORES, HISTORIES, PROFILE, CODED_FIT, GROWTH, FILE_BYTES = (
     RESULTS / f"{name}.json" for name in ("bytes", "cores", "histories", "profile", "coded_fit", "growth", "file_bytes")
 )
 TRAINING_MEMORY = RESULTS / "training_memory.json"
-FIND, ROUTING = RESULTS / "find.json", RESULTS / "routing.json"
+FIND = RESULTS / "find.json"
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -68,7 +67,6 @@ def main() -> int:
         ),
         (docs / "benchmarks.md", "growth"): growth_tables.markdown(json.loads(GROWTH.read_text(encoding="utf-8"))),
         (docs / "find.md", "results"): find_tables.markdown(json.loads(FIND.read_text(encoding="utf-8"))),
-        (docs / "routing.md", "results"): routing_tables.markdown(json.loads(ROUTING.read_text(encoding="utf-8"))),
         (docs / "histories.md", "results"): history_tables.page(histories),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
         (docs / "bytes.md", "file-bytes"): file_bytes_tables.markdown(

@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    from harness import drawing, generation, jobs, language, merging, recycled, same_bytes, text, vision
+    from harness import drawing, generation, jobs, language, merging, recycled, routing, same_bytes, text, vision
 
     experiments = {
         "text": {**text.STAGES, "recycled": recycled.jobs, "sized": recycled.sized},
@@ -26,6 +26,7 @@ def main() -> int:
             "generation": generation.targets,
         },
         "merging": merging.STAGES,
+        "routing": routing.STAGES,
         "vision": vision.STAGES,
         "diffusion": drawing.STAGES,
         "bytes": same_bytes.STAGES,

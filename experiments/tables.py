@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PAGES = (
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "images", "tuner", "bytes", "merging")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "images", "tuner", "bytes", "merging", "routing")),
     ROOT / "README.md",
 )
 GRID = ROOT / "docs" / "images-grid.webp"
@@ -32,6 +32,7 @@ def main() -> int:
         record,
         records,
         recycled_tables,
+        routing,
         same_bytes_tables,
         task_tables,
         texts_tables,
@@ -48,7 +49,7 @@ def main() -> int:
     options = parser.parse_args()
     configs = {
         name: tomllib.loads((HERE / "configs" / f"{name}.toml").read_text("utf-8"))
-        for name in ("text", "language", "vision", "diffusion", "bytes", "tasks", "texts", "merging")
+        for name in ("text", "language", "vision", "diffusion", "bytes", "tasks", "texts", "merging", "routing")
     }
     if options.grid:
         drawing_tables.grid(configs["diffusion"], GRID)
@@ -63,6 +64,7 @@ def main() -> int:
         **task_tables.blocks(configs["tasks"]),
         **texts_tables.blocks(configs["texts"]),
         **merging.blocks(configs["merging"]),
+        **routing.blocks(configs["routing"]),
         **head_tables.blocks(),
         **population_tables.blocks(),
     }

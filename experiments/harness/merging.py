@@ -1,8 +1,11 @@
-"""Merged adapters on the tasks of their sources, each with its own head, by each method."""
+"""Merged adapters on the tasks of their sources, each with its own head, by each method.
+
+A language model has no heads. Its adapters are of kinds of text, and the score is the mean log-likelihood of a token.
+"""
 
 import functools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -15,7 +18,7 @@ from eigenlorax.core.adapter import Adapter, from_factors
 from eigenlorax.merging.comparison import random_update
 from eigenlorax.merging.methods import METHODS
 
-from . import records, text, training
+from . import language, records, text, training
 from .jobs import Job
 from .metrics import METRICS
 from .pages import table
@@ -27,15 +30,16 @@ Updates = dict[str, Tensor]
 
 @dataclass
 class Bench:
-    """The base model with the head of one task, whose weights get an update.
+    """The base model, with the head of one task if it has one, whose weights get an update.
 
-    model: The model. weights: Its adapted weights before any update. rows: Encoded rows by split.
+    model: The model. weights: Its adapted weights before any update. rows: Encoded rows by split. measure: Function
+    that scores the model on rows; higher is better.
     """
 
     model: Any
     weights: Updates
     rows: Mapping[str, list[Json]]
-    metric: str
+    measure: Callable[[Any, list[Json]], float]
 
     @torch.inference_mode()
     def score(self, updates: Updates, scale: float, split: str) -> float:
@@ -43,21 +47,31 @@ class Bench:
         for module, weight in self.weights.items():
             update = scale * updates[module] if module in updates else 0.0
             self.model.get_submodule(module).weight.data = (weight + update).to(torch.bfloat16)
-        logits, collate = [], text.collate()
-        for start in range(0, len(self.rows[split]), 64):
-            inputs = collate([dict(row) for row in self.rows[split][start : start + 64]])
-            inputs.pop("labels")
-            with torch.autocast("cpu", torch.bfloat16):
-                logits.append(self.model(**inputs).logits.float())
-        labels = torch.tensor([row["labels"] for row in self.rows[split]]).numpy()
-        return METRICS[self.metric](torch.cat(logits).numpy(), labels)
+        return self.measure(self.model, self.rows[split])
+
+
+def task_score(metric: str, model: Any, rows: list[Json]) -> float:
+    """Return a metric of the model's logits."""
+    logits, collate = [], text.collate()
+    for start in range(0, len(rows), 64):
+        inputs = collate([dict(row) for row in rows[start : start + 64]])
+        inputs.pop("labels")
+        with torch.autocast("cpu", torch.bfloat16):
+            logits.append(model(**inputs).logits.float())
+    labels = torch.tensor([row["labels"] for row in rows]).numpy()
+    return METRICS[metric](torch.cat(logits).numpy(), labels)
+
+
+def log_likelihood(model: Any, rows: list[Json]) -> float:
+    """Return the mean log-likelihood of a token, in nats."""
+    return -float(language.losses(model, rows, batch_size=8).mean())
 
 
 def source(config: Json, task: str) -> Adapter:
-    """Return the adapter of a source task."""
-    return ex.read_adapter(
-        training.adapter_folder(config["sources"]["experiment"], f"{task}-{config['sources']['set']}")
-    )
+    """Return the adapter of a source task or kind of text."""
+    sources = config["sources"]
+    name = f"{task}-{sources['set']}" if "set" in sources else task
+    return ex.read_adapter(training.adapter_folder(sources["experiment"], name))
 
 
 def bench(config: Json, task: str) -> Bench:
@@ -68,13 +82,32 @@ def bench(config: Json, task: str) -> Bench:
     heads = {key.removeprefix("base_model.model."): tensor for key, tensor in adapter.heads.items()}
     for name, head in heads.items():
         model.get_parameter(name).data.copy_(head)
-    weights = {module: model.get_submodule(module).weight.data.clone() for module in adapter.specs}
     splits = {
         "test": text.test_rows(task, recipe["test_rows"]),
         "development": text.train_rows(task, recipe["development_rows"], 0),
     }
     rows = {name: sorted(text.encoded(split, recipe["max_length"]), key=text.length) for name, split in splits.items()}
-    return Bench(text.in_half(model.requires_grad_(False)), weights, rows, text.metric(task))
+    measure = functools.partial(task_score, text.metric(task))
+    return Bench(text.in_half(model.requires_grad_(False)), weights_of(model, adapter), rows, measure)
+
+
+def language_benches(config: Json) -> list[Bench]:
+    """Return one language model with the blocks of each kind of text of the group."""
+    recipe, model = config["recipe"], language.new_base().eval().requires_grad_(False)
+    weights = weights_of(model, source(config, config["group"][0]))
+    benches = []
+    for kind in config["group"]:
+        rows = {
+            "test": language.blocks(kind, "test", recipe["test_blocks"], recipe["length"]),
+            "development": language.blocks(kind, "train", recipe["development_blocks"], recipe["length"], 0),
+        }
+        benches.append(Bench(text.in_half(model), weights, rows, log_likelihood))
+    return benches
+
+
+def weights_of(model: Any, adapter: Adapter) -> Updates:
+    """Return copies of the weights that an adapter changes."""
+    return {module: model.get_submodule(module).weight.data.clone() for module in adapter.specs}
 
 
 def dense(adapter: Adapter) -> Updates:
@@ -130,72 +163,113 @@ def updates_by_task(config: Json, adapters: list[Adapter]) -> list[Updates]:
 def run(config: Json) -> Json:
     """Score a merge of one group on the tasks of the group, at the scale that is best on development rows."""
     benches = [bench(config, task) for task in config["group"]]
+    return {"test": {"metric": "accuracy", **measured(config, benches, [0.0] * len(benches))}}
+
+
+def run_language(config: Json) -> Json:
+    """Score a merge of one group of kinds of text: the share of the gain in log-likelihood that it keeps."""
+    benches = language_benches(config)
+    base = [each.score({}, 1.0, "test") for each in benches]
+    return {"test": {"metric": "log-likelihood", "base": base, **measured(config, benches, base)}}
+
+
+def measured(config: Json, benches: list[Bench], base: list[float]) -> Json:
+    """Return the scores of a merge, and the shares of those of the own adapters, both counted from `base`."""
     adapters = [source(config, task) for task in config["group"]]
     own = [each.score(dense(adapter), 1.0, "test") for each, adapter in zip(benches, adapters, strict=True)]
-    updates = updates_by_task(config, adapters)
-    pairs = list(zip(benches, updates, strict=True))
+    pairs = list(zip(benches, updates_by_task(config, adapters), strict=True))
     by_scale = {
         scale: fmean(each.score(update, scale, "development") for each, update in pairs)
         for scale in config["recipe"]["scales"]
     }
     best = max(by_scale, key=lambda scale: by_scale[scale])
-    at_best = [each.score(update, best, "test") for each, update in pairs]
-    at_one = [each.score(update, 1.0, "test") for each, update in pairs]
+    scores = {scale: [each.score(update, scale, "test") for each, update in pairs] for scale in {best, 1.0}}
+
+    def share(scale: float) -> float:
+        kept = [(score - low) / (alone - low) for score, alone, low in zip(scores[scale], own, base, strict=True)]
+        return fmean(kept)
+
     return {
-        "test": {
-            "metric": "accuracy",
-            "own": own,
-            "scale": best,
-            "scores": at_best,
-            "scores_at_scale_1": at_one,
-            "score": fmean(score / alone for score, alone in zip(at_best, own, strict=True)),
-            "score_at_scale_1": fmean(score / alone for score, alone in zip(at_one, own, strict=True)),
-        }
+        "own": own,
+        "scale": best,
+        "scores": scores[best],
+        "scores_at_scale_1": scores[1.0],
+        "score": share(best),
+        "score_at_scale_1": share(1.0),
     }
 
 
 def groups(config: Json) -> Iterator[Job]:
     """Yield every method on every group of tasks."""
-    spec, shared = config["groups"], {name: config[name] for name in ("recipe", "sources")}
-    for size in spec["sizes"]:
-        for draw in spec["draws"]:
-            drawn = sorted(random.Random(f"merging {size} {draw}").sample(config["sources"]["tasks"], size))
+    yield from jobs(config, "groups", config, run)
+
+
+def texts(config: Json) -> Iterator[Job]:
+    """Yield every method on every group of kinds of text."""
+    yield from jobs(config, "texts", config["texts"], run_language)
+
+
+def jobs(config: Json, stage: str, spec: Json, function: Callable[[Json], Json]) -> Iterator[Job]:
+    """Yield every method on every group. spec: recipe, sources and groups of the stage."""
+    shared = {name: spec[name] for name in ("recipe", "sources")}
+    for size in spec["groups"]["sizes"]:
+        for draw in spec["groups"]["draws"]:
+            drawn = sorted(random.Random(f"merging {size} {draw}").sample(spec["sources"]["tasks"], size))
             for name, method in config["methods"].items():
                 fields = {key: value for key, value in method.items() if key != "label"}
                 job = {**shared, "name": name, "method": fields, "group": drawn, "draw": draw}
-                yield Job(f"merging/groups/{name}--{size}--{draw}", job, functools.partial(run))
+                yield Job(f"merging/{stage}/{name}--{size}--{draw}", job, functools.partial(function))
 
 
-STAGES = {"groups": groups}
+STAGES = {"groups": groups, "texts": texts}
 
 
 def blocks(config: Json) -> Mapping[str, Any]:
     """Return functions that write the blocks of the pages, by their names."""
-    return {"merging-groups": lambda: groups_table(config)}
+    return {"merging-groups": lambda: groups_table(config), "merging-texts": lambda: texts_table(config)}
 
 
-def groups_table(config: Json) -> str:
-    """Write the mean normalised accuracy of each method by the number of adapters."""
+def shares_table(config: Json, stage: str, spec: Json) -> str:
+    """Write the mean share of each method by the number of adapters, at its best scale and at 1."""
     found: dict[tuple[str, int], list[Json]] = {}
-    for record in records.of("merging/groups"):
+    for record in records.of(f"merging/{stage}"):
         job = records.config_of(record)
         found.setdefault((job["name"], len(job["group"])), []).append(record["test"])
-    if not found:
-        return "Not run yet: `python experiments/run.py merging groups`."
     rows = []
     for name, method in config["methods"].items():
         cells = []
-        for size in config["groups"]["sizes"]:
+        for size in spec["groups"]["sizes"]:
             tests = found.get((name, size), [])
             cells.append(f"{100 * fmean(test['score'] for test in tests):.1f}" if tests else "–")
             cells.append(f"{100 * fmean(test['score_at_scale_1'] for test in tests):.1f}" if tests else "–")
         rows.append([method["label"], *cells])
-    header = ["", *(cell for size in config["groups"]["sizes"] for cell in (f"{size} adapters", "scale 1"))]
+    header = ["", *(cell for size in spec["groups"]["sizes"] for cell in (f"{size} adapters", "scale 1"))]
+    return table(header, rows)
+
+
+def scales_said(recipe: Json) -> str:
+    return f"The scale of a merge is the best of {', '.join(map(str, recipe['scales']))} on"
+
+
+def groups_table(config: Json) -> str:
+    """Write the mean normalised accuracy of each method by the number of adapters."""
     recipe = config["recipe"]
     return (
-        f"{table(header, rows)}\n\nAccuracy on each task of a group, with its own head, as a share of that of its own "
-        f"adapter; mean over tasks and {len(config['groups']['draws'])} groups of each size, {recipe['test_rows']} "
-        f"test rows a task, merges of rank {recipe['rank']} but for those on weights. The scale of a merge is the best "
-        f"of {', '.join(map(str, recipe['scales']))} on {recipe['development_rows']} training rows a task. "
+        f"{shares_table(config, 'groups', config)}\n\nAccuracy on each task of a group, with its own head, as a share "
+        f"of that of its own adapter; mean over tasks and {len(config['groups']['draws'])} groups of each size, "
+        f"{recipe['test_rows']} test rows a task, merges of rank {recipe['rank']} but for those on weights. "
+        f"{scales_said(recipe)} {recipe['development_rows']} training rows a task. "
         f"{records.source_line('merging/groups')}"
+    )
+
+
+def texts_table(config: Json) -> str:
+    """Write the mean share of the gain of each method by the number of adapters."""
+    recipe = config["texts"]["recipe"]
+    return (
+        f"{shares_table(config, 'texts', config['texts'])}\n\nSmolLM2-135M: the gain in log-likelihood on each kind of "
+        "text of a group, as a share of the gain of its own adapter; mean over kinds, one group of each size, "
+        f"{recipe['test_blocks']} blocks of {recipe['length']} tokens, merges of rank {recipe['rank']} but for those "
+        f"on weights. {scales_said(recipe)} {recipe['development_blocks']} training blocks a kind. "
+        f"{records.source_line('merging/texts')}"
     )
