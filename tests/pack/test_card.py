@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -160,3 +161,18 @@ def test_rounding_is_left_out_where_it_is_all_of_the_error(tmp_path, options, ha
     (row,) = (line for line in text.splitlines() if line.startswith("| delta error"))
     assert ("of which rounding" in row) == has_rounding
     assert f"mean {pack.summary.in_fit.mean:.4f}, worst {pack.summary.in_fit.worst:.4f}" in row
+
+
+def test_metadata_are_those_of_the_hub(plain):
+    data = ModelCard(card.render(changed(plain, {}))).data
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("eigenlorax", "org/base", "adapter")
+    assert data.tags == ["eigenlorax", "lora", "peft"]
+    # the licence is the author's to state
+    assert data.license is None
+    assert data.pipeline_tag is None
+
+
+def test_without_a_model_id_there_is_no_relation(plain):
+    data = ModelCard(card.render(changed(plain, {}, base_model="/home/me/base"))).data
+    assert data.base_model is None
+    assert "base_model_relation" not in data.to_dict()

@@ -9,6 +9,15 @@ from . import history_figures, purposes, summary
 from .manifest import Manifest
 from .summary import Errors, Summary
 
+_LICENCE = (
+    "",
+    "## Licence",
+    "",
+    "A pack is derived from its adapters, and they from their base model and their data: the licences of all of them "
+    "hold for it. The pack does not record them. Whoever publishes it should state `license` in the metadata of this "
+    "card, and name the authors and licences of the adapters.",
+)
+
 
 def render(listed: Manifest, repo_id: str | None = None) -> str:
     """Return the model card: front matter, contents and errors of the pack, and code that loads it.
@@ -23,7 +32,7 @@ def render(listed: Manifest, repo_id: str | None = None) -> str:
     contents = [*_figures(figures), *_adapters(listed)]
     if listed.histories and not listed.adapters and not listed.subspace.modules:
         contents = _title_of_histories(figures)
-    lines = [*_front_matter(listed, figures.family), *contents, *_histories(listed), *how_to_use, "", form]
+    lines = [*_front_matter(listed, figures.family), *contents, *_histories(listed), *how_to_use, *_LICENCE, "", form]
     return "\n".join(lines) + "\n"
 
 
@@ -33,7 +42,9 @@ def _front_matter(listed: Manifest, family: str | None) -> list[str]:
     # the Hub rejects a card whose base_model is a path
     if listed.base_model and hub_client.may_be_model(listed.base_model):
         # every JSON string is a valid YAML string
-        lines.append(f"base_model: {json.dumps(listed.base_model)}")
+        lines += [f"base_model: {json.dumps(listed.base_model)}", "base_model_relation: adapter"]
+    if family:
+        lines.append("pipeline_tag: text-to-image")
     return [*lines, "---", ""]
 
 
