@@ -1,7 +1,7 @@
 """Time and memory of merges at the shapes of Llama-3.1-8B, beside the same methods on out × in matrices.
 
-`python benchmarks/merging.py` writes `results/merging.json`. Random adapters, one thread. The full matrices are merged
-for one module only, because all would take hours; a layer is merged by ours.
+`python benchmarks/merging.py` writes `results/merging.json`. Random adapters, one thread. Full matrices are
+merged for some modules only: a layer would take an hour by TSV.
 """
 
 import argparse
@@ -29,8 +29,10 @@ LAYER = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
-METHODS = ("task-arithmetic", "ties", "tsv")
 DENSITY = 0.2
+SCALING = 0.01
+SVD_MODULE = "self_attn.q_proj"
+"""Module of which one update is decomposed: TSV-Merge on weights does that for each adapter."""
 
 Json = dict[str, Any]
 
@@ -42,7 +44,7 @@ def make_adapters(n: int, rank: int, modules: Sequence[str]) -> list[Adapter]:
         generator = torch.Generator().manual_seed(1000 * place + len(module))
         n_out, n_in = LAYER[module]
         down = torch.randn(rank, n_in, generator=generator)
-        return LoRAFactors(down, torch.randn(n_out, rank, generator=generator), 0.01)
+        return LoRAFactors(down, torch.randn(n_out, rank, generator=generator), SCALING)
 
     return [from_factors(f"a{n}", {module: factors(n, module) for module in modules}) for n in range(n)]
 
@@ -52,30 +54,34 @@ def cut(matrix: Tensor, rank: int) -> Tensor:
     return (left[:, :rank] * values[:rank]) @ right[:rank]
 
 
-def full_task_arithmetic(updates: Sequence[Tensor], rank: int) -> Tensor:
-    return cut(sum(updates, torch.zeros_like(updates[0])), rank)
+def full_update(factors: LoRAFactors) -> Tensor:
+    return factors.scaling * factors.up @ factors.down
 
 
-def full_ties(updates: Sequence[Tensor], rank: int) -> Tensor:
+def full_ties(updates: Sequence[LoRAFactors], rank: int) -> Tensor:
     """TIES on the weights themselves, then a cut to the rank."""
     trimmed = []
-    for update in updates:
+    for factors in updates:
+        update = full_update(factors)
         flat = update.flatten()
         kept = torch.zeros_like(flat)
         largest = flat.abs().topk(int(DENSITY * flat.numel())).indices
         kept[largest] = flat[largest]
         trimmed.append(kept.view_as(update))
-    sign = torch.where(sum(trimmed, torch.zeros_like(updates[0])) >= 0, 1.0, -1.0)
-    agreeing = [update * (update.sign() == sign) for update in trimmed]
-    count = sum(((update != 0).float() for update in agreeing), torch.zeros_like(updates[0]))
-    return cut(sum(agreeing, torch.zeros_like(updates[0])) / count.clamp_min(1), rank)
+    total, count = torch.zeros_like(trimmed[0]), torch.zeros_like(trimmed[0])
+    sign = torch.where(sum(trimmed, total) >= 0, 1.0, -1.0)
+    for update in trimmed:
+        agrees = update.sign() == sign
+        total += update * agrees
+        count += agrees
+    return cut(total / count.clamp_min(1), rank)
 
 
-def full_tsv(updates: Sequence[Tensor], rank: int) -> Tensor:
+def full_tsv(updates: Sequence[LoRAFactors], rank: int) -> Tensor:
     """TSV-Merge on the weights: an SVD of each update, of those together, and of the result for the cut."""
     parts = []
-    for update in updates:
-        left, values, right = torch.linalg.svd(update, full_matrices=False)
+    for factors in updates:
+        left, values, right = torch.linalg.svd(full_update(factors), full_matrices=False)
         n = int((values > 1e-4 * values[0]).sum())
         parts.append((left[:, :n], values[:n], right[:n]))
     polar = []
@@ -85,11 +91,14 @@ def full_tsv(updates: Sequence[Tensor], rank: int) -> Tensor:
     return cut((polar[0] * torch.cat([part[1] for part in parts])) @ polar[1], rank)
 
 
-FULL: dict[str, Callable[[Sequence[Tensor], int], Tensor]] = {
-    "task-arithmetic": full_task_arithmetic,
-    "ties": full_ties,
-    "tsv": full_tsv,
-}
+FULL: dict[str, Callable[[Sequence[LoRAFactors], int], Tensor]] = {"ties": full_ties, "tsv": full_tsv}
+FULL_MODULES = (
+    ("ties", "self_attn.q_proj"),
+    ("ties", "self_attn.k_proj"),
+    ("tsv", "self_attn.k_proj"),
+    ("ties", "mlp.gate_proj"),
+)
+"""Methods and modules that are merged as full matrices too."""
 
 
 def seconds_of(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -99,25 +108,45 @@ def seconds_of(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - started, outcome
 
 
-def measure(n: int, rank: int, module: str, methods: Sequence[str]) -> Json:
+def measure(n: int, rank: int, header: Json) -> None:
+    """Measure seconds and memory of each method; ours comes first, so that its peak of memory is its own.
+
+    Args:
+        n: Number of adapters.
+        rank: Rank of the adapters and of the merge.
+        header: Fields of the result that are known beforehand.
+    """
     layer = make_adapters(n, rank, list(LAYER))
-    one = make_adapters(n, rank, [module])
-    found: Json = {}
-    for method in methods:
-        seconds, merged = seconds_of(lambda method=method: ex.merge(layer, method, rank=rank))
-        found[method] = {"layer": seconds, "peak_mib": peak_mib()}
+    measured: Json = {}
+    for method in FULL:
+        seconds, _ = seconds_of(lambda method=method: ex.merge(layer, method, rank=rank))
+        measured[method] = {"layer": seconds, "peak_mib": peak_mib(), "modules": {}}
         print(f"{method}: a layer in {seconds:.1f} s, {peak_mib():.0f} MiB", flush=True)
-        found[method]["module"], merged = seconds_of(lambda method=method: ex.merge(one, method, rank=rank))
-        found[method]["merged"] = merged
-    for method in methods:
-        updates = [0.01 * adapter.modules[module].up @ adapter.modules[module].down for adapter in one]
-        merged = found[method].pop("merged").adapter.modules[module]
-        seconds, full = seconds_of(lambda method=method, updates=updates: FULL[method](updates, rank))
-        found[method]["full"] = seconds
-        found[method]["full_peak_mib"] = peak_mib()
-        found[method]["difference"] = float((merged.up @ merged.down - full).norm() / full.norm())
-        print(f"{method}: {module} in {found[method]['module']:.2f} s, by the matrices {seconds:.1f} s", flush=True)
-    return found
+        write({**header, "methods": measured})
+    one = make_adapters(1, rank, [SVD_MODULE])[0].modules[SVD_MODULE]
+    header["one_svd"], _ = seconds_of(lambda: torch.linalg.svd(full_update(one), full_matrices=False))
+    header["one_svd_module"] = SVD_MODULE
+    for method, module in FULL_MODULES:
+        measured[method]["modules"][module] = measure_module(n, rank, method, module)
+        measured[method]["full_peak_mib"] = peak_mib()
+        write({**header, "methods": measured})
+
+
+def measure_module(n: int, rank: int, method: str, module: str) -> Json:
+    """Return the seconds of both implementations for one module, and the relative difference of their results."""
+    adapters = make_adapters(n, rank, [module])
+    seconds, merged = seconds_of(lambda: ex.merge(adapters, method, rank=rank))
+    factors = merged.adapter.modules[module]
+    sources = [adapter.modules[module] for adapter in adapters]
+    full_seconds, full = seconds_of(lambda: FULL[method](sources, rank))
+    print(f"{method}: {module} in {seconds:.2f} s, by the matrices {full_seconds:.1f} s", flush=True)
+    difference = float((factors.up @ factors.down - full).norm() / full.norm())
+    return {"ours": seconds, "full": full_seconds, "difference": difference}
+
+
+def write(measured: Json) -> None:
+    """Write what has been measured so far."""
+    RESULTS.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def peak_mib() -> float:
@@ -129,22 +158,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--module", choices=LAYER, default="self_attn.k_proj", help="the one merged as full matrices")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = peak_mib()
-    found = {
-        "command": f"python benchmarks/merging.py --module {options.module}",
+    header = {
+        "command": "python benchmarks/merging.py",
         "environment": env.collect(),
         "adapters": options.adapters,
         "rank": options.rank,
-        "module": options.module,
-        "shape": LAYER[options.module],
         "start_mib": started,
-        "methods": measure(options.adapters, options.rank, options.module, options.methods),
     }
-    RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
+    measure(options.adapters, options.rank, header)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A language model has no heads. Its adapters are of kinds of text, and the score 
 """
 
 import functools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 
 import eigenlorax as ex
-from eigenlorax.core.adapter import Adapter, from_factors
-from eigenlorax.merging.comparison import random_update
+from eigenlorax.core.adapter import Adapter, LoRAFactors, delta_square, from_factors
+from eigenlorax.core.basis import seeded_normal_rows
 from eigenlorax.merging.methods import METHODS
 
 from . import language, records, text, training
@@ -114,6 +115,15 @@ def dense(adapter: Adapter) -> Updates:
     return {module: factors.scaling * factors.up @ factors.down for module, factors in adapter.modules.items()}
 
 
+def random_update(update: LoRAFactors, label: str) -> LoRAFactors:
+    """Return a random update of the same shape, rank and Frobenius norm. Other labels have other numbers."""
+    r = update.down.shape[0]
+    down = torch.from_numpy(seeded_normal_rows(r, update.down.shape[1], 0, f"merge down {label}"))
+    up = torch.from_numpy(seeded_normal_rows(r, update.up.shape[0], 0, f"merge up {label}"))
+    random_factors = LoRAFactors(down, up.mT.contiguous(), 1.0)
+    return LoRAFactors(down, random_factors.up, math.sqrt(delta_square(update) / delta_square(random_factors)))
+
+
 def with_random_others(adapters: list[Adapter], kept: int) -> list[Adapter]:
     """Return random adapters of the same ranks and norms in the place of all but one."""
     return [
@@ -121,7 +131,7 @@ def with_random_others(adapters: list[Adapter], kept: int) -> list[Adapter]:
         if place == kept
         else from_factors(
             adapter.name,
-            {module: random_update(factors, 0, f"{module} {place}") for module, factors in adapter.modules.items()},
+            {module: random_update(factors, f"{module} {place}") for module, factors in adapter.modules.items()},
             base_model=adapter.base_model,
         )
         for place, adapter in enumerate(adapters)

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -14,6 +15,7 @@ import eigenlorax as ex
 from adapters import make_adapter
 from eigenlorax.core.adapter import LoRAFactors, from_factors
 from eigenlorax.errors import AdapterNameError, BaseModelError, FormatError, OptionError, PackExistsError, ShapeError
+from eigenlorax.merging.comparison import normal_coordinates
 from eigenlorax.merging.coordinates import common_coordinates
 from eigenlorax.merging.methods import METHODS
 from planted import MODULES, normal, orthonormal, random_factors
@@ -185,6 +187,41 @@ def test_what_a_merge_keeps_of_each_source():
     assert pair.cosine == pytest.approx(float(flat[0] @ flat[1] / flat[0].norm() / flat[1].norm()), rel=1e-5)
     rows = [torch.linalg.qr(adapter.modules[module].down.double().mT)[0] for adapter in adapters]
     assert pair.input_overlap == pytest.approx(float((rows[0].mT @ rows[1]).square().sum() / 2), rel=1e-6)
+
+
+def test_coordinates_of_random_factors_are_distributed_as_the_factors():
+    n, dimension, fixed, samples = 3, 11, 2, 4000
+    numbers = np.random.default_rng(0)
+    rows = [normal_coordinates(n, dimension, fixed, numbers) for _ in range(samples)]
+    assert rows[0].shape == (n, fixed + n)
+    grams = np.stack([each @ each.T for each in rows])
+    # moments of the Wishart distribution with 11 degrees of freedom
+    np.testing.assert_allclose(grams.mean(0), dimension * np.eye(n), atol=0.35)
+    np.testing.assert_allclose(grams.var(0), dimension * (1 + np.eye(n)), rtol=0.12)
+    np.testing.assert_allclose(np.stack(rows)[:, :, :fixed].var(0), 1, rtol=0.12)
+    assert normal_coordinates(9, dimension, fixed, numbers).shape == (9, dimension)
+
+
+@pytest.mark.parametrize("method", ["ties", "tsv", "knots"])
+def test_the_share_kept_among_random_adapters_is_that_of_wide_random_adapters(method):
+    """The same mean over many seeds as merges with random factors as wide as the module."""
+    module, shape = next(iter(MODULES.items()))
+    adapters = [from_factors(f"s{n}", {module: random_factors(r, *shape, seed=n)}) for n, r in enumerate((2, 5, 3))]
+    update = dense_updates(adapters, module)[0]
+    found, wanted = [], []
+    for seed in range(15):
+        found.append(ex.merge(adapters, method, seed=seed).comparison.sources[0].kept_among_random)
+        others = []
+        for place, adapter in enumerate(adapters[1:]):
+            random = random_factors(adapter.ranks[0], *shape, seed=1000 + 10 * seed + place)
+            norm = dense_update(adapter.modules[module]).norm() / dense_update(random).norm()
+            others.append(
+                from_factors(adapter.name, {module: LoRAFactors(random.down, norm * random.up, random.scaling)})
+            )
+        merged = ex.merge([adapters[0], *others], method)
+        wanted.append(float((dense_update(merged.adapter.modules[module]) * update).sum() / update.square().sum()))
+    spread = math.sqrt((np.var(found) + np.var(wanted)) / 15)
+    assert abs(np.mean(found) - np.mean(wanted)) < 4 * spread + 1e-3
 
 
 def test_conflicting_signs_are_counted():

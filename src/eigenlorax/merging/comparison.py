@@ -2,20 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..core.adapter import Adapter, LoRAFactors, delta_square
-from ..core.basis import seeded_normal_rows
-from .coordinates import CommonCoordinates, common_coordinates, significant
-from .methods import Merger, MethodOptions, mean, sum_is_zero, weighted_sum
+from .coordinates import CommonCoordinates, common_coordinates
+from .methods import METHODS, Method, MethodOptions, sum_is_zero, weighted_sum
 
 MAX_RANDOM_MODULES = 8
 """Number of modules on which merges with random adapters are computed."""
-RANDOM_COST = 2e9
-"""Number of multiplications, about, that all merges with random adapters may take: each is one more merge."""
+RANDOM_COST = 2e7
+"""Number of multiplications, about, that one decomposition in all merges with random adapters may take."""
 RANDOM_SHARE = 4
 """A merge of more modules may take as many merges with random adapters as a quarter of its modules."""
 MIN_RANDOM_MERGES = 2
@@ -97,18 +99,24 @@ class ComparisonBuilder:
         adapters: The sources.
         modules: Names of all modules.
         weights: Weight of each source.
+        method: The method.
         seed: Seed of the random adapters.
     """
 
     def __init__(
-        self, adapters: Sequence[Adapter], modules: Sequence[str], weights: Sequence[float], seed: int
+        self,
+        adapters: Sequence[Adapter],
+        modules: Sequence[str],
+        weights: Sequence[float],
+        method: Method,
+        seed: int,
     ) -> None:
         n = len(adapters)
         self._names, self._weights, self._seed = [adapter.name for adapter in adapters], weights, seed
-        self._n_modules = len(modules)
+        self._n_modules, self._method = len(modules), method
         # a difference of adapters has no weighted mean; the plain one stands beside it
         mean_weights = [1.0] * n if sum_is_zero(weights) else weights
-        self._mean_options = MethodOptions(mean_weights, 1.0, torch.Generator())
+        self._mean_weights = [weight / sum(mean_weights) for weight in mean_weights]
         self._random_pairs = _random_pairs(adapters, modules)
         self._products = torch.zeros(n, n, dtype=torch.float64)
         self._with_merge, self._with_mean = torch.zeros(2, n, dtype=torch.float64)
@@ -118,73 +126,59 @@ class ComparisonBuilder:
         self._overlaps = torch.zeros(2, n, n, dtype=torch.float64)
         self._overlapping_modules = torch.zeros(n, n, dtype=torch.float64)
 
-    def add(
-        self,
-        module: str,
-        updates: Sequence[LoRAFactors | None],
-        coordinates: CommonCoordinates,
-        merger: Merger,
-        options: MethodOptions,
-        merged: LoRAFactors,
-    ) -> None:
+    def add(self, module: str, coordinates: CommonCoordinates, options: MethodOptions, merged: LoRAFactors) -> None:
         """Add one module.
 
         Args:
             module: Name of the module.
-            updates: Its update in each source; None where a source lacks the module.
-            coordinates: Their common coordinates.
-            merger: The method.
+            coordinates: Common coordinates of its updates in the sources.
             options: Options of the method.
             merged: Result of the method, cut to its rank.
         """
         cores, rank = coordinates.cores, merged.down.shape[0]
-        self._products += torch.einsum("iqp,jqp->ij", cores, cores)
-        average = LoRAFactors(*mean(coordinates, self._mean_options).cut(rank), 1.0)
-        self._with_merge += _products(merged, coordinates)
-        self._with_mean += _products(average, coordinates)
-        self._merge_square += delta_square(merged)
-        self._mean_square += delta_square(average)
-        elected = weighted_sum(cores, self._weights).sign()
-        magnitudes = cores.abs()
+        flat = cores.flatten(1)
+        self._products += flat @ flat.mT
+        with_merge, merge_square = _products(merged, coordinates), delta_square(merged)
+        self._with_merge += with_merge
+        self._merge_square += merge_square
+        total = weighted_sum(cores, self._weights)
+        if self._method is METHODS["mean"]:
+            with_mean, mean_square = with_merge, merge_square
+        else:
+            average = total if self._mean_weights == self._weights else weighted_sum(cores, self._mean_weights)
+            with_mean, mean_square = _cut_products(average, cores, rank)
+        self._with_mean += with_mean
+        self._mean_square += mean_square
+        elected, magnitudes = total.sign(), cores.abs()
         self._agreeing += (magnitudes * (cores.sign() == elected)).sum((1, 2))
         self._magnitudes += magnitudes.sum((1, 2))
-        self._add_overlaps(cores)
-        if places := [place for name, place in self._random_pairs if name == module]:
-            self._add_random(module, places, updates, cores, merger, options, rank)
-
-    def _add_overlaps(self, cores: Tensor) -> None:
-        """Add the overlaps of the spans of each pair of sources."""
-        spans = [_spans(core) for core in cores]
-        for i, first in enumerate(spans):
-            for j, second in enumerate(spans[:i]):
-                smaller = min(first[0].shape[0], second[0].shape[0])
-                if smaller:
-                    for side in range(2):
-                        self._overlaps[side, i, j] += (first[side] @ second[side].mT).square().sum() / smaller
-                    self._overlapping_modules[i, j] += 1
-
-    def _add_random(
-        self,
-        module: str,
-        places: Sequence[int],
-        updates: Sequence[LoRAFactors | None],
-        cores: Tensor,
-        merger: Merger,
-        options: MethodOptions,
-        rank: int,
-    ) -> None:
-        """Add merges of the sources at `places` with random adapters in the place of the others."""
-        random = [
-            None if update is None else random_update(update, self._seed, f"{module} {place}")
-            for place, update in enumerate(updates)
-        ]
-        for place in places:
-            update = updates[place]
+        self._add_overlaps(coordinates.components)
+        for place in (place for name, place in self._random_pairs if name == module):
             self._random_squares[place] += cores[place].square().sum()
-            if update is not None:
-                coordinates = common_coordinates([*random[:place], update, *random[place + 1 :]])
-                merged = LoRAFactors(*merger(coordinates, options).cut(rank), 1.0)
-                self._with_random[place] += _products(merged, coordinates)[place]
+            if len(coordinates.components[place][0]):
+                self._with_random[place] += self._kept_among_random(module, place, coordinates, options, rank)
+
+    def _add_overlaps(self, components: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add the overlaps of the spans of each pair of sources."""
+        ranks = [len(down) for down, _ in components]
+        for side, rows in enumerate(zip(*components, strict=True)):
+            spans = torch.cat([each / each.norm(dim=1, keepdim=True) for each in rows])
+            squares = (spans @ spans.mT).square()
+            by_pair = [[block.sum() for block in torch.split(row, ranks, dim=1)] for row in torch.split(squares, ranks)]
+            smaller = torch.minimum(*torch.meshgrid(torch.tensor(ranks), torch.tensor(ranks), indexing="ij"))
+            self._overlaps[side] += torch.tensor(by_pair, dtype=torch.float64) / smaller.clamp_min(1)
+        self._overlapping_modules += smaller > 0
+
+    def _kept_among_random(
+        self, module: str, place: int, coordinates: CommonCoordinates, options: MethodOptions, rank: int
+    ) -> float:
+        """Return the inner product of a source with its merge with random adapters in the place of the others."""
+        updates = random_others(
+            coordinates, place, options.shape, self._method.needs_inputs, _numbers(self._seed, f"{module} {place}")
+        )
+        among_random = common_coordinates(updates)
+        merged = LoRAFactors(*self._method.merge(among_random, options).cut(rank), 1.0)
+        return float(_products(merged, among_random)[place])
 
     def result(self) -> Comparison:
         """Return the comparison."""
@@ -227,41 +221,92 @@ def _random_pairs(adapters: Sequence[Adapter], modules: Sequence[str]) -> list[t
 
     All sources on several modules, or as many as `RANDOM_COST` allows, so that they do not take longer than the merge.
     """
-    specs = [adapter.specs[module] for adapter in adapters for module in adapter.specs]
     rows = sum(max(adapter.ranks, default=0) for adapter in adapters)
-    cost = rows**2 * max((spec.in_features + spec.out_features for spec in specs), default=1)
+    cost = rows**3
     step = max(1, len(modules) // MAX_RANDOM_MODULES)
     sampled = modules[::step][:MAX_RANDOM_MODULES]
     pairs = [(module, place) for module in sampled for place in range(len(adapters))]
     return pairs[: max(MIN_RANDOM_MERGES, int(RANDOM_COST / max(cost, 1)), len(modules) // RANDOM_SHARE)]
 
 
-def random_update(update: LoRAFactors, seed: int, label: str) -> LoRAFactors:
-    """Return a random update of the same shape, rank and Frobenius norm.
+def random_others(
+    coordinates: CommonCoordinates, place: int, shape: tuple[int, int], needs_inputs: bool, numbers: np.random.Generator
+) -> list[LoRAFactors | None]:
+    """Return one update and random ones in the place of the others, of their ranks and norms.
+
+    Factors of random updates have independent normal entries. No geometry depends on the axes, so that a side is given
+    in an orthonormal basis of the few directions that occur: first those of the one update, then those that make the
+    other factors a triangle. Its entries are normal, and on the diagonal χ (Bartlett 1933), so that the distribution is
+    that of the wide factors.
 
     Args:
-        update: The update.
-        seed: Seed of the random numbers.
-        label: Name of the update: other names have other numbers.
+        coordinates: Common coordinates of the updates.
+        place: Place of the update that is no random one.
+        shape: Number of outputs and of inputs of the module.
+        needs_inputs: Whether inputs are given in the axes of the layer.
+        numbers: Source of the random numbers.
     """
-    r = update.down.shape[0]
-    down = torch.from_numpy(seeded_normal_rows(r, update.down.shape[1], seed, f"merge down {label}"))
-    up = torch.from_numpy(seeded_normal_rows(r, update.up.shape[0], seed, f"merge up {label}"))
-    random = LoRAFactors(down, up.mT.contiguous(), 1.0)
-    return LoRAFactors(down, random.up, math.sqrt(delta_square(update) / delta_square(random)))
+    components = coordinates.components
+    down, up = components[place]
+    ranks = [0 if other == place else len(rows) for other, (rows, _) in enumerate(components)]
+    roots, others = down.norm(dim=1), sum(ranks)
+    if needs_inputs:
+        one_down, downs = down @ coordinates.down, torch.from_numpy(numbers.standard_normal((others, shape[1])))
+    else:
+        downs = torch.from_numpy(normal_coordinates(others, shape[1], len(down), numbers))
+        one_down = torch.diag(roots) @ torch.eye(len(down), downs.shape[1], dtype=torch.float64)
+    ups = torch.from_numpy(normal_coordinates(others, shape[0], len(up), numbers))
+    one_up = torch.diag(roots) @ torch.eye(len(up), ups.shape[1], dtype=torch.float64)
+    updates: list[LoRAFactors | None] = []
+    for other, (rows, columns) in enumerate(zip(torch.split(downs, ranks), torch.split(ups, ranks), strict=True)):
+        if other == place:
+            updates.append(LoRAFactors(one_down, one_up.mT, 1.0))
+        elif not len(rows):
+            updates.append(None)
+        else:
+            random = LoRAFactors(rows, columns.mT, 1.0)
+            norm = math.sqrt(delta_square(random))
+            updates.append(replace(random, scaling=float(coordinates.cores[other].norm()) / norm))
+    return updates
+
+
+def normal_coordinates(n: int, dimension: int, fixed: int, numbers: np.random.Generator) -> NDArray[np.float64]:
+    """Return n rows of `dimension` independent standard normal numbers, in an orthonormal basis of their span.
+
+    Args:
+        n: Number of rows.
+        dimension: Width of the rows.
+        fixed: Number of basis vectors that are fixed beforehand; the rows need not lie in their span.
+        numbers: Source of the random numbers.
+
+    Returns:
+        Rows of width `fixed` + n, which are lower triangular beyond the fixed vectors; or of width `dimension` if
+        there are too many rows for that to be smaller.
+    """
+    free = dimension - fixed
+    if n >= free:
+        return numbers.standard_normal((n, dimension))
+    triangle = np.tril(numbers.standard_normal((n, n)), -1)
+    np.fill_diagonal(triangle, np.sqrt(numbers.chisquare(free - np.arange(n))))
+    return np.concatenate([numbers.standard_normal((n, fixed)), triangle], axis=1)
+
+
+def _numbers(seed: int, label: str) -> np.random.Generator:
+    """Return the source of random numbers of a label."""
+    return np.random.default_rng(np.frombuffer(sha256(f"{seed}\0{label}".encode()).digest(), dtype="<u4"))
+
+
+def _cut_products(core: Tensor, cores: Tensor, rank: int) -> tuple[Tensor, float]:
+    """Return inner products of a core, cut to a rank, with other cores, (n,), and its squared norm."""
+    left, values, right = torch.linalg.svd(core, full_matrices=False)
+    cut = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return cores.flatten(1) @ cut.flatten(), float(values[:rank].square().sum())
 
 
 def _products(merged: LoRAFactors, coordinates: CommonCoordinates) -> Tensor:
     """Return the inner product of an update with the update of each source, (n,)."""
     up, down = coordinates.up @ merged.up.to(torch.float64), merged.down.to(torch.float64) @ coordinates.down.mT
     return merged.scaling * torch.einsum("qr,nqp,rp->n", up, coordinates.cores, down)
-
-
-def _spans(core: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal rows of the input span and of the output span of a core, in the common coordinates."""
-    left, values, right = torch.linalg.svd(core, full_matrices=False)
-    rank = significant(values)
-    return right[:rank], left[:, :rank].mT
 
 
 def _ratio(numerator: float | Tensor, denominator: float | Tensor) -> float | None:

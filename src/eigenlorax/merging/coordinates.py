@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.adapter import LoRAFactors
-from ..core.linalg import descending_eigh, svd_factors
+from ..core.linalg import descending_eigh, svd_factors, triangular_rows
 
 ROUNDING = 1e-6
 """Singular value, as a share of the largest, up to which it is a rounding error of factors in float32."""
@@ -30,11 +30,14 @@ class CommonCoordinates:
         down: Basis of the inputs, orthonormal rows.
         up: Basis of the outputs, orthonormal rows.
         cores: One matrix for each adapter, with update = upᵀ @ core @ down.
+        components: Singular components of each core, the right (r, p) and the left singular vectors (r, q) as rows
+            with the norm √σ. Those that are rounding errors are left out.
     """
 
     down: Float[Tensor, "p n_in"]
     up: Float[Tensor, "q n_out"]
     cores: Float[Tensor, "n q p"]
+    components: Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,37 +86,55 @@ def common_coordinates(updates: Sequence[LoRAFactors | None]) -> CommonCoordinat
         >>> common_coordinates(updates).cores.shape
         torch.Size([2, 6, 6])
     """
-    present = [update for update in updates if update is not None]
-    factors = [(update.down.to(torch.float64), update.up.to(torch.float64).mT * update.scaling) for update in present]
-    components = [svd_factors(down, up) for down, up in factors]
-    down = _span([rows for rows, _ in components])
-    up = _span([rows for _, rows in components])
-    cores = torch.zeros(len(updates), len(up), len(down), dtype=torch.float64)
-    places = [place for place, update in enumerate(updates) if update is not None]
-    for place, (down_factor, up_factor) in zip(places, factors, strict=True):
-        cores[place] = (up @ up_factor.mT) @ (down_factor @ down.mT)
-    # singular vectors of the updates side by side and one above the other, in the two spans
-    _, rotation_up = descending_eigh((cores @ cores.mT).sum(0))
-    _, rotation_down = descending_eigh((cores.mT @ cores).sum(0))
-    return CommonCoordinates(rotation_down.mT @ down, rotation_up.mT @ up, rotation_up.mT @ cores @ rotation_down)
+    components = [
+        svd_factors(update.down.to(torch.float64), update.up.to(torch.float64).mT * update.scaling)
+        for update in updates
+        if update is not None
+    ]
+    down, down_rows = _span([rows for rows, _ in components])
+    up, up_rows = _span([rows for _, rows in components])
+    # decomposed again, because the spans lack rounding errors of the factors
+    in_spans = (_without_rounding(*svd_factors(*rows)) for rows in zip(down_rows, up_rows, strict=True))
+    empty = down.new_zeros(0, len(down)), up.new_zeros(0, len(up))
+    parts = [empty if update is None else next(in_spans) for update in updates]
+    cores = torch.stack([up_part.mT @ down_part for down_part, up_part in parts])
+    return CommonCoordinates(down, up, cores, parts)
 
 
-def _span(components: Sequence[Tensor]) -> Tensor:
-    """Return orthonormal rows that span the singular vectors of all updates, but for rounding errors of the factors.
+def _span(components: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return a basis of the span of the singular vectors of all updates, and those vectors in it.
+
+    The basis are the singular vectors of the updates side by side, or one above the other, in descending order. It
+    lacks directions that are rounding errors of the factors.
 
     Args:
         components: Singular vectors of each update as rows, (r, d), each with the norm √σ.
+
+    Returns:
+        Orthonormal rows (p, d), and the coordinates (r, p) of the components of each update.
     """
+    norms = torch.cat([rows.norm(dim=1) for rows in components])
+    largest = torch.cat([rows.norm(dim=1).max().expand(len(rows)) for rows in components])
+    tiny = torch.finfo(torch.float64).tiny
+    triangle, q = (
+        part[0] for part in triangular_rows(torch.cat(list(components))[None] / norms.clamp_min(tiny)[:, None])
+    )
     # row j of an update gets the norm σⱼ / σ₁: where spans are shared, factors in float32 leave directions of rounding
     # errors, and padded factors rows of zeros; methods that make directions equally large would take them for updates
-    rows = []
-    for each in components:
-        norms = each.norm(dim=1, keepdim=True)
-        rows.append(each * (norms / norms.max().square().clamp_min(torch.finfo(torch.float64).tiny)))
-    q, r = torch.linalg.qr(torch.cat(rows).mT)
-    left, values, _ = torch.linalg.svd(r)
-    basis: Tensor = q @ left[:, : significant(values)]
-    return basis.mT
+    shares = (norms / largest.clamp_min(tiny)).square()
+    _, values, right = torch.linalg.svd(shares[:, None] * triangle, full_matrices=False)
+    span = right[: significant(values)]
+    coordinates = norms[:, None] * (triangle @ span.mT)
+    # singular vectors of the updates: each component has the singular value σ, the square of its norm here
+    weighted = norms[:, None] * coordinates
+    _, rotation = descending_eigh(weighted.mT @ weighted)
+    return (rotation.mT @ span) @ q, list(torch.split(coordinates @ rotation, [len(rows) for rows in components]))
+
+
+def _without_rounding(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return singular components, rows with the norm √σ, without those that are rounding errors."""
+    rank = significant(down.square().sum(1))
+    return down[:rank], up[:rank]
 
 
 def significant(values: Tensor) -> int:

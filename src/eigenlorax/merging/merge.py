@@ -137,21 +137,23 @@ def merge(
         effective = weights
     rank = max(max(adapter.ranks) for adapter in read) if rank is None else checked_rank(rank, read)
     modules = sorted({module for adapter in read for module in adapter.specs})
-    comparison = ComparisonBuilder(read, modules, effective, seed=to_int("seed", seed))
+    comparison = ComparisonBuilder(read, modules, effective, METHODS[method], seed=to_int("seed", seed))
     merged: dict[str, LoRAFactors] = {}
     full_rank, whole, lost = 0, 0.0, 0.0
     for done, module in enumerate(modules):
         if progress is not None:
             progress("merging", done, len(modules))
         updates = [adapter.modules.get(module) for adapter in read]
-        method_options = MethodOptions(effective, density or 1.0, _generator(seed, module))
+        spec = next(adapter.specs[module] for adapter in read if module in adapter.specs)
+        shape = spec.out_features, spec.in_features
+        method_options = MethodOptions(effective, density or 1.0, _generator(seed, module), shape)
         coordinates = common_coordinates(updates)
         components = METHODS[method].merge(coordinates, method_options)
         squares = components.values.square()
         full_rank = max(full_rank, components.rank)
         whole, lost = whole + float(squares.sum()), lost + float(squares[rank:].sum())
         merged[module] = merged_factors(components, rank, updates)
-        comparison.add(module, updates, coordinates, METHODS[method].merge, method_options, merged[module])
+        comparison.add(module, coordinates, method_options, merged[module])
     chosen = next((adapter for adapter in read if adapter.name == head), None)
     return MergedAdapter(
         adapter=derived_adapter(name, merged, read, head=chosen),

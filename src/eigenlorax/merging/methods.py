@@ -21,11 +21,13 @@ class MethodOptions:
         weights: Weight of each adapter.
         density: Share of entries that TIES, DARE and KnOTS keep, above 0 and at most 1.
         generator: Source of the entries that DARE keeps.
+        shape: Number of outputs and of inputs of the module.
     """
 
     weights: Sequence[float]
     density: float
     generator: torch.Generator
+    shape: tuple[int, int]
 
 
 Merger = Callable[[CommonCoordinates, MethodOptions], SingularComponents]
@@ -72,15 +74,13 @@ def tsv(coordinates: CommonCoordinates, options: MethodOptions) -> SingularCompo
     Each of n adapters keeps at most min(out, in) / n singular components, which no LoRA of a small rank exceeds. The
     singular vectors of all are replaced by the nearest orthonormal ones. Components of zero norm take no part.
     """
-    n = len(options.weights)
-    most = max(1, min(coordinates.up.shape[1], coordinates.down.shape[1]) // n)
+    most = max(1, min(options.shape) // len(options.weights))
     lefts, values, rights = [], [], []
-    for core, weight in zip(coordinates.cores, options.weights, strict=True):
-        left, sigma, right = torch.linalg.svd(core, full_matrices=False)
-        kept = min(significant(sigma), most)
-        lefts.append(left[:, :kept])
-        values.append(weight * sigma[:kept])
-        rights.append(right[:kept])
+    for (right, left), weight in zip(coordinates.components, options.weights, strict=True):
+        roots = right[:most].norm(dim=1, keepdim=True)
+        lefts.append((left[:most] / roots).mT)
+        values.append(weight * roots[:, 0].square())
+        rights.append(right[:most] / roots)
     left = _nearest_orthonormal(torch.cat(lefts, dim=1))
     right = _nearest_orthonormal(torch.cat(rights))
     return from_core(left @ (torch.cat(values)[:, None] * right), coordinates)
@@ -127,7 +127,7 @@ def _keep_largest(part: Tensor, density: float) -> Tensor:
     """Return a tensor with all but its largest entries set to zero. density: share of entries that are kept."""
     flat = part.flatten()
     kept = torch.zeros_like(flat)
-    largest = flat.abs().topk(max(1, int(density * flat.numel()))).indices
+    largest = flat.abs().topk(max(1, int(density * flat.numel())), sorted=False).indices
     kept[largest] = flat[largest]
     return kept.view_as(part)
 
@@ -156,11 +156,13 @@ class Method:
         merge: Function that merges the updates of one module.
         density: Default share of entries that are kept; None for methods that keep all.
         coordinates: Where entries are treated one by one, in words; None for methods that do not depend on coordinates.
+        needs_inputs: Whether the result depends on the axes of the layer's inputs, not on their geometry alone.
     """
 
     merge: Merger
     density: float | None = None
     coordinates: str | None = None
+    needs_inputs: bool = False
 
 
 _CORES = "entry by entry of each module's cores in the singular vectors that all updates span together"
@@ -175,6 +177,7 @@ METHODS: Mapping[str, Method] = {
         0.2,
         "entry by entry of Σ·Vᵢ, rows in the left singular vectors of all updates side by side, columns in the layer's "
         "inputs",
+        needs_inputs=True,
     ),
     "tsv": Method(tsv),
     "iso-c": Method(iso_c),
