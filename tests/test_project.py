@@ -14,6 +14,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import eigenlorax
+from adapters import make_adapters
+from eigenlorax.core import keys
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -198,3 +200,31 @@ class TestSupportPage:
         for extra in ("peft", "train", "diffusers", "metrics", "report", "search", "trl", "ray", "vllm"):
             packages = {Requirement(line).name for line in extras[extra]} - {"eigenlorax", "pyyaml"}
             assert packages <= named
+
+
+class TestHub:
+    @pytest.fixture
+    def entry(self):
+        return text("scripts/hub/model-libraries.ts")
+
+    def test_the_entry_has_the_projects_addresses_and_the_file_of_every_pack(self, entry):
+        fields = dict(re.findall(r"^\t\t(\w+): [\"`](.*)[\"`],$", entry, re.MULTILINE))
+        assert (fields["repoUrl"], fields["docsUrl"]) == (SOURCE, PROJECT["urls"]["Documentation"])
+        assert fields["countDownloads"] == f'path:"{keys.MANIFEST}"'
+        assert f"\t{fields['repoName']}: {{" in entry
+
+    def test_the_snippet_runs(self, entry, tmp_path, monkeypatch, capsys):
+        make_adapters(tmp_path / "in", "alpha beta")
+        pack = eigenlorax.fit(tmp_path / "in", n_components=3).save(tmp_path / "pack")
+        (code,) = re.findall(r"=> \[\n\t`(.*?)`,\n\];", entry, re.DOTALL)
+        monkeypatch.chdir(tmp_path)
+        exec(code.replace("${model.id}", pack.as_posix()), {})
+        assert "['alpha', 'beta']" in capsys.readouterr().out
+        assert (tmp_path / "loras/beta/adapter_model.safetensors").is_file()
+
+    def test_peft_reads_the_configuration_of_its_comparison(self):
+        peft = pytest.importorskip("peft", reason="PEFT is not installed: pip install '.[peft]'")
+        (file,) = (ROOT / "scripts/hub/method_comparison").rglob("adapter_config.json")
+        config = peft.PeftConfig.from_pretrained(str(file.parent))
+        assert isinstance(config, eigenlorax.EigenLoraxConfig)
+        assert f"rank{config.r}-" in file.parent.name
