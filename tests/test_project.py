@@ -43,6 +43,8 @@ def test_addresses_of_the_repository_are_that_of_pyproject():
 def test_the_version_is_the_same_everywhere():
     assert f"\nversion: {eigenlorax.__version__}\n" in text("CITATION.cff")
     assert re.fullmatch(r"\d+\.\d+\.\d+", eigenlorax.__version__)
+    released = re.findall(r"^## \[(\d+\.\d+\.\d+)\] – \d{4}-\d{2}-\d{2}$", text("CHANGELOG.md"), re.MULTILINE)
+    assert released[0] == eigenlorax.__version__
 
 
 @pytest.fixture(scope="module")
