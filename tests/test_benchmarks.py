@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -239,6 +240,15 @@ def test_the_picture_is_the_same_each_time(tmp_path):
         first, second = ((tmp_path / folder / name).read_bytes() for folder in ("first", "second"))
         assert first == second
         assert first.count(label) >= 1
+
+
+def test_the_picture_of_the_readme_is_that_of_its_results(tmp_path):
+    drawn = run("ratio_error.py", "--draw", "--output", tmp_path / "ratio-error.svg")
+    assert drawn.returncode == 0, drawn.stderr
+    committed = (Path(__file__).resolve().parents[1] / "docs" / "ratio-error.svg").read_bytes()
+    if f"matplotlib {version('matplotlib')}".encode() not in committed:
+        pytest.skip("the picture was drawn by another matplotlib")
+    assert (tmp_path / "ratio-error.svg").read_bytes() == committed
 
 
 def planted_growth():
