@@ -1,4 +1,4 @@
-"""How a router combines its signals, and from which confidence on it routes: both chosen on held-out rows."""
+"""Calibration of a router on held-out rows: weights of its signals, and the threshold of its confidence."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class AbstentionTarget:
-    """What the threshold has to reach. At most one of the two shares is set.
+    """Target of the threshold. At most one of the two shares is set.
 
     Attributes:
         max_false_accepts: Largest share of the base rows that may be routed.

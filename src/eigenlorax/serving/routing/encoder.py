@@ -1,4 +1,4 @@
-"""What the signals of a router see of a text: an embedding, and how its tokens fit the prototypes in each module."""
+"""Features of texts for the signals of a router: embeddings, and cosines of token inputs with prototypes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ _BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class TextFeatures:
-    """What the signals see of some texts.
+    """Features of some texts.
 
     Attributes:
         embeddings: Unit embeddings, (rows, d) float32.

@@ -1,11 +1,11 @@
-"""What a router returns: the route of a text, and figures of many."""
+"""Results of a router: the route of a text, and figures over many texts."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a text goes.
+    """Route of one text.
 
     Attributes:
         adapter: Name of the adapter; None for the base model.
@@ -22,7 +22,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class RoutingFigures:
-    """How well a router does on rows whose adapters are known. All shares are from 0 to 1.
+    """Figures of a router on rows whose adapters are known. All shares are from 0 to 1.
 
     Attributes:
         rows: Number of rows of adapters.
