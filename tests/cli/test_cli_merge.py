@@ -4,6 +4,7 @@ import pytest
 
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
+from eigenlorax.errors import OptionError
 from outcomes import assert_refused, contents, json_of, succeeded
 
 
@@ -84,6 +85,18 @@ def test_what_is_refused(cli, pack_folder, tmp_path, arguments, part):
     assert done.code != 0
     assert not (tmp_path / "out").exists()
     assert contents(pack_folder) == before
+
+
+def test_nothing_is_left_where_the_result_cannot_be_added(cli, pack_folder, tmp_path, monkeypatch):
+    from eigenlorax.cli import merge
+
+    def full(*arguments):
+        raise OptionError("the disk is full")
+
+    monkeypatch.setattr(merge, "_add", full)
+    done = cli("merge", pack_folder, "alpha", "beta", "-o", tmp_path / "out", "--add", "both")
+    assert_refused(done, done.code, "the disk is full")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_cannot_take_the_result(cli, folders, tmp_path):

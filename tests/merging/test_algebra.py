@@ -138,3 +138,23 @@ def test_bad_input(pair):
             function(a, wide)
     with pytest.raises(ShapeError, match=f"module {QUERY}"):
         ex.interpolate(b, wide, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a: ex.scale("adapters/a", 2.0), "adapters must be Adapters, .* got str"),
+        (lambda a: ex.combine(a, [1.0]), "adapters must be a list of Adapters, got Adapter"),
+        (lambda a: ex.combine([], []), "combine needs at least one adapter"),
+        (lambda a: ex.combine([a, a], 1.0), "weights must be a list of numbers"),
+        (lambda a: ex.subtract(a, None), "adapters must be Adapters, .* got NoneType"),
+        (lambda a: ex.interpolate(a, "b", 0.5), "adapters must be Adapters, .* got str"),
+        (lambda a: ex.orthogonalize(a, 3), "adapters must be Adapters, .* got int"),
+        (lambda a: ex.project_out(None, a), "adapters must be Adapters, .* got NoneType"),
+        (lambda a: ex.scale(a, 2.0, name=3), "name must be a text, got 3"),
+    ],
+)
+def test_arguments_of_other_types(call, message):
+    adapter = from_factors("a", {"layer": random_factors(2, 7, 11, seed=1)})
+    with pytest.raises(OptionError, match=message):
+        call(adapter)

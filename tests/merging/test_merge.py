@@ -14,7 +14,15 @@ from safetensors.torch import load_file
 import eigenlorax as ex
 from adapters import make_adapter
 from eigenlorax.core.adapter import LoRAFactors, from_factors
-from eigenlorax.errors import AdapterNameError, BaseModelError, FormatError, OptionError, PackExistsError, ShapeError
+from eigenlorax.errors import (
+    AdapterNameError,
+    BaseModelError,
+    FormatError,
+    ModuleNameError,
+    OptionError,
+    PackExistsError,
+    ShapeError,
+)
 from eigenlorax.merging.comparison import normal_coordinates
 from eigenlorax.merging.coordinates import common_coordinates
 from eigenlorax.merging.methods import METHODS
@@ -447,6 +455,11 @@ def test_convolutions_keep_their_kernel():
         ({"method": "ties", "density": 0.0}, OptionError, "density must be above 0 and at most 1, got 0"),
         ({"method": "tsv", "density": 0.5}, OptionError, "tsv keeps all entries: density is an option of ties"),
         ({"head": "nobody"}, AdapterNameError, "no adapter 'nobody' whose head could be used. There are: stranger-0"),
+        ({"name": 3}, OptionError, "name must be a text, got 3"),
+        ({"weights": 2.0}, OptionError, "weights must be a list of numbers, got 2.0"),
+        ({"weights": "1,1"}, OptionError, "weights must be a list of numbers, got '1,1'"),
+        ({"method": None}, OptionError, "method must be one of mean, .*got None"),
+        ({"seed": "x"}, OptionError, "seed must be an integer"),
         ({"name": "a/b"}, AdapterNameError, "adapter name 'a/b' is not allowed"),
     ],
 )
@@ -473,3 +486,43 @@ def test_what_cannot_be_merged():
         ex.merge([one, dora])
     merged = ex.merge([one, from_factors("other", dict(two.modules), base_model="org/b")], same_base=True)
     assert merged.adapter.base_model in ("org/base", "org/b")
+
+
+def test_adapters_without_a_common_module_are_no_merge():
+    adapters = [from_factors(name, {f"layer.{name}": random_factors(2, 7, 11, seed=1)}) for name in "ab"]
+    with pytest.raises(ModuleNameError, match=r"no two of the 2 adapters have a module in common: 'a' has .*layer\.a"):
+        ex.merge(adapters)
+
+
+def test_the_errors_on_other_models_are_those_of_a_merge():
+    query, dense = MODULES
+    one = from_factors("one", {query: random_factors(2, *MODULES[query], seed=1)}, base_model="org/base")
+    other = from_factors("other", {query: random_factors(2, *MODULES[query], seed=2)}, base_model="org/other")
+    wide = from_factors("wide", {query: random_factors(2, *MODULES[dense], seed=2)}, base_model="org/base")
+    for second, error in ((other, BaseModelError), (wide, ShapeError)):
+        with pytest.raises(error, match="Only adapters of one base model can be merged. Leave the others out"):
+            ex.merge([one, second])
+
+
+def test_trained_biases_stay_with_the_head(tmp_path):
+    bias = {"bias": "lora_only"}
+    folders = [make_adapter(tmp_path / name, seed=seed, head=(3, 7), config=bias) for seed, name in enumerate("ab")]
+    assert ex.merge(folders, head="b").adapter.config["bias"] == "lora_only"
+    assert ex.merge(folders).adapter.config.get("bias", "none") == "none"
+
+
+def test_image_loras_of_one_format_become_a_file_of_it(tmp_path):
+    conv = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    files = []
+    for seed, name in enumerate("ab"):
+        adapter = from_factors(name, {conv: random_factors(2, 320, 320, seed=seed, dtype=torch.float32)})
+        files.append(ex.write_adapter(adapter, tmp_path / f"{name}.safetensors", format="kohya"))
+    merged = ex.merge(files, rank=4)
+    written = ex.read_adapter(merged.save(tmp_path / "merged.safetensors"))
+    assert written.origin.format == "kohya"
+    wanted = sum(dense_update(ex.read_adapter(file).modules[conv]) for file in files) / 2
+    assert_close(dense_update(written.modules[conv]), wanted)
+    folder = ex.read_adapter(merged.save(tmp_path / "folder"))
+    assert list(folder.specs) == [conv.removeprefix("unet.")]
+    with pytest.raises(OptionError, match="is a file, which the result can be if all sources are image LoRAs"):
+        ex.merge(strangers()).save(tmp_path / "other.safetensors")

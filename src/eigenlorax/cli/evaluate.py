@@ -93,6 +93,11 @@ def class_names(argument: str) -> Sequence[str]:
 
     if "," in argument:
         return argument.split(",")
+    if not Path(argument).exists():
+        raise OptionError(
+            f"--labels {argument!r}: expected two or more class names with commas between them, such as ham,spam, or the "
+            "OUT folder of `train`, and there is no such folder."
+        )
     names: Sequence[str] | None = training_record.read(Path(argument)).get("labels")
     if names is None:
         raise OptionError(f"{argument} is a training without classes. Remove --labels.")

@@ -103,7 +103,7 @@ def find(
     json: arguments.Json = False,
 ) -> None:
     """Find adapters of a pack by words, by the similarity of their updates, or by their loss on rows."""
-    if sum(way is not None for way in (text, like, rows)) != 1:
+    if sum(query is not None for query in (text, like, rows)) != 1:
         raise OptionError("pass one of TEXT, --like ADAPTER and --rows FILE: what the adapters are compared with.")
     _check_unused(text is not None, {"--cards": cards})
     similarity_options = {
@@ -112,7 +112,19 @@ def find(
         "--allow-pickle": allow_pickle or None,
     }
     _check_unused(like is not None, similarity_options)
-    _check_unused(rows is not None, {"--model": model, "--task": task, "--labels": labels, "--max-length": max_length})
+    if like is not None and not like.strip():
+        raise OptionError("--like is empty. Pass the name of an adapter of the pack, a folder, a file or a Hub id.")
+    row_options = {
+        "--model": model,
+        "--task": task,
+        "--labels": labels,
+        "--max-length": max_length,
+        "--batch-size": None if batch_size == EVALUATION_BATCH else batch_size,
+        "--text-column": None if text_column == "text" else text_column,
+        "--label-column": None if label_column == "label" else label_column,
+        "--pair-column": pair_column,
+    }
+    _check_unused(rows is not None, row_options)
     opened = _open(pack, revision)
     skipped: dict[str, str] = {}
     if text is not None:
@@ -134,8 +146,8 @@ def find(
         by, query = "loss", str(rows)
         matches, skipped = _by_loss(opened, rows, options)
     if json:
-        found = [asdict(match) for match in matches]
-        console.print_json({"pack": pack, "by": by, "query": query, "matches": found, "skipped": skipped})
+        fields = [asdict(match) for match in matches]
+        console.print_json({"pack": pack, "by": by, "query": query, "matches": fields, "skipped": skipped})
     else:
         _print(pack, by, matches, skipped)
     if by != "words" and opened.manifest.histories:
@@ -182,8 +194,8 @@ def _by_loss(opened: "PackFolder", rows: Path, options: dict[str, Any]) -> "tupl
     if options["labels"] is not None:
         options["labels"] = class_names(options["labels"])
     with console.working() as progress:
-        found = row_search.rank_by_loss(Pack.from_folder(opened), rows, progress=progress, **options)
-    return found.matches, found.skipped
+        search = row_search.rank_by_loss(Pack.from_folder(opened), rows, progress=progress, **options)
+    return search.matches, search.skipped
 
 
 def _print(pack: str, by: str, matches: "list[Match]", skipped: dict[str, str]) -> None:

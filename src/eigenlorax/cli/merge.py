@@ -42,7 +42,11 @@ def merge(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="PEFT folder to write the merged LoRA to.", parser=arguments.path
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="PEFT folder to write the merged LoRA to; or NAME.safetensors for image LoRAs of one file format.",
+            parser=arguments.path,
         ),
     ],
     method: Annotated[
@@ -103,7 +107,12 @@ def merge(
         "name": "merged" if add is None else add,
         "same_base": same_base,
     }
-    atomic_files.check_free(output, overwrite)
+    if add is not None and not Path(sources[0]).is_dir():
+        raise OptionError(f"--add changes a pack on this machine, and {pack} is not. Download it: eigenlorax pull.")
+    if output.suffix == ".safetensors":
+        atomic_files.check_file_free(output, overwrite)
+    else:
+        atomic_files.check_free(output, overwrite)
     with console.working("The merge") as progress:
         if pack is not None:
             opened = Pack.from_pretrained(pack, revision=revision)
@@ -112,8 +121,9 @@ def merge(
         else:
             arguments.check_adapters(sources)
             merged = _merge_files(sources, merging, progress, allow_pickle=allow_pickle, revision=revision)
-        merged.save(output, overwrite=overwrite)
+        # the result is written last, so that nothing is left behind where it cannot be added
         record = None if add is None or pack is None else _add(pack, add, merged)
+        merged.save(output, overwrite=overwrite)
     if json:
         added = {} if record is None else {"added": {add: asdict(record)}}
         console.print_json({"written": str(output), **_as_json(merged), **added})

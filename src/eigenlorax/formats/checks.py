@@ -183,7 +183,9 @@ class StatedBase:
         return cls(f"adapter {adapter.name!r}", adapter.base_model, adapter.revision)
 
 
-def check_one_base(stated: Sequence[StatedBase], same_base: bool = False) -> tuple[str | None, str | None]:
+def check_one_base(
+    stated: Sequence[StatedBase], same_base: bool = False, *, remedy: str = "Fit them separately"
+) -> tuple[str | None, str | None]:
     """Return the base model that all adapters were trained on, and its revision.
 
     An adapter without a base model is assumed to have the base model of the others, with a warning.
@@ -192,6 +194,7 @@ def check_one_base(stated: Sequence[StatedBase], same_base: bool = False) -> tup
         stated: Base models of the adapters.
         same_base: Whether several base models or revisions are accepted as names of one model. The most common one is
             returned.
+        remedy: What to do, the beginning of a sentence for the error.
 
     Raises:
         BaseModelError: Two adapters have different base models or revisions.
@@ -210,8 +213,8 @@ def check_one_base(stated: Sequence[StatedBase], same_base: bool = False) -> tup
                 label = "base models" if field == "base_model" else "revisions of the base model"
                 first, first_owner = named[0]
                 raise BaseModelError(
-                    f"different {label}: {owner} has {value!r}, and {first_owner} has {first!r}. Fit them "
-                    "separately, or pass same_base=True (--same-base) if both names mean one model."
+                    f"different {label}: {owner} has {value!r}, and {first_owner} has {first!r}. {remedy}, "
+                    "or pass same_base=True (--same-base) if both names mean one model."
                 )
     return _most_common(each.base_model for each in stated), _most_common(each.revision for each in stated)
 
@@ -225,10 +228,14 @@ def _families(adapter: Adapter) -> frozenset[str]:
     return families.families((name, spec.channels) for name, spec in adapter.specs.items())
 
 
-def check_one_family(adapters: Sequence[Adapter]) -> None:
+def check_one_family(adapters: Sequence[Adapter], *, remedy: str | None = None) -> None:
     """Raise `BaseModelError` if two adapters belong to different image models, by names and widths of their modules.
 
     Such adapters may have no module in common, so a comparison of shapes would not detect it.
+
+    Args:
+        adapters: The adapters.
+        remedy: What to do, a sentence for the error. Default: what the user of a fit does.
     """
     models_by_adapter = {adapter.name: models for adapter in adapters if (models := _families(adapter))}
     for family in dict.fromkeys(models_by_adapter.values()):
@@ -239,11 +246,15 @@ def check_one_family(adapters: Sequence[Adapter]) -> None:
         minority = min(inside, outside, key=len)
         more = " …" if len(minority) > 12 else ""
         flags = " ".join(word for name in minority[:12] for word in ("--exclude-adapter", name))
+        if remedy is None:
+            remedy = (
+                f"Fit them separately, or exclude the {len(minority)} of the smaller group: "
+                f"exclude_adapters={minority[:12]}{more} ({flags}{more})."
+            )
         raise BaseModelError(
             f"adapters of two models: {inside[0]!r} is for {families.describe(models_by_adapter[inside[0]])}, and "
             f"{outside[0]!r} is for {families.describe(models_by_adapter[outside[0]])}, by the names and widths of "
-            f"their modules. Fit them separately, or exclude the {len(minority)} of the smaller group: "
-            f"exclude_adapters={minority[:12]}{more} ({flags}{more})."
+            f"their modules. {remedy}"
         )
 
 
@@ -325,7 +336,9 @@ def _most_common(names: Iterable[str | None]) -> str | None:
     return min(counts, key=lambda name: (-counts[name], name)) if counts else None
 
 
-def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+def check_one_shape(
+    adapters: Sequence[Adapter], names: Mapping[str, str], *, remedy: str | None = None
+) -> dict[str, tuple[int, int]]:
     """Return (out_features, in_features) of each module by its name in the subspace.
 
     A linear layer equals a convolution of kernel 1: their rows have the same meaning.
@@ -333,6 +346,7 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
     Args:
         adapters: The adapters.
         names: Name in the subspace by module name in an adapter. Other modules are ignored.
+        remedy: What to do, a sentence for the error. Default: what the user of a fit does.
 
     Raises:
         ShapeError: Two adapters differ in shape or kernel of a module, or one is beyond the limits of a pack.
@@ -346,17 +360,18 @@ def check_one_shape(adapters: Sequence[Adapter], names: Mapping[str, str]) -> di
                 continue
             name, shape = names[module], (spec.out_features, spec.in_features)
             _check_limits(adapter.name, name, spec)
+            excluding = (
+                f"Fit them separately, or exclude the module with exclude_modules=[{name!r}] (--exclude-module {name})."
+            )
             if shapes.setdefault(name, shape) != shape:
                 raise ShapeError(
                     f"module {name}: (out, in) is {shapes[name]} in adapter {first[name]!r} and {shape} in "
-                    f"{adapter.name!r}. They belong to different base models. Fit them separately, or exclude the "
-                    f"module with exclude_modules=[{name!r}] (--exclude-module {name})."
+                    f"{adapter.name!r}. They belong to different base models. {remedy or excluding}"
                 )
             if kernels.setdefault(name, _effective_kernel(spec.kernel)) != _effective_kernel(spec.kernel):
                 raise ShapeError(
                     f"module {name}: its kernel is {kernels[name] or 1} in adapter {first[name]!r} and "
-                    f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models. Fit them "
-                    f"separately, or exclude the module with exclude_modules=[{name!r}] (--exclude-module {name})."
+                    f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models. {remedy or excluding}"
                 )
             first.setdefault(name, adapter.name)
     return shapes

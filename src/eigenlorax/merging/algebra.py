@@ -12,7 +12,7 @@ from ..core.adapter import Adapter, LoRAFactors, delta_square
 from ..core.options import to_float
 from ..errors import OptionError
 from .coordinates import common_coordinates, from_core, merged_factors
-from .derived import check_combinable, checked_rank, checked_weights, derived_adapter
+from .derived import check_adapters, check_combinable, checked_rank, checked_weights, derived_adapter
 from .methods import weighted_sum
 
 
@@ -29,6 +29,7 @@ def scale(adapter: Adapter, factor: float, *, name: str | None = None) -> Adapte
         >>> half.ranks
         (3,)
     """
+    check_adapters([adapter])
     factor = to_float("factor", factor)
     if not math.isfinite(factor):
         raise OptionError(f"factor must be finite, got {factor}.")
@@ -65,6 +66,8 @@ def combine(
         (6,)
     """
     check_combinable(adapters, same_base)
+    if not adapters:
+        raise OptionError("combine needs at least one adapter, got none.")
     numbers = checked_weights(weights, adapters)
     if rank is not None:
         rank = checked_rank(rank, adapters)
@@ -97,6 +100,7 @@ def subtract(
         >>> eigenlorax.subtract(a, b, rank=4).ranks
         (4,)
     """
+    check_adapters([adapter, other])
     return combine([adapter, other], [1.0, -1.0], rank=rank, name=name or adapter.name, same_base=same_base)
 
 
@@ -125,6 +129,7 @@ def interpolate(
         >>> eigenlorax.interpolate(a, b, 0.25).name
         'a'
     """
+    check_adapters([first, second])
     position = to_float("position", position)
     ordered = [(first, 1.0 - position), (second, position)]
     if position > 0.5:

@@ -15,13 +15,15 @@ from ..core import atomic_files
 from ..core.adapter import Adapter, LoRAFactors
 from ..core.options import check_choice, to_float, to_int
 from ..core.progress import Progress
-from ..errors import AdapterNameError, OptionError
-from ..formats import checks, peft, safetensors_file, sources
+from ..errors import AdapterNameError, ModuleNameError, OptionError
+from ..formats import checks, peft, safetensors_file, sources, table
+from ..formats.image import writer
 from .comparison import Comparison, ComparisonBuilder
 from .coordinates import common_coordinates, merged_factors
 from .derived import check_combinable, checked_rank, checked_weights, derived_adapter
 from .methods import METHODS, MethodOptions, sum_is_zero
 
+SAFETENSORS = ".safetensors"
 HEAD_FILE = "head.{}.safetensors"
 """Name of the file with the head of a source, in the folder of a merged adapter."""
 
@@ -60,23 +62,39 @@ class MergedAdapter:
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write a PEFT folder, with the heads of the sources in `head.NAME.safetensors`, and return its path.
 
+        Image LoRAs whose sources are single files of one format can be written as such a file.
+
         Args:
-            path: The folder, which is written completely or not at all.
-            overwrite: Whether an existing folder is replaced.
+            path: The folder, which is written completely or not at all. A path that ends in ".safetensors" is a file in
+                the format of the sources.
+            overwrite: Whether an existing folder or file is replaced.
 
         Raises:
-            PackExistsError: The folder exists.
+            PackExistsError: The folder or file exists.
+            OptionError: `path` is a file, and the sources do not have one format of single files.
 
         Example:
             >>> eigenlorax.merge(["adapters/a", "adapters/b"]).save("merged").name
             'merged'
         """
-        files = peft.to_files(self.adapter)
+        if Path(path).suffix == SAFETENSORS:
+            self._check_file(path)
+            return table.write_adapter(self.adapter, path, overwrite=overwrite)
+        is_peft = table.format_of(self.adapter.origin) == table.PEFT
+        files = peft.to_files(self.adapter if is_peft else writer.for_peft(self.adapter))
         for name, tensors in self.heads.items():
             owned = {key: peft.owned(tensor) for key, tensor in tensors.items()}
             files[HEAD_FILE.format(name)] = safetensors_file.to_bytes(owned, {"format": "pt"})
         atomic_files.write_folder(Path(path), files, overwrite=overwrite)
         return Path(path)
+
+    def _check_file(self, path: str | os.PathLike[str]) -> None:
+        """Raise `OptionError` unless the sources have one format of single files."""
+        if not table.writable(table.format_of(self.adapter.origin)).suffix:
+            raise OptionError(
+                f"{os.fspath(path)} is a file, which the result can be if all sources are image LoRAs of one format. "
+                "Pass a folder."
+            )
 
 
 def merge(
@@ -118,6 +136,7 @@ def merge(
         AdapterNameError: Two adapters have one name, or `head` names none of them.
         BaseModelError, ShapeError: The adapters do not belong to one base model.
         FormatError: An adapter has tensors that cannot be merged, such as the magnitudes of DoRA.
+        ModuleNameError: No two adapters have a module in common.
         OptionError: There are fewer than two adapters, or an option is invalid.
 
     Example:
@@ -185,6 +204,13 @@ def _check_sources(adapters: Sequence[Adapter], head: str | None, same_base: boo
     if head is not None and head not in names:
         raise AdapterNameError(f"there is no adapter {head!r} whose head could be used. There are: {', '.join(names)}.")
     check_combinable(adapters, same_base)
+    modules = [module for adapter in adapters for module in adapter.specs]
+    if len(set(modules)) == len(modules):
+        raise ModuleNameError(
+            f"no two of the {len(names)} adapters have a module in common: {names[0]!r} has modules like "
+            f"{min(adapters[0].specs)!r}, {names[1]!r} like {min(adapters[1].specs)!r}. There is nothing to merge. Are "
+            "they for one model?"
+        )
 
 
 def _checked_density(method: str, density: float | None) -> float | None:

@@ -29,7 +29,15 @@ class Decisions:
     @property
     def best(self) -> Tensor:
         """Index of the most probable adapter, (rows,)."""
-        return self.probabilities.argmax(1)
+        return self.ranking[:, 0]
+
+    @property
+    def ranking(self) -> Tensor:
+        """Indices of the adapters by probability, the most probable first, (rows, adapters).
+
+        Among equally probable ones, the order is that of the adapters.
+        """
+        return self.probabilities.argsort(dim=1, descending=True, stable=True)
 
     @property
     def routed(self) -> Tensor:
@@ -43,7 +51,8 @@ class Decisions:
             names: Names of the adapters.
             top: Number of adapters whose probabilities are returned.
         """
-        largest, indices = self.probabilities.topk(top, dim=1)
+        indices = self.ranking[:, :top]
+        largest = self.probabilities.gather(1, indices)
         found = []
         for row, (value, is_routed) in enumerate(zip(self.confidences.tolist(), self.routed.tolist(), strict=True)):
             best = [names[index] for index in indices[row].tolist()]
