@@ -95,8 +95,8 @@ def class_names(argument: str) -> Sequence[str]:
         return argument.split(",")
     if not Path(argument).exists():
         raise OptionError(
-            f"--labels {argument!r}: expected two or more class names with commas between them, such as ham,spam, or the "
-            "OUT folder of `train`, and there is no such folder."
+            f"--labels {argument!r}: expected two or more class names with commas between them, such as ham,spam, or "
+            "the OUT folder of `train`, and there is no such folder."
         )
     names: Sequence[str] | None = training_record.read(Path(argument)).get("labels")
     if names is None:

@@ -371,7 +371,8 @@ def check_one_shape(
             if kernels.setdefault(name, _effective_kernel(spec.kernel)) != _effective_kernel(spec.kernel):
                 raise ShapeError(
                     f"module {name}: its kernel is {kernels[name] or 1} in adapter {first[name]!r} and "
-                    f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models. {remedy or excluding}"
+                    f"{spec.kernel or 1} in {adapter.name!r}. They belong to different base models. "
+                    f"{remedy or excluding}"
                 )
             first.setdefault(name, adapter.name)
     return shapes

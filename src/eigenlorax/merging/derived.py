@@ -12,7 +12,6 @@ from ..core.origin import Origin
 from ..errors import FormatError, OptionError
 from ..formats import checks, lora_config
 
-
 _OTHERS = "Only adapters of one base model can be merged. Leave the others out"
 
 
