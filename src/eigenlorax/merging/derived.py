@@ -19,11 +19,11 @@ def check_adapters(adapters: Iterable[Adapter]) -> None:
     """Raise `OptionError` unless adapters are a sequence of `Adapter`s."""
     if isinstance(adapters, str | Adapter) or not isinstance(adapters, Iterable):
         raise OptionError(f"adapters must be a list of Adapters, got {type(adapters).__name__}.")
-    other = next((adapter for adapter in adapters if not isinstance(adapter, Adapter)), None)
-    if other is not None:
-        raise OptionError(
-            f"adapters must be Adapters, as eigenlorax.read_adapter returns them, got {type(other).__name__}."
-        )
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            raise OptionError(
+                f"adapters must be Adapters, as eigenlorax.read_adapter returns them, got {type(adapter).__name__}."
+            )
 
 
 def check_combinable(adapters: Sequence[Adapter], same_base: bool) -> None:
@@ -37,7 +37,7 @@ def check_combinable(adapters: Sequence[Adapter], same_base: bool) -> None:
         BaseModelError, ShapeError: The adapters do not belong to one base model.
         FormatError: An adapter has tensors that cannot be added, such as the magnitudes of DoRA.
         NonFiniteError: A tensor has NaN or Inf.
-        OptionError: One is no `Adapter`.
+        OptionError: One of them is no `Adapter`.
     """
     check_adapters(adapters)
     for adapter in adapters:
