@@ -79,7 +79,7 @@ class MergedAdapter:
         """
         if Path(path).suffix == SAFETENSORS:
             self._check_file(path)
-            return table.write_adapter(self.adapter, path, overwrite=overwrite)
+            return table.write_adapter(self.adapter, Path(path), overwrite=overwrite)
         is_peft = table.format_of(self.adapter.origin) == table.PEFT
         files = peft.to_files(self.adapter if is_peft else writer.for_peft(self.adapter))
         for name, tensors in self.heads.items():
