@@ -74,6 +74,7 @@ def main() -> int:
         ),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
         (ROOT / "README.md", "sharing"): sharing_table(demo),
+        (docs / "get-started" / "is-it-for-you.md", "sharing"): sharing_table(demo),
         (ROOT / "README.md", "results"): figures_table(run, demo),
         (docs / "training-memory.md", "memory"): training_memory_tables.markdown(
             json.loads(TRAINING_MEMORY.read_text(encoding="utf-8"))

@@ -1,0 +1,64 @@
+"""The site: every page has its place, every public name its reference, every term its explanation."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import typer
+from docs_site import glossary_tooltips
+
+import eigenlorax
+from eigenlorax.cli import command_line
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+GLOSSARY = (DOCS / glossary_tooltips.GLOSSARY).read_text("utf-8")
+OWN_TERMS = glossary_tooltips.terms(GLOSSARY.partition("\n## Words of eigenlorax\n")[2])
+NAVIGATION = set(re.findall(r"([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE))
+# terms that a page for newcomers may use before it has explained them: their everyday meaning is enough
+EVERYDAY = {"fit", "side", "version", "history", "subspace", "pack", "k", "population", "left out", "compression ratio"}
+
+
+def test_the_navigation_has_every_page():
+    pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert NAVIGATION - {"reference/commands.md"} == pages
+
+
+def test_the_reference_has_every_public_name_once():
+    pages = [path.read_text("utf-8") for path in sorted((DOCS / "reference/api").glob("*.md"))]
+    names = [name for page in pages for name in re.findall(r"^::: eigenlorax\.(\w+)$", page, re.MULTILINE)]
+    assert sorted(names) == sorted([*(name for name in eigenlorax.__all__ if name != "__version__"), "errors"])
+
+
+def test_the_reference_of_the_command_line_has_every_option():
+    pytest.importorskip("mkdocs", reason="MkDocs is not installed: pip install '.[docs]'")
+    from docs_site import command_reference
+
+    page = command_reference.markdown()
+    for name, verb in typer.main.get_command(command_line()).commands.items():
+        text = page.partition(f"\n## `eigenlorax {name}`\n")[2].partition("\n## ")[0]
+        assert text, name
+        for parameter in verb.params:
+            for spelling in parameter.opts if parameter.param_type_name == "option" else ():
+                assert re.search(rf"`{spelling}[ `]", text), (name, spelling)
+
+
+def test_the_glossary_explains_each_term_briefly():
+    assert {"k", "delta error", "coefficients", "core", "gauge", "residual", "carried"} <= OWN_TERMS.keys()
+    assert list(OWN_TERMS) == sorted(OWN_TERMS)
+    for term, explanation in glossary_tooltips.terms(GLOSSARY).items():
+        assert len(re.findall(r"[.;](?: |$)", explanation)) <= 3, term
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "get-started").glob("*.md")), ids=lambda page: page.name)
+def test_terms_on_pages_for_newcomers_lead_to_the_glossary(page):
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`|<!--.*?-->", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for term in OWN_TERMS.keys() - EVERYDAY:
+        if re.search(rf"\b{term}\b", text, flags=re.IGNORECASE):
+            assert f"glossary.md#{term.replace(' ', '-')})" in text, f"{page.name} does not explain {term!r}"
+
+
+def test_the_diagram_is_what_its_script_draws():
+    drawn = runpy.run_path(str(ROOT / "scripts/docs_site/method_diagram.py"))["draw"]()
+    assert (DOCS / "concepts/method.svg").read_text("utf-8") == drawn
