@@ -117,6 +117,7 @@ NOT_KILLED = {
     "train": "adds an adapter as `add` does; the rest is the Trainer of transformers",
     "compare": "writes one file as `report` does, after each training",
     "demo": "fits and exports as those do",
+    "convert": "writes one adapter as `export` does",
 }
 """Verbs of the command that are not among them, and why."""
 

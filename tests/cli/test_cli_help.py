@@ -80,6 +80,7 @@ def test_the_verbs_are_these():
         "report",
         "inspect",
         "export",
+        "convert",
         "add",
         "remove",
         "augment",

@@ -163,6 +163,7 @@ LINES = [
     "inspect PLACE/pack --verify PLACE/in",
     "inspect PLACE/in/c",
     "export PLACE/pack -o PLACE/out --overwrite",
+    "convert PLACE/in/c PLACE/half --to peft --dtype float16 --overwrite",
     "augment PLACE/pack --n-extra 1 --seed 1 -o PLACE/wider --overwrite",
     "refit PLACE/pack -o PLACE/again -k 4 --overwrite",
     "merge PLACE/pack sentiment-of-reviews-of-films b-with-one-that-is-quite-as-long -o PLACE/sum --overwrite",

@@ -128,6 +128,8 @@ LINES = [
     "inspect NOWHERE",
     "export PACK -o NEW",
     "export PACK NOWHERE -o NEW",
+    "convert IN/alpha NEW --to peft",
+    "convert IN/alpha NEW --to mlx",
     "add PACK NEWCOMER --warn-above 0",
     "add PACK OF-ANOTHER",
     "add PACK OF-ANOTHER --same-base",

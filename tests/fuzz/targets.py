@@ -342,6 +342,8 @@ VERBS = (
     "export pack -o out",
     "export pack a -o out --dtype float16",
     "export pack a -o out --format kohya",
+    "convert one out --to peft",
+    "convert one out --to mlx",
     "report pack",
     "report pack --json",
     "report pack -o out.md",

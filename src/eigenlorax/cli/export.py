@@ -50,8 +50,8 @@ def export(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="File format: peft, kohya, diffusers, diffusers-old or diffusion-model (default: the format in which "
-            "each adapter was read).",
+            help="File format: peft, mlx, kohya, diffusers, diffusers-old or diffusion-model (default: the format in "
+            "which each adapter was read).",
         ),
     ] = None,
     dtype: Annotated[

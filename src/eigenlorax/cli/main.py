@@ -24,6 +24,7 @@ VERBS = (
     "report",
     "inspect",
     "export",
+    "convert",
     "add",
     "remove",
     "augment",

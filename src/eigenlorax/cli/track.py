@@ -26,7 +26,8 @@ def track(
         Path,
         typer.Argument(
             metavar="RUN",
-            help="Folder of the run: output_dir of the Trainer of transformers or TRL, with folders checkpoint-STEP.",
+            help="Folder of the run: output_dir of the Trainer of transformers or TRL, with folders checkpoint-STEP, "
+            "or the folder of an mlx-lm run.",
             parser=arguments.path,
         ),
     ],

@@ -52,6 +52,9 @@ SOURCE_FILE = "source_file.json"
 # Name of the LoRA file in diffusers' folders and repositories
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_SUFFIX = ".safetensors"
+# Files of mlx-lm: the adapter, and its state after a number of iterations
+MLX_WEIGHTS = "adapters.safetensors"
+MLX_CHECKPOINT = re.compile(r"(\d{7,18})_adapters\.safetensors")
 CARRIED = "carried.safetensors"
 
 MODEL_PREFIX = "base_model.model."
@@ -351,10 +354,10 @@ def check_known(name: str, adapters: Iterable[str], where: str = "the pack", *, 
 def name_from_file(file: str, folder: str) -> str:
     """Return an adapter name for a LoRA file.
 
-    It is the file's name without suffix, or the folder's if the file has diffusers' standard name. Characters that
-    adapter names may not have are replaced or removed, since image LoRA files may have any name.
+    It is the file's name without suffix, or the folder's if the file has the standard name of diffusers or mlx-lm.
+    Characters that adapter names may not have are replaced or removed, since image LoRA files may have any name.
     """
-    stem = folder if file == LORA_FILE else file[: -len(LORA_SUFFIX)]
+    stem = folder if file in (LORA_FILE, MLX_WEIGHTS) else file[: -len(LORA_SUFFIX)]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip("._-")[:96].rstrip("._-") or stem
 
 

@@ -5,8 +5,30 @@ from typing import TYPE_CHECKING
 from ..core import lazy_names
 
 if TYPE_CHECKING:
-    from .table import FORMATS, PEFT, Format, check_writable, format_of, read_adapter, writable, write_adapter
+    from .table import (
+        FORMATS,
+        MLX,
+        PEFT,
+        Format,
+        check_writable,
+        file_names,
+        format_of,
+        read_adapter,
+        writable,
+        write_adapter,
+    )
 
-__all__ = ["FORMATS", "PEFT", "Format", "check_writable", "format_of", "read_adapter", "writable", "write_adapter"]
+__all__ = [
+    "FORMATS",
+    "MLX",
+    "PEFT",
+    "Format",
+    "check_writable",
+    "file_names",
+    "format_of",
+    "read_adapter",
+    "writable",
+    "write_adapter",
+]
 
 __getattr__ = lazy_names.importer(__name__, dict.fromkeys(__all__, "table"))

@@ -120,7 +120,7 @@ def open_file(
     name = keys.check_name(name if name is not None else location.name)
     if isinstance(location.folder, RemoteFolder) and not location.folder.is_file(location.file):
         raise UrlError(f"{location} does not exist.")
-    return OpenedFile(name, _open_safetensors(location.folder, location.file))
+    return OpenedFile(name, open_safetensors(location.folder, location.file))
 
 
 def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
@@ -178,7 +178,8 @@ def check_config(config: dict[str, Any], path: str, peft_types: Sequence[str] = 
             raise FormatError(f"{path}: {field} is {names!r}; a list of strings was expected.")
 
 
-def _open_safetensors(folder: Folder, name: str) -> Weights:
+def open_safetensors(folder: Folder, name: str) -> Weights:
+    """Open a safetensors file of a folder by its header."""
     file = folder.file(name)
     tensors = ranges.open_tensors(file)
     keys.check_tensor_names(tensors.entries, str(file))
@@ -189,7 +190,7 @@ def _open_safetensors(folder: Folder, name: str) -> Weights:
 def _open_weights(location: AdapterLocation, allow_pickle: bool) -> Weights:
     folder = location.folder
     if folder.is_file(keys.ADAPTER_WEIGHTS):
-        return _open_safetensors(folder, keys.ADAPTER_WEIGHTS)
+        return open_safetensors(folder, keys.ADAPTER_WEIGHTS)
     if not folder.is_file(keys.ADAPTER_PICKLE):
         may_be_on_hub = location.is_downloaded and not allow_pickle
         hint = " (the Hub's .bin file is downloaded with allow_pickle=True, --allow-pickle only)" * may_be_on_hub

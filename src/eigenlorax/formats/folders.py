@@ -263,16 +263,20 @@ def holds_lora_file(folder: Folder) -> bool:
 
 
 def weights_without_config(folder: Folder) -> str | None:
-    """Return the name of PEFT's weights file in a folder without `adapter_config.json`; None if it has neither."""
+    """Return the name of PEFT's or mlx-lm's weights file in a folder without `adapter_config.json`; None without."""
     names = (keys.ADAPTER_WEIGHTS, keys.ADAPTER_PICKLE)
-    return None if is_adapter(folder) else next((name for name in names if folder.is_file(name)), None)
+    if is_adapter(folder):
+        return None
+    if folder.is_file(keys.MLX_WEIGHTS) and not is_lora(folder, keys.MLX_WEIGHTS):
+        return keys.MLX_WEIGHTS
+    return next((name for name in names if folder.is_file(name)), None)
 
 
 def missing_config(folder: Folder, weights: str) -> str:
     """Return the text of the error about a folder with weights, whose `adapter_config.json` is missing."""
     return (
         f"{folder} has no {keys.ADAPTER_CONFIG} beside {weights}. The config states the scaling and the base model. "
-        "PEFT's save_pretrained writes both files: copy the config, too."
+        "PEFT's save_pretrained and mlx-lm write both files: copy the config, too."
     )
 
 

@@ -92,7 +92,7 @@ def adapter_folder(
     check_exists(source)
     repository = parsed(source, revision)
     assert repository is not None
-    weights = [keys.ADAPTER_WEIGHTS, keys.LORA_FILE, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
+    weights = [keys.ADAPTER_WEIGHTS, keys.LORA_FILE, keys.MLX_WEIGHTS, *([keys.ADAPTER_PICKLE] if allow_pickle else [])]
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     # with a pack's manifest, an error can say that the repository is a pack
     folder = download(

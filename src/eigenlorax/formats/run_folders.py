@@ -1,9 +1,11 @@
 """Checkpoints of a training run: the folders `checkpoint-STEP` that the Trainer of transformers or TRL writes.
 
 The metrics of a step are those of `trainer_state.json`, which the Trainer writes last into a checkpoint. A checkpoint
-that is not complete yet is left out, with the reason, so that a run can be read while it goes on.
+that is not complete yet is left out, with the reason, so that a run can be read while it goes on. The checkpoints of
+mlx-lm are files of one folder, `0000100_adapters.safetensors`, and `adapters.safetensors` is the state after the last.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -17,6 +19,8 @@ from ..core import keys, limits
 from ..core.options import suggestion
 from ..errors import AdapterNameError, FormatError, OptionError
 from . import ranges
+from .folders import LocalFolder
+from .mlx import config as mlx_config
 
 TRAINER_STATE = "trainer_state.json"
 SETTLED_SECONDS = 60
@@ -57,7 +61,7 @@ class Checkpoint:
 
     Attributes:
         step: Training step.
-        folder: Folder of the adapter: the checkpoint's own, or a subfolder of it.
+        folder: Folder of the adapter: the checkpoint's own, or a subfolder of it; its file in a run of mlx-lm.
         metrics: Finite numbers by name: of the last training record up to the step (`epoch`, `loss`, `learning_rate`,
             and those of TRL, such as `kl`, `reward…` and `objective/…`), and of evaluations at the step (`eval_…`).
         settings: Settings of the run, by name; see `settings`.
@@ -115,6 +119,8 @@ def read_run(path: str | Path, adapter: str | None = None, *, known_steps: Colle
         AdapterNameError: A checkpoint has no adapter of that name.
     """
     path = Path(path)
+    if _mlx_files(path):
+        return _read_mlx_run(path, known_steps)
     folders = {step: folder for step, folder in _checkpoint_folders(path).items() if step not in known_steps}
     states = {step: _read_state(folder) for step, folder in folders.items()}
     is_trainers = any(state is not None for state in states.values()) or any(
@@ -140,14 +146,65 @@ def read_run(path: str | Path, adapter: str | None = None, *, known_steps: Colle
 
 
 def checkpoint_step(folder: Path) -> int | None:
-    """Return the training step of a folder `checkpoint-STEP`, from its name; None if it has another name."""
-    match = _CHECKPOINT.fullmatch(folder.name)
+    """Return the training step of a checkpoint, from the name of its folder or file; None if it has another name."""
+    match = _CHECKPOINT.fullmatch(folder.name) or keys.MLX_CHECKPOINT.fullmatch(folder.name)
     return int(match[1]) if match is not None else None
 
 
 def has_checkpoints(path: Path) -> bool:
     """Return whether a run has saved a checkpoint yet; raise `FormatError` if it has no folder."""
     return any(checkpoint_step(child) is not None for child in _run_folder(path).iterdir())
+
+
+def _mlx_files(path: Path) -> dict[int, Path]:
+    """Return the checkpoints of a run of mlx-lm by step, in order; empty if the folder is none."""
+    files = {
+        int(match[1]): child
+        for child in _run_folder(path).iterdir()
+        if (match := keys.MLX_CHECKPOINT.fullmatch(child.name)) is not None and child.is_file()
+    }
+    return dict(sorted(files.items())) if (path / keys.ADAPTER_CONFIG).is_file() else {}
+
+
+def _read_mlx_run(path: Path, known_steps: Collection[int]) -> RunFolder:
+    """List the checkpoints of a run of mlx-lm, which records no metrics.
+
+    Args:
+        path: Folder of the run.
+        known_steps: Steps to leave out.
+    """
+    files, unfinished = _mlx_files(path), {}
+    where = str(path / keys.ADAPTER_CONFIG)
+    last_step = mlx_config.settings(mlx_config.read(LocalFolder(path))[1], where).iterations
+    final = path / keys.MLX_WEIGHTS
+    if last_step is not None and last_step > max(files) and _is_final(final, files[max(files)]):
+        files[last_step] = final
+    checkpoints = []
+    for step, file in files.items():
+        try:
+            ranges.open_tensors(ranges.local_file(file))
+        except FormatError as error:
+            unfinished[file] = f"it is not complete: {str(error).rstrip('.')}"
+            continue
+        if step not in known_steps:
+            checkpoints.append(Checkpoint(step, file, {}, {}))
+    is_finished = last_step in files and files[last_step] not in unfinished
+    return RunFolder(path, tuple(checkpoints), unfinished, is_finished, ())
+
+
+def _is_final(final: Path, last: Path) -> bool:
+    """Return whether `adapters.safetensors` is later than the last checkpoint.
+
+    mlx-lm writes it before each checkpoint, with the same content, so that it has to be a little older than now.
+    """
+    if not final.is_file() or time.time() - final.stat().st_mtime < COPIED_SECONDS:
+        return False
+    return _sha256(final) != _sha256(last)
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def metrics_at(step: int, log: LogHistory) -> dict[str, float]:

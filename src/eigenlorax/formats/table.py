@@ -14,6 +14,8 @@ from ..core.origin import Origin
 from ..errors import OptionError
 from . import folders, official, peft, urls
 from .image import diffusers, kohya, reader, tensor_keys, writer
+from .mlx import reader as mlx_reader
+from .mlx import writer as mlx_writer
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Format:
         return "" if self.dialect is None else keys.LORA_SUFFIX
 
 
-PEFT = "peft"
+PEFT, MLX = "peft", "mlx"
 FORMATS = {
     PEFT: Format(peft.read, peft.write),
     tensor_keys.KOHYA: Format(kohya.read, kohya.write, tensor_keys.KOHYA),
@@ -45,6 +47,7 @@ FORMATS = {
     tensor_keys.DIFFUSION_MODEL: Format(
         diffusers.read_diffusion_model, diffusers.write_diffusion_model, tensor_keys.DIFFUSION_MODEL
     ),
+    MLX: Format(mlx_reader.read, mlx_writer.write),
     "official": Format(official.read),
 }
 _LOCATION_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
@@ -55,8 +58,8 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
 
     Args:
         source: A folder, a safetensors file, a URL (`s3://…`, `hf://…`) or a Hub id (`org/name`, `org/name@revision`).
-        format: A name in `FORMATS`. By default, a folder with `adapter_config.json` is read as "peft", and a single
-            file by the names of its tensors.
+        format: A name in `FORMATS`. By default, a folder with `adapter_config.json` is read as "peft", or as "mlx" if
+            mlx-lm has written it, and a single file by the names of its tensors.
         options: Options of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle.
 
     Raises:
@@ -73,6 +76,8 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
     if format is not None:
         return _format(format).read(source, **options)
     location = folders.locate(source, **{name: options[name] for name in _LOCATION_OPTIONS if name in options})
+    if mlx_reader.is_adapter(location):
+        return mlx_reader.read(location, **options)
     return (peft.read if location.file is None else reader.read)(location, **options)
 
 
@@ -88,7 +93,7 @@ def write_adapter(
 
     Args:
         adapter: The adapter.
-        path: A folder for "peft", a file for the formats of single files.
+        path: A folder for "peft" and "mlx", a file for the formats of single files.
         format: A name in `FORMATS`. Default: the format that the adapter was read from.
         dtype: Dtype of the factors. Default: the adapter's own.
         overwrite: Replace what is at `path`.
@@ -111,8 +116,8 @@ def write_adapter(
     assert write is not None
     if urls.is_url(path):
         raise OptionError(f"{path} is a URL. Adapters can be read from URLs, but only written to local folders.")
-    if target == PEFT and format_of(adapter.origin) != PEFT:
-        adapter = writer.for_peft(adapter)
+    if target == PEFT:
+        adapter = _for_peft(adapter)
     return write(adapter, Path(path), dtype=dtypes.parse(dtype), overwrite=overwrite)
 
 
@@ -121,10 +126,24 @@ def check_writable(adapter: Adapter, format: str) -> None:
     dialect = writable(format).dialect
     if dialect is not None:
         writer.check(adapter, dialect)
+    elif format == MLX:
+        mlx_writer.check(adapter)
     else:
-        if format_of(adapter.origin) != PEFT:
-            writer.for_peft(adapter)
+        _for_peft(adapter)
         peft.check_complete(adapter, f"adapter {adapter.name!r}")
+
+
+def _for_peft(adapter: Adapter) -> Adapter:
+    """Return an adapter of any format for a PEFT folder."""
+    source = format_of(adapter.origin)
+    if source == PEFT:
+        return adapter
+    return mlx_writer.for_peft(adapter) if source == MLX else writer.for_peft(adapter)
+
+
+def file_names(format: str) -> tuple[str, str]:
+    """Return the names of the files of an adapter's folder, for a format of folders."""
+    return keys.ADAPTER_CONFIG, keys.MLX_WEIGHTS if format == MLX else keys.ADAPTER_WEIGHTS
 
 
 def format_of(origin: Origin | None) -> str:

@@ -67,7 +67,7 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
         if formats.writable(plan.formats[name]).suffix:
             atomic_files.check_file_free(target, plan.overwrite)
         else:
-            atomic_files.check_replaceable(target, (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS), plan.overwrite)
+            atomic_files.check_replaceable(target, formats.file_names(plan.formats[name]), plan.overwrite)
     progress = progress or (lambda stage, done, total: None)
     held = _check_all_writable(pack, plan, progress)
     if plan.directory.is_dir():

@@ -10,6 +10,7 @@ from ..core import atomic_files, keys, update_changes
 from ..core.update_changes import AdapterChange
 from ..errors import OptionError
 from ..formats import peft, run_folders, sources
+from ..formats.mlx import writer as mlx_writer
 from . import append, prune, writer
 from .append import VersionOptions
 from .history import VersionRecord
@@ -188,14 +189,15 @@ class VersionedContents(WritableContents):
                 f"Version {history.full_name(record)!r} is stored within an error bound of {record.max_error:g}, and "
                 f"cannot be restored bit for bit. {remedy}"
             )
-        if formats.format_of(record.origin) != formats.PEFT:
-            raise OptionError(f"Version {history.full_name(record)!r} was a single file, and no PEFT folder. {remedy}")
+        source_format = formats.format_of(record.origin)
+        if formats.writable(source_format).suffix:
+            raise OptionError(f"Version {history.full_name(record)!r} was a single file, and no folder. {remedy}")
         path = Path(directory)
         writer.check_outside(path)
         earlier = history.versions[: history.labels.index(record.version) + 1]
         logged = [(each.step, each.metrics) for each in earlier if each.step is not None]
         state = run_folders.trainer_state(record.step, logged) if record.step is not None else None
-        files = peft.to_files(self.adapter(name))
+        files = (mlx_writer if source_format == formats.MLX else peft).to_files(self.adapter(name))
         if state is not None:
             files[run_folders.TRAINER_STATE] = state
         atomic_files.write_folder(path, files, overwrite=overwrite)

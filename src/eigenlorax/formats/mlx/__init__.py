@@ -1,0 +1,1 @@
+"""Adapter folders of mlx-lm: `adapter_config.json` with `adapters.safetensors`."""
