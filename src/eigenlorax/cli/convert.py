@@ -8,7 +8,7 @@ import typer
 from . import arguments, console, verbs
 
 EXAMPLES = """
-eigenlorax convert demo/adapters/clinc-travel half/ --to peft --dtype float16
+eigenlorax convert demo/new/clinc-travel half/ --to peft --dtype float16
 """
 
 
