@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .search.text_index import TextIndex
     from .serving.bank import AdapterBank
     from .serving.diffusers import load_into
+    from .serving.lora_tensors import lora_tensors
     from .serving.routing import Router
     from .train.row_search import rank_by_loss
     from .train.version_callback import VersionCallback
@@ -59,6 +60,7 @@ _DEFINED_IN = {
     "from_factors": "core.adapter",
     "interpolate": "merging.algebra",
     "load_into": "serving.diffusers",
+    "lora_tensors": "serving.lora_tensors",
     "merge": "merging.merge",
     "orthogonalize": "merging.algebra",
     "project_out": "merging.algebra",
@@ -97,6 +99,7 @@ __all__ = [
     "from_factors",
     "interpolate",
     "load_into",
+    "lora_tensors",
     "merge",
     "orthogonalize",
     "project_out",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core import keys
 from ..core.adapter import Adapter
 from ..errors import FormatError
-from . import files, peft, safetensors_file
+from . import files, lora_config, peft, safetensors_file
 
 StateDict = tuple[Mapping[str, Tensor], Any]
 """A state dict of a LoRA, and its `LoraConfig` or the fields of its `adapter_config.json`."""
@@ -82,6 +82,20 @@ def from_state_dict(state_dict: Mapping[str, Tensor], config: Any, name: str) ->
         )
     text = json.dumps(fields, default=_to_json, indent=2, sort_keys=True)
     return _adapter(name, text, state_dict, f"the state dict of {name!r}")
+
+
+def to_state_dict(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the factors of an adapter by PEFT's keys, with the fields of a new config: ranks, scalings and modules.
+
+    Raises:
+        NonFiniteError: A factor has NaN or Inf.
+    """
+    tensors = {
+        keys.lora_key(module, side): peft.finite(factor, f"{adapter.name!r}, module {module}")
+        for module, factors in adapter.modules.items()
+        for side, factor in zip(keys.SIDES, factors.weights, strict=True)
+    }
+    return tensors, json.loads(lora_config.derived(adapter, adapter.config))
 
 
 def _adapter(name: str, config_text: str, tensors: Mapping[str, Tensor], where: str) -> Adapter:

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from torch.nn.functional import pad
-
 from ...core import atomic_files, keys
 from ...core.adapter import Adapter, LoRAFactors, from_factors
 from ...errors import AdapterNameError, PackBusyError, ServingError
@@ -21,6 +19,7 @@ from ...pack import basis_adapters
 from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
 from ...pack.packed_adapter import PackedAdapter
+from ..lora_tensors import at_rank
 from ..watched import WatchedPack
 from . import cache, threads
 from .cores import lora_on_cores
@@ -192,7 +191,7 @@ class AdapterFolders:
             return lora_on_cores(packed, self.served)
         adapter, rank = pack.adapter(name), reduced_rank(packed)
         if rank is not None:
-            adapter = _with_modules(adapter, {module: _at_rank(each, rank) for module, each in adapter.modules.items()})
+            adapter = _with_modules(adapter, {module: at_rank(each, rank) for module, each in adapter.modules.items()})
         return _with_subspace_names(adapter, packed.subspace_names)
 
     def _version(self, pack: Pack, name: str) -> Adapter:
@@ -264,16 +263,6 @@ def _with_modules(adapter: Adapter, modules: Mapping[str, LoRAFactors]) -> Adapt
     """Return an adapter with other names or factors of its modules."""
     changed = from_factors(adapter.name, modules, base_model=adapter.base_model, heads=adapter.heads)
     return replace(changed, source_config=lora_config.derived(changed, adapter.config))
-
-
-def _at_rank(factors: LoRAFactors, rank: int) -> LoRAFactors:
-    """Return the update of the first `rank` components, with zeros for those that the factors lack.
-
-    The scaling is multiplied into B, so that one config is valid for all modules.
-    """
-    missing = max(rank - len(factors.down), 0)
-    down, up = factors.down[:rank], factors.scaling * factors.up[:, :rank]
-    return LoRAFactors(pad(down, (0, 0, 0, missing)), pad(up, (0, missing)), 1.0)
 
 
 def _without_base_weights(adapter: Adapter) -> Adapter:

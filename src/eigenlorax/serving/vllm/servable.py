@@ -81,6 +81,17 @@ def version_refusal_reason(version: Adapter) -> str | None:
     return reason or _rank_reason(version_rank(version))
 
 
+def tensors_refusal_reason(adapter: Adapter) -> str | None:
+    """Return why engines cannot load an adapter from the factors of its linear layers alone; None if they can."""
+    outside = sorted([key for key in adapter.heads if not key.endswith(BASE_WEIGHTS)] + list(adapter.carried))
+    if outside:
+        return f"it has {_first_of(outside)} beside the factors of its linear layers"
+    # DoRA, for one, is known by its config too; a made adapter has no config
+    reason = _config_reason(adapter.config) if adapter.source_config is not None else None
+    reason = reason or _kernel_reason({module: spec.kernel for module, spec in adapter.specs.items() if spec.kernel})
+    return reason or (None if adapter.specs else "it has no LoRA module")
+
+
 def version_rank(version: Adapter) -> int:
     """Return the rank of a version as vLLM computes it."""
     return _largest_rank(version.config, version.ranks)
