@@ -27,7 +27,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORMAT",
-            help="Format to write: peft, mlx, kohya, diffusers, diffusers-old or diffusion-model.",
+            help="Format to write: peft, mlx, gguf, kohya, diffusers, diffusers-old or diffusion-model.",
         ),
     ],
     source_format: Annotated[
@@ -36,6 +36,10 @@ def convert(
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="Dtype of the LoRA factors (default: that of IN).")
+    ] = None,
+    base_config: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with the base model's config.json, for GGUF files.", parser=arguments.path),
     ] = None,
     allow_pickle: arguments.AllowPickle = False,
     revision: arguments.Revision = None,
@@ -56,8 +60,11 @@ def convert(
             name=name if keys.is_valid_name(name) else "adapter",
             allow_pickle=allow_pickle,
             revision=revision,
+            **({} if base_config is None else {"base_config": base_config}),
         )
-        written = write_adapter(adapter, target, format=to, dtype=dtype, overwrite=overwrite)
+        written = write_adapter(
+            adapter, target, format=to, dtype=dtype, base_config=base_config, overwrite=overwrite
+        )
     document = {
         "written": str(written),
         "from": format_of(adapter.origin),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 eigenlorax export pack/ -o loras/
 eigenlorax export pack/ sms-spam-a clinc-home -o half/ --dtype float16
+eigenlorax export pack/ french -o files/ --format gguf --base-config SmolLM2-135M-Instruct/
 """
 
 EXACT = 1e-6
@@ -35,7 +36,7 @@ def export(
             "--output",
             "-o",
             metavar="DIR",
-            help="Folder to write to: each adapter becomes DIR/NAME, or DIR/NAME.safetensors.",
+            help="Folder to write to: each adapter becomes DIR/NAME, DIR/NAME.safetensors or DIR/NAME.gguf.",
             parser=arguments.path,
         ),
     ],
@@ -50,19 +51,33 @@ def export(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="File format: peft, mlx, kohya, diffusers, diffusers-old or diffusion-model (default: the format in "
+            help="File format: peft, mlx, gguf, kohya, diffusers, diffusers-old or diffusion-model (default: the format "
             "which each adapter was read).",
         ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="Dtype of the LoRA factors (default: that of each adapter's source)."),
+        typer.Option(
+            metavar="DTYPE", help="Dtype of the LoRA factors; q8_0 for gguf (default: that of each adapter's source)."
+        ),
+    ] = None,
+    base_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="For gguf: folder with the base model's config.json. Its weights are not needed.",
+            parser=arguments.path,
+        ),
+    ] = None,
+    modelfile: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="For gguf: also write NAME.Modelfile, for Ollama, with FROM BASE."),
     ] = None,
     revision: arguments.PackRevision = None,
     overwrite: arguments.Overwrite = False,
     json: arguments.Json = False,
 ) -> None:
-    """Write adapters and versions of a pack as ordinary LoRAs, for PEFT, vLLM, diffusers or a web UI."""
+    """Write adapters and versions of a pack as ordinary LoRAs, for PEFT, vLLM, llama.cpp, diffusers or a web UI."""
     from ..errors import OptionError
     from ..pack.pack import Pack
 
@@ -74,7 +89,14 @@ def export(
     records = {name: record for name, record in opened.records.items() if not names or name in names}
     with console.working("The export", durations.export_seconds(records, is_coded=opened.is_coded)) as progress:
         written = opened.export(
-            output, names or None, format=format, dtype=dtype, overwrite=overwrite, progress=progress
+            output,
+            names or None,
+            format=format,
+            dtype=dtype,
+            overwrite=overwrite,
+            base_config=base_config,
+            modelfile=modelfile,
+            progress=progress,
         )
         errors, bounds = {}, {}
         for done, name in enumerate(written):

@@ -55,6 +55,9 @@ LORA_SUFFIX = ".safetensors"
 # Files of mlx-lm: the adapter, and its state after a number of iterations
 MLX_WEIGHTS = "adapters.safetensors"
 MLX_CHECKPOINT = re.compile(r"(\d{7,18})_adapters\.safetensors")
+GGUF_SUFFIX = ".gguf"
+# Suffixes of adapters that are one file
+FILE_SUFFIXES = (LORA_SUFFIX, GGUF_SUFFIX)
 CARRIED = "carried.safetensors"
 
 MODEL_PREFIX = "base_model.model."
@@ -357,7 +360,7 @@ def name_from_file(file: str, folder: str) -> str:
     It is the file's name without suffix, or the folder's if the file has the standard name of diffusers or mlx-lm.
     Characters that adapter names may not have are replaced or removed, since image LoRA files may have any name.
     """
-    stem = folder if file in (LORA_FILE, MLX_WEIGHTS) else file[: -len(LORA_SUFFIX)]
+    stem = folder if file in (LORA_FILE, MLX_WEIGHTS) else file[: file.rindex(".")]
     return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).lstrip("._-")[:96].rstrip("._-") or stem
 
 

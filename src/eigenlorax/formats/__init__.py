@@ -7,9 +7,11 @@ from ..core import lazy_names
 if TYPE_CHECKING:
     from .table import (
         FORMATS,
+        GGUF,
         MLX,
         PEFT,
         Format,
+        base_for,
         check_writable,
         file_names,
         format_of,
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "GGUF",
     "MLX",
     "PEFT",
     "Format",
+    "base_for",
     "check_writable",
     "file_names",
     "format_of",

@@ -11,6 +11,7 @@ from typing import Any
 from ..core import keys, limits
 from ..errors import FormatError, OptionError
 from . import hub_client, ranges, urls
+from .gguf import header
 from .image import tensor_keys
 from .ranges import LocalFile
 from .urls import RemoteFolder
@@ -184,7 +185,7 @@ def _locate_file(path: Path) -> AdapterLocation:
         is_pickle = path.suffix in (".bin", ".ckpt", ".pt", ".pth")
         raise FormatError(
             f"{path} is not a folder: an adapter is a folder with {keys.ADAPTER_CONFIG}, or a LoRA in one "
-            f"{keys.LORA_SUFFIX} file."
+            f"{keys.LORA_SUFFIX} or {keys.GGUF_SUFFIX} file."
             + " This is a pickle, which may run code when it is read: ask its author for a safetensors file."
             * is_pickle
         ) from None
@@ -281,10 +282,12 @@ def missing_config(folder: Folder, weights: str) -> str:
 
 
 def is_lora(folder: Folder, file: str) -> bool:
-    """Return whether the header of a safetensors file has tensors of an adapter.
+    """Return whether the header of a safetensors or GGUF file is that of an adapter.
 
     A damaged file counts as a LoRA, so that reading it raises the error about the damage.
     """
+    if file.lower().endswith(keys.GGUF_SUFFIX):
+        return header.is_adapter(folder.file(file))
     try:
         entries = ranges.open_tensors(folder.file(file)).entries
         keys.check_tensor_names(entries, file)

@@ -41,14 +41,14 @@ def adapter_name(source: str | Path, subfolder: str | None = None) -> str:
     """Return the adapter name that a source gives: the last part of a path or URL, or `org--name` for a Hub id."""
     if isinstance(source, str) and urls.is_url(source):
         last = urls.adapter_name(source, subfolder)
-        if subfolder is None and last.lower().endswith(keys.LORA_SUFFIX):
+        if subfolder is None and is_file_name(last):
             return keys.name_from_file(last, urls.adapter_name(source.rpartition("/")[0]))
         return last
     local = Path(source)
     if local.exists():
         # not resolved: a link gives its own name, not the name of its target
         whole = Path(os.path.abspath(local / subfolder if subfolder else local))
-        if whole.name.lower().endswith(keys.LORA_SUFFIX) and whole.is_file():
+        if is_file_name(whole.name) and whole.is_file():
             return keys.name_from_file(whole.name, whole.parent.name)
         # as diffusers saves a LoRA
         return keys.name_from_file(keys.LORA_FILE, whole.name) if (whole / keys.LORA_FILE).is_file() else whole.name
@@ -117,8 +117,8 @@ def check_exists(source: str | Path) -> None:
 
 
 def is_file_name(source: str | Path) -> bool:
-    """Return whether a path or URL has the suffix of a safetensors file."""
-    return str(source).lower().endswith(keys.LORA_SUFFIX)
+    """Return whether a path or URL has the suffix of a safetensors or GGUF file."""
+    return str(source).lower().endswith(keys.FILE_SUFFIXES)
 
 
 def parsed(source: str | Path, revision: str | None = None) -> tuple[str, str | None] | None:

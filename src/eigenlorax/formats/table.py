@@ -1,6 +1,6 @@
 """Adapters as files: the table of formats, `read_adapter` and `write_adapter`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from ..core.options import suggestion
 from ..core.origin import Origin
 from ..errors import OptionError
 from . import folders, official, peft, urls
+from .gguf import architectures
+from .gguf import reader as gguf_reader
+from .gguf import writer as gguf_writer
+from .gguf.architectures import BaseModel
 from .image import diffusers, kohya, reader, tensor_keys, writer
 from .mlx import reader as mlx_reader
 from .mlx import writer as mlx_writer
@@ -25,31 +29,33 @@ class Format:
     Attributes:
         read: Function that reads an adapter from a source.
         write: Function that writes an adapter to a path; None if the format can only be read.
-        dialect: One of `tensor_keys.DIALECTS` for a format of single files; None for a format of folders.
+        dialect: One of `tensor_keys.DIALECTS` for a format of image LoRAs; None for any other.
+        suffix: Suffix of the format's files; empty for a format of folders.
     """
 
     read: Callable[..., Adapter]
     write: Callable[..., Path] | None = None
     dialect: str | None = None
-
-    @property
-    def suffix(self) -> str:
-        """Suffix of the format's files; empty for a format of folders."""
-        return "" if self.dialect is None else keys.LORA_SUFFIX
+    suffix: str = ""
 
 
-PEFT, MLX = "peft", "mlx"
+PEFT, MLX, GGUF = "peft", "mlx", "gguf"
 FORMATS = {
     PEFT: Format(peft.read, peft.write),
-    tensor_keys.KOHYA: Format(kohya.read, kohya.write, tensor_keys.KOHYA),
-    tensor_keys.DIFFUSERS: Format(diffusers.read, diffusers.write, tensor_keys.DIFFUSERS),
-    tensor_keys.OLD: Format(diffusers.read_old, diffusers.write_old, tensor_keys.OLD),
+    tensor_keys.KOHYA: Format(kohya.read, kohya.write, tensor_keys.KOHYA, keys.LORA_SUFFIX),
+    tensor_keys.DIFFUSERS: Format(diffusers.read, diffusers.write, tensor_keys.DIFFUSERS, keys.LORA_SUFFIX),
+    tensor_keys.OLD: Format(diffusers.read_old, diffusers.write_old, tensor_keys.OLD, keys.LORA_SUFFIX),
     tensor_keys.DIFFUSION_MODEL: Format(
-        diffusers.read_diffusion_model, diffusers.write_diffusion_model, tensor_keys.DIFFUSION_MODEL
+        diffusers.read_diffusion_model,
+        diffusers.write_diffusion_model,
+        tensor_keys.DIFFUSION_MODEL,
+        keys.LORA_SUFFIX,
     ),
     MLX: Format(mlx_reader.read, mlx_writer.write),
+    GGUF: Format(gguf_reader.read, gguf_writer.write, suffix=keys.GGUF_SUFFIX),
     "official": Format(official.read),
 }
+BaseConfig = str | Path | Mapping[str, Any] | BaseModel
 _LOCATION_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
 
 
@@ -57,10 +63,12 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
     """Read an adapter. Its tensors are read at each access, also after the adapter has been pickled.
 
     Args:
-        source: A folder, a safetensors file, a URL (`s3://…`, `hf://…`) or a Hub id (`org/name`, `org/name@revision`).
+        source: A folder, a safetensors or GGUF file, a URL (`s3://…`, `hf://…`) or a Hub id (`org/name`,
+            `org/name@revision`).
         format: A name in `FORMATS`. By default, a folder with `adapter_config.json` is read as "peft", or as "mlx" if
-            mlx-lm has written it, and a single file by the names of its tensors.
-        options: Options of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle.
+            mlx-lm has written it, and a single file by its suffix and the names of its tensors.
+        options: Options of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle; for
+            GGUF files base_config, the folder with the base model's `config.json`.
 
     Raises:
         FormatError: The source is not an adapter, is damaged, or has a tensor that is not recognised.
@@ -76,6 +84,10 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
     if format is not None:
         return _format(format).read(source, **options)
     location = folders.locate(source, **{name: options[name] for name in _LOCATION_OPTIONS if name in options})
+    if location.file is not None and location.file.lower().endswith(keys.GGUF_SUFFIX):
+        return gguf_reader.read(location, **options)
+    # the other formats state the names of modules themselves
+    options.pop("base_config", None)
     if mlx_reader.is_adapter(location):
         return mlx_reader.read(location, **options)
     return (peft.read if location.file is None else reader.read)(location, **options)
@@ -88,6 +100,7 @@ def write_adapter(
     format: str | None = None,
     dtype: str | torch.dtype | None = None,
     overwrite: bool = False,
+    base_config: BaseConfig | None = None,
 ) -> Path:
     """Write an adapter, completely or not at all, and return the path.
 
@@ -95,11 +108,12 @@ def write_adapter(
         adapter: The adapter.
         path: A folder for "peft" and "mlx", a file for the formats of single files.
         format: A name in `FORMATS`. Default: the format that the adapter was read from.
-        dtype: Dtype of the factors. Default: the adapter's own.
+        dtype: Dtype of the factors, and "q8_0" for "gguf". Default: the adapter's own.
         overwrite: Replace what is at `path`.
+        base_config: For "gguf", the folder with the base model's `config.json`, that file, or its fields.
 
     Raises:
-        OptionError: The format cannot be written, or cannot represent a tensor of the adapter.
+        OptionError: The format cannot be written, or cannot represent a tensor of the adapter, or needs `base_config`.
         PackExistsError: `path` exists, and `overwrite` is not set.
         NonFiniteError: A factor has NaN or Inf, or numbers outside the range of `dtype`.
 
@@ -116,15 +130,30 @@ def write_adapter(
     assert write is not None
     if urls.is_url(path):
         raise OptionError(f"{path} is a URL. Adapters can be read from URLs, but only written to local folders.")
+    if target == GGUF:
+        kind = dtype if dtype == gguf_writer.Q8_0 else dtypes.parse(dtype)
+        return gguf_writer.write(adapter, Path(path), base=base_for(base_config), dtype=kind, overwrite=overwrite)
     if target == PEFT:
         adapter = _for_peft(adapter)
     return write(adapter, Path(path), dtype=dtypes.parse(dtype), overwrite=overwrite)
 
 
-def check_writable(adapter: Adapter, format: str) -> None:
+def base_for(config: BaseConfig | None) -> BaseModel:
+    """Return the base model of adapters that are written in GGUF; raise `OptionError` if its config is missing."""
+    if config is None:
+        raise OptionError(
+            "GGUF files name tensors as llama.cpp does, which depends on the base model: pass the folder with its "
+            "config.json (--base-config DIR; base_config= in Python). Its weights are not needed."
+        )
+    return architectures.base_model(config)
+
+
+def check_writable(adapter: Adapter, format: str, base: BaseModel | None = None) -> None:
     """Raise the errors that writing an adapter in a format would raise, without writing it."""
     dialect = writable(format).dialect
-    if dialect is not None:
+    if format == GGUF:
+        gguf_writer.check(adapter, base_for(base))
+    elif dialect is not None:
         writer.check(adapter, dialect)
     elif format == MLX:
         mlx_writer.check(adapter)

@@ -1,5 +1,6 @@
 """Export of adapters from a pack as ordinary LoRAs."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -12,13 +13,49 @@ from ..codec.storage.coded import CodedCoefficients
 from ..core import atomic_files, dtypes, keys, metrics, narrowing, staging
 from ..core.adapter import Adapter, LazyMapping, LoRAFactors
 from ..core.progress import Progress
-from ..errors import AdapterNameError
+from ..errors import AdapterNameError, OptionError
+from ..formats.gguf import writer as gguf_writer
+from ..formats.gguf.architectures import BaseModel
+from ..formats.table import BaseConfig
 from . import writer
 from .contents import PackContents
 from .packed_adapter import PackedAdapter, unpack
 
+MODELFILE_SUFFIX = ".Modelfile"
+"""Suffix of the file from which Ollama makes a model with an adapter."""
+_OLLAMA_MODEL = re.compile(r"[^\s\x00-\x1f\x7f]{1,1024}")
 HELD_BYTES = 2**28
 """Maximum bytes of adapters that stay in memory between check and writing. Others are read and decoded twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPlan:
+    """How adapters are written in GGUF.
+
+    Attributes:
+        base: The base model.
+        is_quantised: Whether factors are written in Q8_0.
+        modelfile: Model of Ollama that a Modelfile beside each adapter starts from; None to write no Modelfile.
+    """
+
+    base: BaseModel
+    is_quantised: bool
+    modelfile: str | None
+
+
+def gguf_plan(base_config: BaseConfig | None, is_quantised: bool, modelfile: str | None) -> GgufPlan:
+    """Return how adapters are written in GGUF; raise `OptionError` if the base model's config is missing or unusable.
+
+    Args:
+        base_config: Folder with the base model's `config.json`, that file, or its fields.
+        is_quantised: Whether factors are written in Q8_0.
+        modelfile: Model of Ollama that a Modelfile beside each adapter starts from.
+    """
+    if modelfile is not None and not _OLLAMA_MODEL.fullmatch(modelfile):
+        raise OptionError(
+            f"modelfile is {modelfile!r}; the name of a model or the path of a GGUF file without spaces was expected."
+        )
+    return GgufPlan(formats.base_for(base_config), is_quantised, modelfile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +67,14 @@ class ExportPlan:
         formats: Format of each adapter, by name.
         dtype: Dtype of the factors; None for the dtype of each adapter's source.
         overwrite: True to replace existing files and folders.
+        gguf: How GGUF files are written; None if there are none.
     """
 
     directory: Path
     formats: Mapping[str, str]
     dtype: torch.dtype | None
     overwrite: bool
+    gguf: "GgufPlan | None" = None
 
     @property
     def targets(self) -> dict[str, Path]:
@@ -66,6 +105,8 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
         atomic_files.recover(target)
         if formats.writable(plan.formats[name]).suffix:
             atomic_files.check_file_free(target, plan.overwrite)
+            if plan.gguf is not None and plan.gguf.modelfile is not None:
+                atomic_files.check_file_free(target.with_suffix(MODELFILE_SUFFIX), plan.overwrite)
         else:
             atomic_files.check_replaceable(target, formats.file_names(plan.formats[name]), plan.overwrite)
     progress = progress or (lambda stage, done, total: None)
@@ -76,9 +117,23 @@ def export_adapters(pack: PackContents, plan: ExportPlan, progress: Progress | N
         for done, (name, target) in enumerate(targets.items()):
             progress("exporting adapters", done, len(targets))
             adapter = held.pop(name) if name in held else _unpacked(pack, name, plan.dtype)
-            formats.write_adapter(adapter, target, format=plan.formats[name], overwrite=plan.overwrite)
+            _write(adapter, target, plan.formats[name], plan)
     progress("exporting adapters", len(targets), len(targets))
     return targets
+
+
+def _write(adapter: Adapter, target: Path, format: str, plan: ExportPlan) -> None:
+    """Write an adapter, and its Modelfile if there is to be one."""
+    if format != formats.GGUF or plan.gguf is None:
+        formats.write_adapter(adapter, target, format=format, overwrite=plan.overwrite)
+        return
+    dtype = gguf_writer.Q8_0 if plan.gguf.is_quantised else None
+    formats.write_adapter(
+        adapter, target, format=format, dtype=dtype, overwrite=plan.overwrite, base_config=plan.gguf.base
+    )
+    if plan.gguf.modelfile is not None:
+        text = f"FROM {plan.gguf.modelfile}\nADAPTER ./{target.name}\n"
+        atomic_files.write_file(target.with_suffix(MODELFILE_SUFFIX), text.encode())
 
 
 def _unpacked(pack: PackContents, name: str, dtype: torch.dtype | None) -> Adapter:
@@ -96,9 +151,9 @@ def _check_all_writable(pack: PackContents, plan: ExportPlan, progress: Progress
     for done, (name, target_format) in enumerate(plan.formats.items()):
         progress("checking adapters", done, len(plan.formats))
         if name in pack.history_store:
-            _check_version_writable(pack, name, target_format, plan.dtype)
+            _check_version_writable(pack, name, target_format, plan)
             continue
-        adapter, size = _check_writable(pack, name, target_format, plan.dtype)
+        adapter, size = _check_writable(pack, name, target_format, plan)
         held_bytes += size
         if held_bytes <= HELD_BYTES or len(plan.formats) == 1:
             held[name] = adapter
@@ -106,16 +161,16 @@ def _check_all_writable(pack: PackContents, plan: ExportPlan, progress: Progress
     return held
 
 
-def _check_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> tuple[Adapter, int]:
+def _check_writable(pack: PackContents, name: str, format: str, plan: ExportPlan) -> tuple[Adapter, int]:
     """Check that the format can name all modules and the dtype can represent all numbers.
 
     Returns:
         The adapter as it is exported, and its bytes in memory.
     """
     packed = pack.packed(name)
-    chosen = factor_dtype(pack, packed, dtype)
+    chosen = factor_dtype(pack, packed, plan.dtype)
     adapter = unpack(packed, pack.subspace, chosen)
-    formats.check_writable(adapter, format)
+    formats.check_writable(adapter, format, plan.gguf and plan.gguf.base)
     others = packed.record.head_bytes + packed.record.carried_bytes
     if torch.promote_types(chosen, pack.lossless_dtype) == chosen:
         return adapter, _coefficient_memory(packed) + others
@@ -136,13 +191,13 @@ def _coefficient_memory(packed: PackedAdapter) -> int:
     return payload + sum(module.stored_bytes for module in packed.coefficients.values())
 
 
-def _check_version_writable(pack: PackContents, name: str, format: str, dtype: torch.dtype | None) -> None:
+def _check_version_writable(pack: PackContents, name: str, format: str, plan: ExportPlan) -> None:
     """Check that the format can name all modules of a version, and the dtype can represent all numbers."""
     adapter = pack.adapter(name)
-    if dtype is not None:
-        for _ in narrowing.narrow_adapter(name, adapter.modules, dtype):
+    if plan.dtype is not None:
+        for _ in narrowing.narrow_adapter(name, adapter.modules, plan.dtype):
             pass
-    formats.check_writable(adapter, format)
+    formats.check_writable(adapter, format, plan.gguf and plan.gguf.base)
 
 
 def factor_dtype(pack: PackContents, packed: PackedAdapter, dtype: torch.dtype | None) -> torch.dtype:
@@ -173,8 +228,10 @@ class ExportErrors:
         return self.delta_error + (1 + self.delta_error) * self.rounding
 
 
-def export_errors(pack: PackContents, name: str, dtype: torch.dtype | None) -> ExportErrors:
+def export_errors(pack: PackContents, name: str, dtype: torch.dtype | str | None) -> ExportErrors:
     """Return the errors of an adapter or version that is exported in `dtype`; None is the dtype of its source."""
+    if isinstance(dtype, str):
+        return _quantised_errors(pack, name)
     if name in pack.history_store:
         return _version_errors(pack, name, dtype)
     packed = pack.packed(name)
@@ -188,6 +245,21 @@ def export_errors(pack: PackContents, name: str, dtype: torch.dtype | None) -> E
     # modules outside the subspace are not rounded, and `delta_error` leaves them out too
     rounding = metrics.rounding_error(LazyMapping(packed.subspace_names, in_the_same_scale), rounded)
     return ExportErrors(dtypes.name(chosen), packed.record.delta_error, rounding)
+
+
+def _quantised_errors(pack: PackContents, name: str) -> ExportErrors:
+    """Return the errors of an adapter or version that is exported in Q8_0."""
+    delta_error = export_errors(pack, name, torch.float32).delta_error
+    if name in pack.history_store:
+        exact = pack.adapter(name, torch.float32)
+        names = list(exact.specs)
+    else:
+        packed = pack.packed(name)
+        exact = unpack(packed, pack.subspace, torch.float32)
+        names = list(packed.subspace_names)
+    modules = LazyMapping(dict.fromkeys(names), exact.modules.__getitem__)
+    rounded = LazyMapping(modules, lambda module: gguf_writer.round_q8_0(exact.modules[module]))
+    return ExportErrors(gguf_writer.Q8_0, delta_error, metrics.rounding_error(modules, rounded))
 
 
 def _version_errors(pack: PackContents, name: str, dtype: torch.dtype | None) -> ExportErrors:

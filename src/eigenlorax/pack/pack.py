@@ -20,6 +20,8 @@ from ..core.progress import Progress
 from ..core.subspace import Subspace
 from ..errors import WARN_ABOVE, OptionError, UntrainedAdapterWarning
 from ..formats import sources
+from ..formats.gguf.writer import Q8_0
+from ..formats.table import BaseConfig
 from ..merging.merge import MergedAdapter
 from ..merging.merge import merge as merge_adapters
 from . import (
@@ -268,6 +270,8 @@ class Pack(VersionedContents):
         format: str | None = None,
         dtype: str | torch.dtype | None = None,
         overwrite: bool = False,
+        base_config: BaseConfig | None = None,
+        modelfile: str | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Path]:
         """Write adapters as ordinary LoRAs, and return the path of each by name.
@@ -279,10 +283,13 @@ class Pack(VersionedContents):
         Args:
             directory: Folder of the exported adapters.
             names: Adapters to export, and versions such as "run@1000" or "run@latest". Default: all adapters.
-            format: "peft", "kohya" or "diffusers", for all adapters. Default: the format of each adapter's source.
+            format: "peft", "gguf", "kohya" or "diffusers", for all adapters. Default: the format of each adapter's
+                source.
             dtype: Dtype of the factors. Default: the widest dtype of each adapter's source; for adapters of older
-                packs, which do not record it, the default of `adapter`.
+                packs, which do not record it, the default of `adapter`. "q8_0" for "gguf" only.
             overwrite: Replace existing files and folders.
+            base_config: For "gguf", the folder with the base model's `config.json`, that file, or its fields.
+            modelfile: For "gguf", a model of Ollama: NAME.Modelfile beside NAME.gguf starts from it.
             progress: Callback with the arguments (stage, done, total), called before each adapter.
 
         Returns:
@@ -300,13 +307,19 @@ class Pack(VersionedContents):
             'a'
         """
         wanted = list(dict.fromkeys(name_list(names))) if names is not None else self.names
-        parsed = dtypes.parse(dtype)
+        is_gguf = format == formats.GGUF
+        is_quantised = is_gguf and dtype == Q8_0
+        parsed = torch.float32 if is_quantised else dtypes.parse(dtype)
         if format is not None:
             formats.writable(format)
+        if not is_gguf and (base_config is not None or modelfile is not None):
+            raise OptionError("base_config and modelfile (--base-config, --modelfile) need format='gguf'.")
+        gguf = export.gguf_plan(base_config, is_quantised, modelfile) if is_gguf else None
         for name in wanted:
             if name not in self.history_store:
                 self._check_has(name)
-        plan = ExportPlan(Path(directory), {name: format or self._format(name) for name in wanted}, parsed, overwrite)
+        targets = {name: format or self._format(name) for name in wanted}
+        plan = ExportPlan(Path(directory), targets, parsed, overwrite, gguf)
         return export.export_adapters(self, plan, progress)
 
     def _format(self, name: str) -> str:
@@ -353,7 +366,7 @@ class Pack(VersionedContents):
             >>> errors.dtype, errors.bound < 0.01
             ('bfloat16', True)
         """
-        return export.export_errors(self, name, dtypes.parse(dtype))
+        return export.export_errors(self, name, Q8_0 if dtype == Q8_0 else dtypes.parse(dtype))
 
     def merge(self, names: Sequence[str], method: str = "mean", **options: Any) -> MergedAdapter:
         """Merge adapters of the pack into one LoRA. The pack does not change: `add` puts the result into it.
