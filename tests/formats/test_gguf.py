@@ -204,8 +204,8 @@ class TestRead:
 
     def test_is_found_in_a_folder_beside_models(self, tmp_path):
         folder = tmp_path / "files"
-        for name in ("one", "two"):
-            adapter = models.adapter("Qwen2ForCausalLM", name=name)
+        for name, rank in (("one", 2), ("two", 3)):
+            adapter = models.adapter("Qwen2ForCausalLM", name=name, rank=rank)
             ex.write_adapter(adapter, folder / name, format="gguf", base_config=models.config("Qwen2ForCausalLM"))
         writer = gguf.GGUFWriter(folder / "base.gguf", "qwen2")
         writer.add_type("model")
@@ -229,7 +229,7 @@ class TestHostile:
         with pytest.raises(FormatError, match=match):
             ex.read_adapter(path)
 
-    @pytest.mark.parametrize(("at", "match"), [(8, "header"), (16, "header")])
+    @pytest.mark.parametrize(("at", "match"), [(8, "dimensions"), (16, "header")])
     def test_counts_of_tensors_and_metadata(self, tmp_path, at, match):
         data = bytearray(self.data(tmp_path))
         data[at : at + 8] = struct.pack("<Q", 2**63)

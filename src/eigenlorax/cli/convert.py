@@ -39,7 +39,9 @@ def convert(
     ] = None,
     base_config: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder with the base model's config.json, for GGUF files.", parser=arguments.path),
+        typer.Option(
+            metavar="DIR", help="Folder with the base model's config.json, for GGUF files.", parser=arguments.path
+        ),
     ] = None,
     allow_pickle: arguments.AllowPickle = False,
     revision: arguments.Revision = None,
@@ -62,9 +64,7 @@ def convert(
             revision=revision,
             **({} if base_config is None else {"base_config": base_config}),
         )
-        written = write_adapter(
-            adapter, target, format=to, dtype=dtype, base_config=base_config, overwrite=overwrite
-        )
+        written = write_adapter(adapter, target, format=to, dtype=dtype, base_config=base_config, overwrite=overwrite)
     document = {
         "written": str(written),
         "from": format_of(adapter.origin),

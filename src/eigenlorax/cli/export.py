@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 EXAMPLES = """
 eigenlorax export pack/ -o loras/
 eigenlorax export pack/ sms-spam-a clinc-home -o half/ --dtype float16
-eigenlorax export pack/ french -o files/ --format gguf --base-config SmolLM2-135M-Instruct/
 """
 
 EXACT = 1e-6
@@ -51,7 +50,7 @@ def export(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="File format: peft, mlx, gguf, kohya, diffusers, diffusers-old or diffusion-model (default: the format "
+            help="File format: peft, mlx, gguf, kohya, diffusers, diffusers-old or diffusion-model (default: that in "
             "which each adapter was read).",
         ),
     ] = None,

@@ -74,7 +74,12 @@ class ExportPlan:
     formats: Mapping[str, str]
     dtype: torch.dtype | None
     overwrite: bool
-    gguf: "GgufPlan | None" = None
+    gguf: GgufPlan | None = None
+
+    @property
+    def base_model(self) -> BaseModel | None:
+        """Base model of GGUF files."""
+        return None if self.gguf is None else self.gguf.base
 
     @property
     def targets(self) -> dict[str, Path]:
@@ -170,7 +175,7 @@ def _check_writable(pack: PackContents, name: str, format: str, plan: ExportPlan
     packed = pack.packed(name)
     chosen = factor_dtype(pack, packed, plan.dtype)
     adapter = unpack(packed, pack.subspace, chosen)
-    formats.check_writable(adapter, format, plan.gguf and plan.gguf.base)
+    formats.check_writable(adapter, format, plan.base_model)
     others = packed.record.head_bytes + packed.record.carried_bytes
     if torch.promote_types(chosen, pack.lossless_dtype) == chosen:
         return adapter, _coefficient_memory(packed) + others
@@ -197,7 +202,7 @@ def _check_version_writable(pack: PackContents, name: str, format: str, plan: Ex
     if plan.dtype is not None:
         for _ in narrowing.narrow_adapter(name, adapter.modules, plan.dtype):
             pass
-    formats.check_writable(adapter, format, plan.gguf and plan.gguf.base)
+    formats.check_writable(adapter, format, plan.base_model)
 
 
 def factor_dtype(pack: PackContents, packed: PackedAdapter, dtype: torch.dtype | None) -> torch.dtype:
