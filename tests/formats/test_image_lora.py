@@ -413,4 +413,4 @@ class TestWhatAFileSays:
 
 
 def test_formats_of_single_files_are_those_that_are_tested():
-    assert tuple(name for name, one in FORMATS.items() if one.suffix) == OUT
+    assert tuple(name for name, one in FORMATS.items() if one.dialect) == OUT

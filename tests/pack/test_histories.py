@@ -250,7 +250,7 @@ class TestWithinAnErrorBound:
         (path,) = pack.export(tmp_path / "out", "style@2").values()
         assert path.name == "style-2.safetensors"
         assert_equal_tensors(load_file(path), load_file(file))
-        with pytest.raises(OptionError, match="was a single file, and no PEFT folder"):
+        with pytest.raises(OptionError, match="was a single file, and no folder"):
             pack.restore("style@2", tmp_path / "restored")
 
 
