@@ -66,6 +66,14 @@ def test_convert_writes_it_and_reads_it_back(pack, tmp_path):
         assert torch.equal(again.modules[module].up, factors.up)
 
 
+def test_convert_with_a_stated_format(pack, tmp_path):
+    base = ["--base-config", tmp_path / "base"]
+    pack.export(tmp_path / "loras", ["french"])
+    run("convert", tmp_path / "loras/french", tmp_path / "f", "--from", "peft", "--to", "gguf", *base)
+    run("convert", tmp_path / "f.gguf", tmp_path / "again", "--from", "gguf", "--to", "peft", *base)
+    assert ex.read_adapter(tmp_path / "again").specs == ex.read_adapter(tmp_path / "loras/french").specs
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

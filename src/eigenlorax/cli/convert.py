@@ -62,7 +62,7 @@ def convert(
             name=name if keys.is_valid_name(name) else "adapter",
             allow_pickle=allow_pickle,
             revision=revision,
-            **({} if base_config is None else {"base_config": base_config}),
+            base_config=base_config,
         )
         written = write_adapter(adapter, target, format=to, dtype=dtype, base_config=base_config, overwrite=overwrite)
     document = {

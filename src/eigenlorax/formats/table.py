@@ -59,7 +59,9 @@ BaseConfig = str | Path | Mapping[str, Any] | BaseModel
 _LOCATION_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "allow_pickle")
 
 
-def read_adapter(source: str | Path, *, format: str | None = None, **options: Any) -> Adapter:
+def read_adapter(
+    source: str | Path, *, format: str | None = None, base_config: BaseConfig | None = None, **options: Any
+) -> Adapter:
     """Read an adapter. Its tensors are read at each access, also after the adapter has been pickled.
 
     Args:
@@ -67,8 +69,9 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
             `org/name@revision`).
         format: A name in `FORMATS`. By default, a folder with `adapter_config.json` is read as "peft", or as "mlx" if
             mlx-lm has written it, and a single file by its suffix and the names of its tensors.
-        options: Options of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle; for
-            GGUF files base_config, the folder with the base model's `config.json`.
+        base_config: For GGUF files, the folder with the base model's `config.json`, that file, or its fields. Other
+            formats state the names of modules themselves, and ignore it.
+        options: Options of the reader: name, revision, subfolder, token, cache_dir, local_files_only, allow_pickle.
 
     Raises:
         FormatError: The source is not an adapter, is damaged, or has a tensor that is not recognised.
@@ -81,13 +84,13 @@ def read_adapter(source: str | Path, *, format: str | None = None, **options: An
         >>> adapter.ranks, len(adapter.modules)
         ((3,), 3)
     """
+    if format == GGUF:
+        return gguf_reader.read(source, base_config=base_config, **options)
     if format is not None:
         return _format(format).read(source, **options)
     location = folders.locate(source, **{name: options[name] for name in _LOCATION_OPTIONS if name in options})
     if location.file is not None and location.file.lower().endswith(keys.GGUF_SUFFIX):
-        return gguf_reader.read(location, **options)
-    # the other formats state the names of modules themselves
-    options.pop("base_config", None)
+        return gguf_reader.read(location, base_config=base_config, **options)
     if mlx_reader.is_adapter(location):
         return mlx_reader.read(location, **options)
     return (peft.read if location.file is None else reader.read)(location, **options)
@@ -134,7 +137,7 @@ def write_adapter(
         kind = dtype if dtype == gguf_writer.Q8_0 else dtypes.parse(dtype)
         return gguf_writer.write(adapter, Path(path), base=base_for(base_config), dtype=kind, overwrite=overwrite)
     if target == PEFT:
-        adapter = _for_peft(adapter)
+        adapter = for_peft(adapter)
     return write(adapter, Path(path), dtype=dtypes.parse(dtype), overwrite=overwrite)
 
 
@@ -158,11 +161,11 @@ def check_writable(adapter: Adapter, format: str, base: BaseModel | None = None)
     elif format == MLX:
         mlx_writer.check(adapter)
     else:
-        _for_peft(adapter)
+        for_peft(adapter)
         peft.check_complete(adapter, f"adapter {adapter.name!r}")
 
 
-def _for_peft(adapter: Adapter) -> Adapter:
+def for_peft(adapter: Adapter) -> Adapter:
     """Return an adapter of any format for a PEFT folder."""
     source = format_of(adapter.origin)
     if source == PEFT:
