@@ -526,3 +526,15 @@ def test_image_loras_of_one_format_become_a_file_of_it(tmp_path):
     assert list(folder.specs) == [conv.removeprefix("unet.")]
     with pytest.raises(OptionError, match="is a file, which the result can be if all sources are image LoRAs"):
         ex.merge(strangers()).save(tmp_path / "other.safetensors")
+
+
+def test_adapters_of_mlx_lm_become_a_folder_of_peft(tmp_path):
+    for name in ("a", "b"):
+        modules = {"model.layers.0.mlp.up_proj": random_factors(2, 7, 11, seed=ord(name))}
+        ex.write_adapter(from_factors(name, modules), tmp_path / name, format="mlx")
+    merged = ex.merge([tmp_path / "a", tmp_path / "b"], rank=4)
+    saved = ex.read_adapter(merged.save(tmp_path / "merged"))
+    # what mlx-lm trains, which the config of a new adapter would not say
+    assert saved.config["task_type"] == "CAUSAL_LM"
+    for module, factors in merged.adapter.modules.items():
+        assert torch.equal(saved.modules[module].up, factors.up)

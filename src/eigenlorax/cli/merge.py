@@ -90,7 +90,7 @@ def merge(
     json: arguments.Json = False,
 ) -> None:
     """Merge adapters into one LoRA, and show what it keeps of each."""
-    from ..core import atomic_files
+    from ..core import atomic_files, keys
     from ..pack import hub
     from ..pack.pack import Pack
 
@@ -109,7 +109,7 @@ def merge(
     }
     if add is not None and not Path(sources[0]).is_dir():
         raise OptionError(f"--add changes a pack on this machine, and {pack} is not. Download it: eigenlorax pull.")
-    if output.suffix == ".safetensors":
+    if output.suffix == keys.LORA_SUFFIX:
         atomic_files.check_file_free(output, overwrite)
     else:
         atomic_files.check_free(output, overwrite)

@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import atomic_files
+from ..core import atomic_files, keys
 from ..core.adapter import Adapter, LoRAFactors
 from ..core.options import check_choice, to_float, to_int
 from ..core.progress import Progress
 from ..errors import AdapterNameError, ModuleNameError, OptionError
 from ..formats import checks, peft, safetensors_file, sources, table
-from ..formats.image import writer
 from .comparison import Comparison, ComparisonBuilder
 from .coordinates import common_coordinates, merged_factors
 from .derived import check_combinable, checked_rank, checked_weights, derived_adapter
 from .methods import METHODS, MethodOptions, sum_is_zero
 
-SAFETENSORS = ".safetensors"
 HEAD_FILE = "head.{}.safetensors"
 """Name of the file with the head of a source, in the folder of a merged adapter."""
 
@@ -77,11 +75,10 @@ class MergedAdapter:
             >>> eigenlorax.merge(["adapters/a", "adapters/b"]).save("merged").name
             'merged'
         """
-        if Path(path).suffix == SAFETENSORS:
+        if Path(path).suffix == keys.LORA_SUFFIX:
             self._check_file(path)
             return table.write_adapter(self.adapter, Path(path), overwrite=overwrite)
-        is_peft = table.format_of(self.adapter.origin) == table.PEFT
-        files = peft.to_files(self.adapter if is_peft else writer.for_peft(self.adapter))
+        files = peft.to_files(table.for_peft(self.adapter))
         for name, tensors in self.heads.items():
             owned = {key: peft.owned(tensor) for key, tensor in tensors.items()}
             files[HEAD_FILE.format(name)] = safetensors_file.to_bytes(owned, {"format": "pt"})
