@@ -9,7 +9,7 @@ from scipy.stats import t
 from . import records
 from .cell_tables import seeds_said
 from .pages import table
-from .records import Json, percent, points, signed
+from .records import Json, Scores, percent, points, signed
 from .statistics import Mean
 from .task_tables import Goal, verdict
 
@@ -80,10 +80,16 @@ def nats(mean: Mean) -> str:
     return f"{mean.value:+.3f} ± {mean.half_width:.3f}"
 
 
+def generation_scores(config: Json) -> dict[str, Scores]:
+    """Return the runs of each method on the generation task."""
+    folder, tasks, seeds = f"{config['name']}/generation", [config["generation"]["task"]], config["targets"]["seeds"]
+    return {name: records.select(records.scores(folder, name), tasks, seeds) for name in config["methods"]}
+
+
 def generation_table(config: Json) -> str:
     """Write the share of answers that the model writes as they are, and differences to both LoRAs."""
     spec, seeds, folder = config["generation"], config["targets"]["seeds"], f"{config['name']}/generation"
-    runs = {name: records.select(records.scores(folder, name), [spec["task"]], seeds) for name in config["methods"]}
+    runs = generation_scores(config)
     rows = []
     for name, method in config["methods"].items():
         differences = [
@@ -107,11 +113,7 @@ def goals(config: Json) -> Iterator[Goal]:
     apart, label = difference(runs[OURS], runs[lora]), config["methods"][lora]["label"]
     goal = f"T2: at most {NATS} nats a token above the better LoRA"
     yield goal, f"{nats(apart)} against {label}", verdict(apart.value <= NATS)
-    folder, task = f"{config['name']}/generation", [config["generation"]["task"]]
-    scores = {
-        name: records.mean_over_tasks(records.select(records.scores(folder, name), task, config["targets"]["seeds"]))
-        for name in (OURS, *LORAS)
-    }
+    scores = {name: records.mean_over_tasks(runs) for name, runs in generation_scores(config).items()}
     lora = max(LORAS, key=lambda name: scores[name].value)
     behind, label = scores[lora].value - scores[OURS].value, config["methods"][lora]["label"]
     goal = f"T3: exact match at most {100 * POINTS:g} points below the better LoRA"

@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..errors import FormatError, ShapeError
 from . import dtypes
@@ -238,6 +239,14 @@ def from_factors(name: str, modules: Mapping[str, LoRAFactors], **fields: Any) -
     """
     specs = {module: factors.spec for module, factors in modules.items()}
     return Adapter(name=name, specs=specs, modules=modules, **fields)
+
+
+def padded(factors: LoRAFactors, rank: int) -> LoRAFactors:
+    """Return the same update with a larger rank: its further components are zeros."""
+    missing = rank - len(factors.down)
+    if missing <= 0:
+        return factors
+    return replace(factors, down=pad(factors.down, (0, 0, 0, missing)), up=pad(factors.up, (0, missing)))
 
 
 def factor_grams(factors: LoRAFactors) -> tuple[Tensor, Tensor]:

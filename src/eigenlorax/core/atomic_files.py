@@ -182,6 +182,29 @@ def check_file_free(path: Path, overwrite: bool = False) -> None:
             )
 
 
+def write_new_file(path: Path, suffix: str, content: Callable[[], bytes], *, overwrite: bool = False) -> Path:
+    """Write a file that is free or may be overwritten, in a folder that is created if it is missing.
+
+    Args:
+        path: The file. The suffix is added if it is missing.
+        suffix: Suffix of the file.
+        content: Function that returns the content, called after the path is checked.
+        overwrite: Whether an existing file is replaced.
+
+    Returns:
+        The path with the suffix.
+
+    Raises:
+        PackExistsError: The file exists, and `overwrite` is not set; or the path is no regular file.
+    """
+    path = path if path.name.lower().endswith(suffix) else path.with_name(path.name + suffix)
+    check_file_free(path, overwrite)
+    data = content()
+    with ensure_folder(path.parent):
+        write_file(path, data)
+    return path
+
+
 def check_replaceable(path: Path, files: Iterable[str], overwrite: bool = False) -> None:
     """Raise `PackExistsError` unless a folder with `files` may be written to `path`.
 

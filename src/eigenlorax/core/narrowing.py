@@ -124,3 +124,20 @@ def narrow_adapter(
 def _remedy(dtype: torch.dtype) -> str:
     wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}
     return f"Use {wider.get(dtype, 'float64')}."
+
+
+def with_scaling(factors: LoRAFactors, scaling: float, where: str) -> LoRAFactors:
+    """Return the same update with another scaling: the up factor is multiplied, and rounded to the dtype of both.
+
+    Args:
+        factors: The factors.
+        scaling: The other scaling, not 0.
+        where: Module and adapter, for the error message.
+
+    Raises:
+        NonFiniteError: The up factor overflows the dtype.
+    """
+    if factors.scaling == scaling:
+        return factors
+    exact = replace(factors, up=factors.up.double() * (factors.scaling / scaling), scaling=scaling)
+    return narrow_checked(exact, factors.spec.dtype, where).factors

@@ -119,8 +119,8 @@ def read_run(path: str | Path, adapter: str | None = None, *, known_steps: Colle
         AdapterNameError: A checkpoint has no adapter of that name.
     """
     path = Path(path)
-    if _mlx_files(path):
-        return _read_mlx_run(path, known_steps)
+    if mlx_files := _mlx_files(path):
+        return _read_mlx_run(path, mlx_files, known_steps)
     folders = {step: folder for step, folder in _checkpoint_folders(path).items() if step not in known_steps}
     states = {step: _read_state(folder) for step, folder in folders.items()}
     is_trainers = any(state is not None for state in states.values()) or any(
@@ -166,19 +166,20 @@ def _mlx_files(path: Path) -> dict[int, Path]:
     return dict(sorted(files.items())) if (path / keys.ADAPTER_CONFIG).is_file() else {}
 
 
-def _read_mlx_run(path: Path, known_steps: Collection[int]) -> RunFolder:
+def _read_mlx_run(path: Path, files: dict[int, Path], known_steps: Collection[int]) -> RunFolder:
     """List the checkpoints of a run of mlx-lm, which records no metrics.
 
     Args:
         path: Folder of the run.
+        files: Its checkpoints by step, in order.
         known_steps: Steps to leave out.
     """
-    files, unfinished = _mlx_files(path), {}
+    unfinished = {}
     where = str(path / keys.ADAPTER_CONFIG)
     last_step = mlx_config.settings(mlx_config.read(LocalFolder(path))[1], where).iterations
     final = path / keys.MLX_WEIGHTS
     if last_step is not None and last_step > max(files) and _is_final(final, files[max(files)]):
-        files[last_step] = final
+        files = {**files, last_step: final}
     checkpoints = []
     for step, file in files.items():
         try:

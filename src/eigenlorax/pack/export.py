@@ -30,7 +30,7 @@ HELD_BYTES = 2**28
 
 @dataclass(frozen=True, slots=True)
 class GgufPlan:
-    """How adapters are written in GGUF.
+    """Settings of an export to GGUF.
 
     Attributes:
         base: The base model.
@@ -44,7 +44,7 @@ class GgufPlan:
 
 
 def gguf_plan(base_config: BaseConfig | None, is_quantised: bool, modelfile: str | None) -> GgufPlan:
-    """Return how adapters are written in GGUF; raise `OptionError` if the base model's config is missing or unusable.
+    """Return the settings of an export to GGUF; raise `OptionError` if the base model's config is missing or unusable.
 
     Args:
         base_config: Folder with the base model's `config.json`, that file, or its fields.
@@ -67,7 +67,7 @@ class ExportPlan:
         formats: Format of each adapter, by name.
         dtype: Dtype of the factors; None for the dtype of each adapter's source.
         overwrite: True to replace existing files and folders.
-        gguf: How GGUF files are written; None if there are none.
+        gguf: Settings of GGUF files; None if there are none.
     """
 
     directory: Path

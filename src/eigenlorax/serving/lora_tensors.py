@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..core import keys, narrowing
-from ..core.adapter import LoRAFactors
+from ..core.adapter import LoRAFactors, padded
 from ..errors import ServingError
 from ..formats import in_memory
 from ..pack.pack import Pack
@@ -66,6 +65,4 @@ def at_rank(factors: LoRAFactors, rank: int) -> LoRAFactors:
 
     The scaling is multiplied into B, so that one config is valid for all modules.
     """
-    missing = max(rank - len(factors.down), 0)
-    down, up = factors.down[:rank], factors.scaling * factors.up[:, :rank]
-    return LoRAFactors(pad(down, (0, 0, 0, missing)), pad(up, (0, missing)), 1.0)
+    return padded(LoRAFactors(factors.down[:rank], factors.scaling * factors.up[:, :rank], 1.0), rank)

@@ -98,7 +98,7 @@ OUTPUT = "lm_head"
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """What a GGUF file needs to know of a base model.
+    """Properties of a base model on which names and row order in a GGUF file depend.
 
     Attributes:
         architecture: Its architecture.
@@ -139,7 +139,7 @@ class BaseModel:
 
     def n_heads(self, module: str) -> int | None:
         """Return the number of heads by which a module's rows are permuted; None if they are not."""
-        return next((heads for part, heads in self.heads.items() if module.endswith(f".{part}")), None)
+        return next((heads for suffix, heads in self.heads.items() if module.endswith(f".{suffix}")), None)
 
 
 def package() -> Any:
@@ -199,10 +199,10 @@ def of_gguf(name: str, where: str) -> BaseModel:
     Raises:
         FormatError: The architecture is not supported, or more must be known because its rows are permuted.
     """
-    architecture = next((known for known in ARCHITECTURES.values() if known.gguf == name), None)
+    architecture = next((each for each in ARCHITECTURES.values() if each.gguf == name), None)
     if architecture is None:
-        known = sorted({one.gguf for one in ARCHITECTURES.values()})
-        raise FormatError(f"{where}: architecture {name!r} is not supported. Supported are {', '.join(known)}.")
+        supported = sorted({each.gguf for each in ARCHITECTURES.values()})
+        raise FormatError(f"{where}: architecture {name!r} is not supported. Supported are {', '.join(supported)}.")
     if architecture.is_permuted:
         raise FormatError(
             f"{where} is for a base model of architecture {name!r}, whose query and key rows llama.cpp reorders by "
@@ -228,14 +228,8 @@ def _from_fields(config: Mapping[str, Any], where: str) -> BaseModel:
     heads = {}
     if architecture.is_permuted:
         n_heads = _count(fields, ("num_attention_heads",), where)
-        is_grouped = fields.get("num_key_value_heads") is not None
-        heads = dict(
-            zip(
-                _ROTARY,
-                (n_heads, _count(fields, ("num_key_value_heads",), where) if is_grouped else n_heads),
-                strict=True,
-            )
-        )
+        n_key_heads = _count(fields, ("num_key_value_heads", "num_attention_heads"), where)
+        heads = dict(zip(_ROTARY, (n_heads, n_key_heads), strict=True))
     tied = fields.get("tie_word_embeddings", config.get("tie_word_embeddings"))
     return BaseModel(architecture, n_layers, heads, architecture.is_tied if tied is None else bool(tied), where)
 

@@ -211,10 +211,10 @@ def _info(header: _Header, name: str) -> tuple[TensorType, tuple[int, ...], int]
         raise FormatError(f"{header.file}: tensor {name!r} has {n_dimensions} dimensions; 1 to 4 were expected.")
     shape = tuple(reversed([header.number("<Q") for _ in range(n_dimensions)]))
     number, offset = header.number("<I"), header.number("<Q")
-    if number not in [known.value for known in TensorType]:
+    if number not in [kind.value for kind in TensorType]:
         raise FormatError(
             f"{header.file}: tensor {name!r} has the type {number} of ggml; "
-            f"{', '.join(f'{known.name} ({known.value})' for known in TensorType)} can be read. Convert the adapter "
+            f"{', '.join(f'{kind.name} ({kind.value})' for kind in TensorType)} can be read. Convert the adapter "
             "to one of them."
         )
     return TensorType(number), shape, offset

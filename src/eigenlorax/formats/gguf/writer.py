@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,8 @@ def write(
         ShapeError: The rows of a module are not those of the base model's heads.
         NonFiniteError: A factor has NaN or Inf, or overflows the dtype.
     """
-    path = path if path.name.lower().endswith(keys.GGUF_SUFFIX) else path.with_name(path.name + keys.GGUF_SUFFIX)
-    atomic_files.check_file_free(path, overwrite)
-    data = to_bytes(adapter, base, dtype=dtype)
-    with atomic_files.ensure_folder(path.parent):
-        atomic_files.write_file(path, data)
-    return path
+    content = partial(to_bytes, adapter, base, dtype=dtype)
+    return atomic_files.write_new_file(path, keys.GGUF_SUFFIX, content, overwrite=overwrite)
 
 
 def check(adapter: Adapter, base: BaseModel) -> None:
@@ -106,7 +103,7 @@ def to_bytes(adapter: Adapter, base: BaseModel, *, dtype: torch.dtype | str | No
         is_embedding = module == base.architecture.embedding
         key = f"{keys.MODEL_PREFIX}{module}.{EMBEDDING['down']}" if is_embedding else keys.lora_key(module, "down")
         weights.append(_Weight(_stem(adapter, base, module), key, factors, base.n_heads(module), is_embedding))
-    for weight in sorted(weights, key=lambda one: one.key):
+    for weight in sorted(weights, key=lambda weight: weight.key):
         for side, factor in zip(keys.SIDES, _tensors(adapter, weight), strict=True):
             quantised, quantised_kind = quantise(factor, kind)
             writer.add_tensor(weight.stem + SIDES[side], quantised, raw_dtype=quantised_kind)
@@ -182,18 +179,19 @@ def _check_complete(adapter: Adapter, base: BaseModel) -> None:
 def _stem(adapter: Adapter, base: BaseModel, module: str) -> str:
     """Return the name of a module's weight; raise `OptionError` if llama.cpp has no such weight."""
     stem = base.stem(module)
-    known = base.architecture
+    architecture = base.architecture
     if stem is None:
         raise OptionError(
             f"adapter {adapter.name!r} has {keys.lora_key(module, 'down')!r}, and llama.cpp has no weight of this "
-            f"name: {base.where} describes {base.n_layers} layers {known.layers}.N with {', '.join(known.modules)}, "
-            f"{known.embedding} and {OUTPUT}. Pass the config of the adapter's base model."
+            f"name: {base.where} describes {base.n_layers} layers {architecture.layers}.N with "
+            f"{', '.join(architecture.modules)}, {architecture.embedding} and {OUTPUT}. Pass the config of "
+            "the adapter's base model."
         )
     if module == OUTPUT and base.is_tied:
         raise OptionError(
             f"adapter {adapter.name!r} has {keys.lora_key(module, 'down')!r}, but llama.cpp has no output layer to "
-            f"apply it to: by {base.where}, it shares the weights of {known.embedding} (tie_word_embeddings). Merge "
-            "the adapter into the base model, and convert that."
+            f"apply it to: by {base.where}, it shares the weights of {architecture.embedding} (tie_word_embeddings). "
+            "Merge the adapter into the base model, and convert that."
         )
     return stem
 

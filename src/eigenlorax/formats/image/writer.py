@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,8 @@ def write(
         ShapeError: A convolution has one or three dimensions.
         NonFiniteError: A factor has NaN or Inf, or overflows `dtype`.
     """
-    path = path if path.name.lower().endswith(keys.LORA_SUFFIX) else path.with_name(path.name + keys.LORA_SUFFIX)
-    atomic_files.check_file_free(path, overwrite)
-    data = to_bytes(adapter, dialect, dtype=dtype)
-    with atomic_files.ensure_folder(path.parent):
-        atomic_files.write_file(path, data)
-    return path
+    content = partial(to_bytes, adapter, dialect, dtype=dtype)
+    return atomic_files.write_new_file(path, keys.LORA_SUFFIX, content, overwrite=overwrite)
 
 
 def check(adapter: Adapter, dialect: str) -> None:
@@ -98,8 +95,12 @@ def _tensors(adapter: Adapter, naming: Naming, alpha: float | None, dtype: torch
         factors = _layer_factors(adapter, members_by_stem[stem])
         if naming.dialect == OLD:
             # programs that read this dialect read no alpha
-            return _rescale(adapter, factors, 1.0, stem)
-        return factors if alpha is None else _rescale(adapter, factors, alpha / len(factors.down), stem)
+            scaling = 1.0
+        elif alpha is None:
+            return factors
+        else:
+            scaling = alpha / len(factors.down)
+        return narrowing.with_scaling(factors, scaling, f"{adapter.name!r}, module {stem}")
 
     exact = LazyMapping(members_by_stem, layer_factors)
     for stem, factors in exact.items() if dtype is None else narrowing.narrow_adapter(adapter.name, exact, dtype):
@@ -169,14 +170,6 @@ def _warn_of_misreading(adapter: Adapter, canonical: Mapping[str, str]) -> None:
         )
 
 
-def _rescale(adapter: Adapter, factors: LoRAFactors, scaling: float, module: str) -> LoRAFactors:
-    """Return the same update with another scaling and a rescaled up factor."""
-    if factors.scaling == scaling:
-        return factors
-    exact = replace(factors, up=factors.up.double() * (factors.scaling / scaling), scaling=scaling)
-    return narrowing.narrow_checked(exact, factors.spec.dtype, f"{adapter.name!r}, module {module}").factors
-
-
 def _layer_factors(adapter: Adapter, members: Members) -> LoRAFactors:
     """Return the LoRA of a layer, whose modules are blocks of rows in the up factor."""
     module, part = members[0]
@@ -186,7 +179,10 @@ def _layer_factors(adapter: Adapter, members: Members) -> LoRAFactors:
         swapped = adapter.modules[module]
         return replace(swapped, up=torch.cat(tuple(reversed(swapped.up.chunk(2)))))
     scaling = adapter.specs[module].scaling or 1.0
-    factors = {module: _rescale(adapter, adapter.modules[module], scaling, module) for module, _ in members}
+    factors = {
+        module: narrowing.with_scaling(adapter.modules[module], scaling, f"{adapter.name!r}, module {module}")
+        for module, _ in members
+    }
     heights = layers.heights(adapter, members)
     first = factors[module].down
     tolerance = _SAME_FACTOR * torch.linalg.norm(first.double())

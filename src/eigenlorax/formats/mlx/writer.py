@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...core import atomic_files, keys, narrowing
-from ...core.adapter import Adapter, LazyMapping, LoRAFactors
+from ...core.adapter import Adapter, LazyMapping, LoRAFactors, padded
 from ...errors import FormatError, OptionError, SourceWarning
 from .. import safetensors_file
 from ..lora_config import ScalingConfig
@@ -30,7 +30,7 @@ _KNOWN_NAME = re.compile(r"(language_model\.)?(model\.layers\.\d+\..+|model\.emb
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """What is written, by module.
+    """Tensors to write, by module.
 
     Attributes:
         factors: Factors of linear layers and embeddings.
@@ -79,7 +79,8 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
     contents = _contents(adapter)
     rank, scale = _common(contents, adapter)
     uniform = LazyMapping(
-        contents.factors, lambda module: _with_rank(_with_scale(contents.factors[module], scale, adapter), rank)
+        contents.factors,
+        lambda module: padded(narrowing.with_scaling(contents.factors[module], scale, repr(adapter.name)), rank),
     )
     tensors: dict[str, Tensor] = {}
     for module, factors in uniform.items() if dtype is None else narrowing.narrow_adapter(adapter.name, uniform, dtype):
@@ -225,23 +226,6 @@ def _common(contents: _Contents, adapter: Adapter) -> tuple[int, float]:
             raise _no_place(adapter, f"the experts {key!r} beside modules of another rank or scaling")
         ranks, scalings = [*ranks, rank], scalings or Counter([scaling])
     return max(ranks), (scalings.most_common(1)[0][0] if scalings else 1.0)
-
-
-def _with_scale(factors: LoRAFactors, scale: float, adapter: Adapter) -> LoRAFactors:
-    """Return the same update with another scaling, and a multiplied up factor."""
-    if factors.scaling == scale:
-        return factors
-    exact = replace(factors, up=factors.up.double() * (factors.scaling / scale), scaling=scale)
-    return narrowing.narrow_checked(exact, factors.spec.dtype, repr(adapter.name)).factors
-
-
-def _with_rank(factors: LoRAFactors, rank: int) -> LoRAFactors:
-    """Return the same update with a larger rank, padded with zeros."""
-    missing = rank - len(factors.down)
-    if not missing:
-        return factors
-    pad = torch.nn.functional.pad
-    return replace(factors, down=pad(factors.down, (0, 0, 0, missing)), up=pad(factors.up, (0, missing)))
 
 
 def _config(adapter: Adapter, contents: _Contents, rank: int, scale: float) -> str:

@@ -41,7 +41,7 @@ class Decisions:
 
     @property
     def routed(self) -> Tensor:
-        """Whether a row is routed to its most probable adapter, (rows,)."""
+        """True for rows that are routed to their most probable adapter, (rows,)."""
         return self.confidences >= (-math.inf if self.calibration is None else self.calibration.threshold)
 
     def routes(self, names: tuple[str, ...], top: int) -> list[Route]:
