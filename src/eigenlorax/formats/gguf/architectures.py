@@ -206,8 +206,8 @@ def of_gguf(name: str, where: str) -> BaseModel:
     if architecture.is_permuted:
         raise FormatError(
             f"{where} is for a base model of architecture {name!r}, whose query and key rows llama.cpp reorders by "
-            f"their heads. Pass the folder with the base model's {CONFIG}, which says how many there are, as "
-            f"base_config: eigenlorax.read_adapter({where!r}, base_config='DIR')."
+            f"their heads. Pass the folder with the base model's {CONFIG}, which states how many there are: "
+            "base_config='DIR' (--base-config DIR)."
         )
     return BaseModel(architecture, None, {}, is_tied=False, where=where)
 
