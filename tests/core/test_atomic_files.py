@@ -15,6 +15,9 @@ from eigenlorax.core import atomic_files, staging
 from eigenlorax.errors import PackBusyError, PackExistsError
 from outcomes import contents, succeeded
 
+if sys.platform != "win32":
+    import fcntl
+
 FILES = {"config.json": b"{}", "weights": b"\0" * 3000, "empty": b""}
 OTHERS = {"config.json": b"[]", "weights": b"\1" * 2000}
 
@@ -195,6 +198,26 @@ class TestStaging:
             atomic_files.write_file(tmp_path / "a", b"third")
             first()
         assert contents(tmp_path) == {"a": b"first"}
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no locks on folders")
+    def test_a_new_folder_at_the_path_of_a_replaced_one_is_not_removed(self, tmp_path, monkeypatch):
+        replaced = tmp_path / ".writing-01234567-0"
+        held = staging.create_folder(replaced)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        lock = fcntl.flock
+
+        def lock_while_another_writer_begins(descriptor, operation):
+            try:
+                lock(descriptor, operation)
+            except BlockingIOError:
+                os.close(held)
+                replaced.rmdir()
+                replaced.mkdir()
+                raise
+
+        monkeypatch.setattr(fcntl, "flock", lock_while_another_writer_begins)
+        staging.remove(replaced)
+        assert list(tmp_path.iterdir()) == [replaced]
 
     @needs_fork
     @pytest.mark.parametrize("exchanged", [True, False])

@@ -80,10 +80,15 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove the old folder that an exchange moved to a staging path, unless another writer has claimed that path."""
-    if not _remove_if_abandoned(path) and not is_in_use(path):
-        # the system has no locks, so the owner of the path is unknown
-        _delete(path)
+    """Remove the old folder that an exchange moved to a staging path, unless another writer holds it.
+
+    The next writer removes it in that case. It is not tried again: the path may be a new folder of another writer by
+    then, who has not locked it yet.
+    """
+    with suppress(BlockingIOError):
+        if not _remove_locked(path):
+            # the system has no locks, so the owner of the path is unknown
+            _delete(path)
 
 
 def is_in_use(path: Path) -> bool:
@@ -125,14 +130,21 @@ def _claim(path: Path, create: Callable[[Path], int | None]) -> tuple[Path, int 
     raise PackBusyError(f"{_ATTEMPTS} other processes are writing to {path}. Run the command again later.")
 
 
-def _remove_if_abandoned(path: Path) -> bool:
-    """Remove a staging path that no writer holds, and return whether it is certain that none does."""
+def _remove_if_abandoned(path: Path) -> None:
+    """Remove a staging path that no writer holds."""
+    with suppress(BlockingIOError):
+        _remove_locked(path)
+
+
+def _remove_locked(path: Path) -> bool:
+    """Remove a staging path while its lock is held, and return whether the system could lock it.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+    """
     if not os.path.lexists(path):
         return True
-    try:
-        descriptor = _open_locked(path)
-    except BlockingIOError:
-        return False
+    descriptor = _open_locked(path)
     if descriptor is None:
         return False
     try:
