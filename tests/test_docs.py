@@ -67,28 +67,8 @@ def anchors(text):
 
 
 class TestCommandLine:
-    @pytest.mark.parametrize("verb", VERBS)
-    def test_every_option_of_a_verb_is_in_its_section(self, verb):
-        text = section(CLI, f"`eigenlorax {verb}`")
-        assert text, f"docs/cli.md has no section on {verb}"
-        # an argument is one of the words of the line of use, or of the table
-        for parameter in VERBS[verb].params:
-            if parameter.param_type_name == "option":
-                for spelling in [*parameter.opts, *parameter.secondary_opts]:
-                    assert re.search(rf"`{spelling}[ `]", text), f"docs/cli.md, {verb}: {spelling} is not there"
-            else:
-                metavar = parameter.metavar.replace("|", r"\|")
-                assert f"`{metavar}" in text, f"docs/cli.md, {verb}: {metavar} is not there"
-
-    @pytest.mark.parametrize("verb", VERBS)
-    def test_no_option_is_told_of_that_a_verb_lacks(self, verb):
-        known = {spelling for p in VERBS[verb].params for spelling in [*p.opts, *p.secondary_opts]} | {"--help"}
-        told = set(re.findall(r"^\| .*?(?= \| )", section(CLI, f"`eigenlorax {verb}`"), flags=re.MULTILINE))
-        options = {option for cell in told for option in re.findall(r"`(--?[a-z][a-z0-9-]*)", cell)}
-        assert options <= known
-
-    def test_the_verbs_in_the_list_are_those_of_the_command(self):
-        assert re.findall(r"^\| \[`([\w-]+)`\]", CLI, flags=re.MULTILINE) == list(VERBS)
+    def test_every_verb_has_a_section(self):
+        assert re.findall(r"^## `eigenlorax ([\w-]+)`$", CLI, flags=re.MULTILINE) == list(VERBS)
 
     def test_the_decision_table_of_the_readme_is_that_of_the_help(self):
         rows = re.findall(
@@ -112,21 +92,9 @@ class TestCommandLine:
         for parameter in COMMAND.params:
             assert all(f"`eigenlorax {spelling}`" in CLI for spelling in parameter.opts)
 
-    @pytest.mark.parametrize("option", ["json", "overwrite", "same-base", "allow-pickle", "revision"])
-    def test_the_verbs_that_share_an_option(self, option):
-        shared = section(CLI, "Options that several verbs have")
-        (named,) = re.findall(rf"^\| `--{option}(?: [A-Z]+)?` \| ([^|]*) \|", shared, flags=re.MULTILINE)
-        having = [verb for verb in VERBS if any(f"--{option}" in p.opts for p in VERBS[verb].params)]
-        assert named == ("all" if having == list(VERBS) else ", ".join(having))
-
-    def test_methods_that_are_compared_and_their_rates(self):
-        text = section(CLI, "`eigenlorax compare`")
-        rows = re.findall(r"^\| `([a-z-]+)` \| [^|]* \| ([\d., ]+) \|$", text, flags=re.MULTILINE)
-        assert {name: tuple(map(float, rates.split(", "))) for name, rates in rows} == search_space.LEARNING_RATES
-        (left_out,) = re.findall(r"^\| `--methods A,B,…` \| all but (.*?) \|", text, flags=re.MULTILINE)
-        assert re.findall(r"`(.*?)`", left_out) == [
-            name for name in search_space.LEARNING_RATES if name not in search_space.DEFAULT_METHODS
-        ]
+    def test_methods_that_are_compared(self):
+        text = section(CLI, "`eigenlorax compare`").partition("| field |")[0]
+        assert re.findall(r"^\| `([a-z-]+)` \|", text, flags=re.MULTILINE) == list(search_space.LEARNING_RATES)
 
     def test_every_error_is_beside_its_exit_code(self):
         rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", section(CLI, "Exit codes"), flags=re.MULTILINE))
@@ -164,7 +132,6 @@ class TestCommandLine:
             (match.Match, "`eigenlorax find`"),
             (comparison_summary.MethodSummary, "`eigenlorax compare`"),
             (comparison_summary.Difference, "`eigenlorax compare`"),
-            (comparison_summary.MethodRun, "`eigenlorax compare`"),
             (checking.Check, "`eigenlorax serve-check`"),
             (checking.ServingMode, "`eigenlorax serve-check`"),
             (plan.Plan, "`eigenlorax serve-check`"),

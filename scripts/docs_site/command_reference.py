@@ -20,7 +20,7 @@ def markdown() -> str:
     verbs = typer.main.get_command(command_line()).commands
     introduction = (
         "# Options of each verb\n\nThis page is made from `eigenlorax VERB --help`. "
-        "[Output, exit codes and JSON](../cli.md) describes what the verbs print, and has recipes.\n"
+        "[Output, exit codes and JSON](../cli.md) describes what the verbs print.\n"
     )
     return introduction + "".join(_section(name, verb) for name, verb in verbs.items())
 

@@ -22,7 +22,10 @@ def augment(
         int, typer.Option("--n-extra", metavar="L", help="Number of random components to add to each module and side.")
     ],
     seed: Annotated[
-        int, typer.Option(metavar="S", help="Seed of the components. It is stored, and needed to make them again.")
+        int,
+        typer.Option(
+            metavar="S", help="Seed of the components, which is stored. Each augmentation of a pack needs another one."
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="PACK2", help="Folder of the new pack.", parser=arguments.path)

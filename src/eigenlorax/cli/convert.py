@@ -40,7 +40,9 @@ def convert(
     base_config: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder with the base model's config.json, for GGUF files.", parser=arguments.path
+            metavar="DIR",
+            help="Folder with the base model's config.json. Required to write GGUF, and to read some GGUF files.",
+            parser=arguments.path,
         ),
     ] = None,
     allow_pickle: arguments.AllowPickle = False,

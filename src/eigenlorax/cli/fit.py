@@ -67,7 +67,7 @@ def fit(
         typer.Option(
             metavar="R",
             help="Write the pack of the smallest errors that is R times smaller than the LoRAs in 16 bits, basis "
-            "included.",
+            "included. Untrained adapters do not count.",
         ),
     ] = None,
     # typed Any, because typer does not support the union of int and "auto"

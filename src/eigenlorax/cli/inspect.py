@@ -40,7 +40,7 @@ def inspect(
         typer.Option(
             metavar="ADAPTER",
             help="Original adapters, as for `fit`: measure each adapter's error again and compare it with the pack's "
-            "record. Can be repeated.",
+            "record and bound. The exit code is 4 if one is larger. Can be repeated.",
         ),
     ] = None,
     allow_pickle: arguments.AllowPickle = False,

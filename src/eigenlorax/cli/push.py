@@ -26,7 +26,12 @@ def push(
             metavar="NAME", help="Adapter or history to upload with the basis (default: all). Can be repeated."
         ),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is created.")] = False,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private", help="Make the repository private, if it is created. An existing public one is an error."
+        ),
+    ] = False,
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Branch to push to; created if it does not exist.")
     ] = None,

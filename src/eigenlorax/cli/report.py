@@ -130,7 +130,7 @@ def report(
             "--output",
             "-o",
             metavar="FILE",
-            help="File to write: .html (one page), .md or .json. Can be repeated.",
+            help="File to write: .html (one page), .md or .json. Only a report is replaced. Can be repeated.",
             parser=arguments.path,
         ),
     ] = None,

@@ -111,7 +111,8 @@ def train(
         str,
         typer.Option(
             metavar="zero|mean|NAME|PATH",
-            help="Initial update: zero, the mean of the pack's adapters, one of them, or a LoRA in a folder.",
+            help="Initial update: zero, the mean of the pack's adapters, one of them, or a LoRA in a folder. "
+            "Heads are new.",
             rich_help_panel=verbs.TRAINED,
         ),
     ] = "zero",
@@ -151,7 +152,8 @@ def train(
         typer.Option(
             "--n-gradient",
             metavar="L",
-            help="Add L components per side from the first gradients of the task. They are stored with the adapter.",
+            help="Add L components per side from the first gradients of the task. They are stored with the "
+            "adapter, which then takes about as many bytes as a LoRA.",
             rich_help_panel=verbs.TRAINED,
         ),
     ] = 0,
@@ -214,14 +216,19 @@ def train(
         Path | None,
         typer.Option(
             metavar="YAML",
-            help="YAML file with other fields of transformers' TrainingArguments.",
+            help="YAML file with other fields of transformers' TrainingArguments, one `name: value` per line. `optim` "
+            "replaces the optimizer SOAP.",
             parser=arguments.path,
             rich_help_panel=verbs.TRAINING,
         ),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Continue from the last checkpoint in OUT.", rich_help_panel=verbs.TRAINING),
+        typer.Option(
+            "--resume",
+            help="Continue from the last checkpoint in OUT. All other options must be equal.",
+            rich_help_panel=verbs.TRAINING,
+        ),
     ] = False,
     text_column: arguments.TextColumn = "text",
     label_column: arguments.LabelColumn = "label",
