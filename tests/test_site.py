@@ -59,6 +59,7 @@ def test_terms_on_pages_for_newcomers_lead_to_the_glossary(page):
             assert f"glossary.md#{term.replace(' ', '-')})" in text, f"{page.name} does not explain {term!r}"
 
 
-def test_the_diagram_is_what_its_script_draws():
-    drawn = runpy.run_path(str(ROOT / "scripts/docs_site/method_diagram.py"))["draw"]()
-    assert (DOCS / "concepts/method.svg").read_text("utf-8") == drawn
+@pytest.mark.parametrize("name", ["codec", "method"])
+def test_a_diagram_is_what_its_script_draws(name):
+    drawn = runpy.run_path(str(ROOT / f"scripts/docs_site/{name}_diagram.py"))["draw"]()
+    assert (DOCS / f"concepts/{name}.svg").read_text("utf-8") == drawn

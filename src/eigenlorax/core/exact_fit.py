@@ -128,7 +128,7 @@ class ExactFit:
         """Return the bases after alternating sweeps that start from `first`, with the same numbers of components.
 
         A sweep replaces each side by the best one for the other side's current basis, so that the kept squared norm
-        Σ w²‖U D Vᵀ‖² never decreases (docs/method.md, "Both sides").
+        Σ w²‖U D Vᵀ‖² never decreases (docs/method.md, "Sweeps").
         """
         down, up = first
         # the number of components was chosen on the first spectrum; a sweep may only lower it, where rank is missing
