@@ -1,7 +1,7 @@
 """Time and memory of merges at the shapes of Llama-3.1-8B, beside the same methods on out × in matrices.
 
-`python benchmarks/merging.py` writes `results/merging.json`. Random adapters, one thread. Full matrices are
-merged for some modules only: a layer would take an hour by TSV.
+`python benchmarks/merging.py` writes `results/merging.json` after each module. Random adapters, one thread. The full
+matrices of a layer take about an hour; `--modules` restricts them to some.
 """
 
 import argparse
@@ -31,8 +31,6 @@ LAYER = {
 }
 DENSITY = 0.2
 SCALING = 0.01
-SVD_MODULE = "self_attn.q_proj"
-"""Module of which one update is decomposed: TSV-Merge on weights does that for each adapter."""
 
 Json = dict[str, Any]
 
@@ -92,13 +90,6 @@ def full_tsv(updates: Sequence[LoRAFactors], rank: int) -> Tensor:
 
 
 FULL: dict[str, Callable[[Sequence[LoRAFactors], int], Tensor]] = {"ties": full_ties, "tsv": full_tsv}
-FULL_MODULES = (
-    ("ties", "self_attn.q_proj"),
-    ("ties", "self_attn.k_proj"),
-    ("tsv", "self_attn.k_proj"),
-    ("ties", "mlp.gate_proj"),
-)
-"""Methods and modules that are merged as full matrices too."""
 
 
 def seconds_of(call: Callable[[], Any]) -> tuple[float, Any]:
@@ -108,12 +99,13 @@ def seconds_of(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - started, outcome
 
 
-def measure(n: int, rank: int, header: Json) -> None:
+def measure(n: int, rank: int, modules: Sequence[str], header: Json) -> None:
     """Measure seconds and memory of each method; ours comes first, so that its peak of memory is its own.
 
     Args:
         n: Number of adapters.
         rank: Rank of the adapters and of the merge.
+        modules: Modules that are also merged as full matrices.
         header: Fields of the result that are known beforehand.
     """
     layer = make_adapters(n, rank, list(LAYER))
@@ -123,13 +115,14 @@ def measure(n: int, rank: int, header: Json) -> None:
         measured[method] = {"layer": seconds, "peak_mib": peak_mib(), "modules": {}}
         print(f"{method}: a layer in {seconds:.1f} s, {peak_mib():.0f} MiB", flush=True)
         write({**header, "methods": measured})
-    one = make_adapters(1, rank, [SVD_MODULE])[0].modules[SVD_MODULE]
-    header["one_svd"], _ = seconds_of(lambda: torch.linalg.svd(full_update(one), full_matrices=False))
-    header["one_svd_module"] = SVD_MODULE
-    for method, module in FULL_MODULES:
-        measured[method]["modules"][module] = measure_module(n, rank, method, module)
-        measured[method]["full_peak_mib"] = peak_mib()
-        write({**header, "methods": measured})
+    for method in FULL:
+        for module in modules:
+            measured[method]["modules"][module] = measure_module(n, rank, method, module)
+            measured[method]["full_peak_mib"] = peak_mib()
+            write({**header, "methods": measured})
+        if set(modules) == set(LAYER):
+            measured[method]["full_layer"] = sum(each["full"] for each in measured[method]["modules"].values())
+            write({**header, "methods": measured})
 
 
 def measure_module(n: int, rank: int, method: str, module: str) -> Json:
@@ -158,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--modules", nargs="+", choices=LAYER, default=list(LAYER), metavar="MODULE")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = peak_mib()
@@ -168,7 +162,7 @@ def main() -> None:
         "rank": options.rank,
         "start_mib": started,
     }
-    measure(options.adapters, options.rank, header)
+    measure(options.adapters, options.rank, options.modules, header)
 
 
 if __name__ == "__main__":
