@@ -1,5 +1,7 @@
 """`find`: three searches, their JSON and tables, and options that do not go together."""
 
+import json
+
 import pytest
 
 import eigenlorax as ex
@@ -75,6 +77,8 @@ def test_histories_are_named_where_they_are_not_searched(cli, pack, tmp_path):
         (["words", "--text-column", "body"], "--text-column has no effect on this search"),
         (["--like", "alpha", "--batch-size", 3], "--batch-size has no effect on this search"),
         (["--like", ""], "--like is empty"),
+        (["words", "--router", "router"], "--router has no effect on this search"),
+        (["--rows", "rows.csv", "--router", "router", "--task", "causal-lm"], "--task has no effect on this search"),
         (["--rows", "rows.csv", "--labels", "ham"], "expected two or more class names with commas between them"),
         (["--like", "delta"], "no adapter named 'delta' in the pack"),
         (["--like", "alpha", "--top", 0], "top (--top) is the number of results, at least 1, got 0"),
@@ -106,3 +110,26 @@ def test_by_loss(cli, models):
     assert (found["by"], found["query"], found["skipped"]) == ("loss", str(rows), {})
     refused = cli("find", models / "pack", "--rows", models / "eval.jsonl", "--task", "text-classification")
     assert_refused(refused, 3, "no adapter of the pack can be evaluated on these rows", "has no head")
+
+
+@pytest.mark.slow
+def test_by_centroids(cli, models):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, rows = models / "lm-pack", models / "lm-eval.jsonl"
+    pack = ex.Pack.open(path)
+    options = {"model": AutoModelForCausalLM.from_pretrained(pack.base_model), "tokenizer": None}
+    options["tokenizer"] = AutoTokenizer.from_pretrained(pack.base_model)
+    router = ex.Router.from_pack(pack, pack.names[:2], **options)
+    router.add_centroids({pack.names[0]: ["a b c"], pack.names[1]: ["d e", "c c b"]})
+    file = router.save(models / "router.safetensors")
+    found = json_of(cli("find", path, "--rows", rows, "--router", file, "--json"))
+    texts = [json.loads(line)["text"] for line in rows.read_text().splitlines()]
+    expected = router.rank(texts)
+    assert (found["by"], found["query"], found["skipped"]) == ("centroids", str(rows), {})
+    assert [match["name"] for match in found["matches"]] == [match.name for match in expected]
+    assert [match["score"] for match in found["matches"]] == pytest.approx([match.score for match in expected])
+    assert "cosine" in succeeded(cli("find", path, "--rows", rows, "--router", file)).out
+    assert_refused(cli("find", path, "--rows", rows, "--router", rows), 3, "lm-eval.jsonl")
+    assert_refused(cli("find", path, "--rows", rows, "--router", models / "no"), 3, "there is no file")
+    assert_refused(cli("find", path, "--rows", rows, "--router", file, "--text-column", "body"), 3, "no column 'body'")

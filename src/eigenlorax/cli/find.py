@@ -1,4 +1,4 @@
-"""`eigenlorax find`: find adapters of a pack by words, by the similarity of updates, or by their loss on rows."""
+"""`eigenlorax find`: find adapters of a pack by words, by the similarity of updates, or by rows."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,8 @@ eigenlorax find pack/ --rows demo/spam.csv --labels ham,spam \
 _SHOWN_SKIPPED = 5
 """Maximum number of skipped adapters whose reasons are printed."""
 _BY_WORDS, _BY_SIMILARITY, _BY_LOSS = "By words", "By similarity", "By loss"
+_SCORES = {"words": "score", "similarity": "cosine", "loss": "loss", "centroids": "cosine"}
+"""Heading of the scores of each search."""
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +52,17 @@ def find(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Find adapters with the smallest loss on rows: .jsonl, .csv, or a folder saved by datasets.",
+            help="Find adapters with the smallest loss on rows, or with --router those of the closest texts: .jsonl, "
+            ".csv, or a folder saved by datasets.",
+            parser=arguments.path,
+        ),
+    ] = None,
+    router: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Router with centroids of the adapters' texts (`Router.save`): rows are compared with these, and no "
+            "adapter is evaluated.",
             parser=arguments.path,
         ),
     ] = None,
@@ -102,7 +114,7 @@ def find(
     revision: arguments.PackRevision = None,
     json: arguments.Json = False,
 ) -> None:
-    """Find adapters of a pack by words, by the similarity of their updates, or by their loss on rows."""
+    """Find adapters of a pack by words, by the similarity of their updates, or by rows."""
     if sum(query is not None for query in (text, like, rows)) != 1:
         raise OptionError("pass one of TEXT, --like ADAPTER and --rows FILE: what the adapters are compared with.")
     _check_unused(text is not None, {"--cards": cards})
@@ -114,17 +126,22 @@ def find(
     _check_unused(like is not None, similarity_options)
     if like is not None and not like.strip():
         raise OptionError("--like is empty. Pass the name of an adapter of the pack, a folder, a file or a Hub id.")
+    columns = Columns(text_column, label_column, pair_column)
     row_options = {
         "--model": model,
+        "--router": router,
+        "--text-column": None if text_column == "text" else text_column,
+    }
+    loss_options = {
         "--task": task,
         "--labels": labels,
         "--max-length": max_length,
         "--batch-size": None if batch_size == EVALUATION_BATCH else batch_size,
-        "--text-column": None if text_column == "text" else text_column,
         "--label-column": None if label_column == "label" else label_column,
         "--pair-column": pair_column,
     }
     _check_unused(rows is not None, row_options)
+    _check_unused(rows is not None and router is None, loss_options)
     opened = _open(pack, revision)
     skipped: dict[str, str] = {}
     if text is not None:
@@ -132,17 +149,14 @@ def find(
     elif like is not None:
         reading = {"same_base": same_base, "allow_pickle": allow_pickle}
         by, query, matches = "similarity", like, _by_similarity(opened, like, top, candidates, reading)
+    elif router is not None:
+        assert rows is not None
+        options: dict[str, Any] = {"model": model, "columns": columns, "top": top}
+        by, query, matches = "centroids", str(rows), _by_centroids(opened, rows, router, options)
     else:
         assert rows is not None
-        options = {
-            "model": model,
-            "task": task,
-            "labels": labels,
-            "columns": Columns(text_column, label_column, pair_column),
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "top": top,
-        }
+        options = {"model": model, "columns": columns, "top": top, "task": task, "labels": labels}
+        options |= {"batch_size": batch_size, "max_length": max_length}
         by, query = "loss", str(rows)
         matches, skipped = _by_loss(opened, rows, options)
     if json:
@@ -198,11 +212,19 @@ def _by_loss(opened: "PackFolder", rows: Path, options: dict[str, Any]) -> "tupl
     return search.matches, search.skipped
 
 
+def _by_centroids(opened: "PackFolder", rows: Path, router: Path, options: dict[str, Any]) -> "list[Match]":
+    from ..pack.pack import Pack
+    from ..train import centroid_search
+
+    with console.working("The search"):
+        return centroid_search.rank_by_centroids(Pack.from_folder(opened), rows, router, **options)
+
+
 def _print(pack: str, by: str, matches: "list[Match]", skipped: dict[str, str]) -> None:
     if not matches:
         console.note("no adapter has one of these words. Only names, configs and metadata are in a pack; see --cards.")
         return
-    header = ("adapter", {"words": "score", "similarity": "cosine", "loss": "loss"}[by], "reason")
+    header = ("adapter", _SCORES[by], "reason")
     body = [(match.name, f"{match.score:.4f}", match.reason) for match in matches]
     console.print_table(f"{pack} by {by}", header, body, numbers=(1,))
     for name, why in list(skipped.items())[:_SHOWN_SKIPPED]:

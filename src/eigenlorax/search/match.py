@@ -15,8 +15,8 @@ class Match:
 
     Attributes:
         name: Name of the adapter in the pack, or of a version, such as "run@latest".
-        score: BM25 score, cosine similarity or mean loss, depending on the search. Losses are better the lower they
-            are, the other scores the higher.
+        score: BM25 score, cosine similarity, mean cosine with centroids or mean loss, depending on the search. Losses
+            are better the lower they are, the other scores the higher.
         reason: One sentence that says where the score is from.
 
     Example:

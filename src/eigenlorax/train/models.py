@@ -133,6 +133,23 @@ def load_model(model: str, revision: str | None, labels: Labels | None, tokenize
     return loaded
 
 
+def load_base_model(model: str, revision: str | None) -> Any:
+    """Load a model without a head.
+
+    Args:
+        model: Folder or Hub id of the model.
+        revision: Revision on the Hub. Default: the main branch.
+
+    Raises:
+        FormatError: The folder is not a model that transformers can load.
+        HubError: The model could not be loaded from the Hub.
+    """
+    from transformers import AutoModel
+
+    with _loading(model) as network:
+        return AutoModel.from_pretrained(model, revision=revision, adapter_kwargs=network, **network)
+
+
 def check_is_decoder(model: str, config: Any) -> None:
     """Raise `OptionError` if a model cannot be a causal language model.
 

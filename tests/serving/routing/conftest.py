@@ -50,7 +50,3 @@ def embed():
         return torch.stack(rows).numpy()
 
     return embeddings
-
-
-def texts_of(word, n=12, first=0):
-    return [f"{word} {number}" for number in range(first, first + n)]

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from torch.nn.functional import normalize
 
 import eigenlorax as ex
 import tiny
-from conftest import texts_of
 from eigenlorax.errors import (
     AdapterNameError,
     FormatError,
@@ -21,6 +21,11 @@ from eigenlorax.formats import safetensors_file
 from eigenlorax.serving.routing.centroids import fit_centroids
 from eigenlorax.serving.routing.classifier import fit_classifier
 from planted import normal
+
+
+def texts_of(word, n=12, first=0):
+    return [f"{word} {number}" for number in range(first, first + n)]
+
 
 NAMES = ["a0", "a1"]
 # the texts of a0 lie on both sides of those of a1
@@ -240,6 +245,39 @@ class TestBadInput:
             other.route("east")
 
 
+class TestRank:
+    def test_adapters_by_the_mean_cosine_with_their_closest_centroids(self, pack, embed, router):
+        texts = texts_of("west", 3, 50) + texts_of("north", 1, 50)
+        rows = normalize(torch.as_tensor(embed(texts)).float(), dim=1)
+        expected = {}
+        for name in NAMES:
+            alone = ex.Router.from_pack(pack, [name], embed=embed)
+            alone.add_centroids({name: ROWS[name]})
+            expected[name] = float((rows @ alone._centroids.centres.mT).amax(1).mean())
+        found = router.rank(texts)
+        assert [match.name for match in found] == ["a0", "a1"]
+        assert {match.name: match.score for match in found} == pytest.approx(expected)
+        assert found[0].reason.endswith("3 of 4 texts are closest to it.")
+        assert router.rank(texts, top=1) == found[:1]
+
+    @pytest.mark.parametrize(
+        ("texts", "top", "message"),
+        [
+            ([], 1, "texts are empty"),
+            (["east", " "], 1, "number 1"),
+            ("east", 1, "list of texts"),
+            (["east"], 0, "top"),
+        ],
+    )
+    def test_bad_input(self, router, texts, top, message):
+        with pytest.raises(OptionError, match=message):
+            router.rank(texts, top=top)
+
+    def test_without_centroids(self, pack, embed):
+        with pytest.raises(OptionError, match="no centroids"):
+            ex.Router.from_pack(pack, NAMES, embed=embed).rank(["east"])
+
+
 class TestFile:
     @pytest.fixture
     def saved(self, pack, model, tokenizer, embed, tmp_path):
@@ -266,6 +304,27 @@ class TestFile:
         loaded = ex.Router.load(path, pack, embed=embed)
         assert loaded.route(BASE_ROWS) == router.route(BASE_ROWS)
         assert loaded.save(path.with_name("again")).read_bytes() == path.read_bytes()
+
+    def test_texts_embedded_in_another_way(self, saved, pack, model, tokenizer, embed, tmp_path):
+        _, path = saved
+        with pytest.raises(OptionError, match="embedded by a function: pass it as embed="):
+            ex.Router.load(path, pack, model=model, tokenizer=tokenizer)
+        of_model = ex.Router.from_pack(pack, NAMES, model=model, tokenizer=tokenizer)
+        of_model.add_centroids({"a0": ["one two"], "a1": ["three"]})
+        path = of_model.save(tmp_path / "of-model")
+        with pytest.raises(OptionError, match="embedded by the base model: pass model="):
+            ex.Router.load(path, pack, embed=embed)
+        assert ex.Router.load(path, pack, model=model, tokenizer=tokenizer).rank(["three"])[0].name == "a1"
+
+    def test_of_version_1_which_does_not_say_how_texts_are_embedded(self, saved, pack, embed):
+        router, path = saved
+        with safe_open(path, "pt") as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        document = json.loads(metadata["eigenlorax_router"])
+        del document["embedder"]
+        metadata["eigenlorax_router"] = json.dumps({**document, "format_version": 1})
+        path.write_bytes(safetensors_file.to_bytes(tensors, metadata))
+        assert ex.Router.load(path, pack, embed=embed).route(BASE_ROWS) == router.route(BASE_ROWS)
 
     def test_of_a_pack_that_has_grown(self, saved, pack, embed):
         _, path = saved
@@ -311,7 +370,8 @@ class TestFile:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("format_version", 2, "reads up to 1"),
+            ("format_version", 3, "reads up to 2"),
+            ("embedder", "guess", "damaged"),
             ("format_version", "1", "damaged"),
             ("adapters", ["a0", "a1", "a2"], "do not fit its 3 adapters"),
             ("adapters", [], "do not fit its 0 adapters"),

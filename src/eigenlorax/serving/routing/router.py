@@ -13,6 +13,7 @@ from ...core import keys
 from ...core.options import name_list, to_int
 from ...errors import OptionError
 from ...pack.pack import Pack
+from ...search.match import TOP, Match, check_top
 from ..bank import AdapterBank
 from . import router_file
 from .calibration import (
@@ -29,7 +30,7 @@ from .classifier import LinearClassifier, fit_classifier
 from .decisions import decide, routing_figures
 from .encoder import Embed, TextEncoder, make_encoder, unit_embeddings
 from .prototypes import PackPrototypes, pack_prototypes
-from .router_file import FORMAT_VERSION, RouterFields, RouterState
+from .router_file import BASE_MODEL, FORMAT_VERSION, FUNCTION, UNKNOWN, RouterFields, RouterState
 from .routes import Route, RoutingFigures
 from .rows import check_rows, check_texts
 from .standardisation import Standardisation, prototype_scores, standardise_on
@@ -287,6 +288,41 @@ class Router:
                 routes[number] = route
         return routes
 
+    def rank(self, texts: Sequence[str], *, top: int = TOP) -> list[Match]:
+        """Return the adapters whose centroids are closest to a set of texts, such as rows of a new task.
+
+        Args:
+            texts: The texts, all of one kind.
+            top: Maximum number of results.
+
+        Returns:
+            The adapters, the closest first; the score is the mean over the texts of the cosine with the closest
+            centroid of the adapter.
+
+        Raises:
+            OptionError: There are no texts, one is blank, `top` is below 1, or the router has no centroids.
+
+        Example:
+            >>> router = eigenlorax.Router.from_pack(pack, ["a", "b"], embed=lambda texts: torch.eye(3)[: len(texts)])
+            >>> router.add_centroids({"a": torch.eye(3)[:1], "b": torch.eye(3)[1:2]})
+            >>> [match.name for match in router.rank(["red"])]
+            ['a', 'b']
+        """
+        top, texts = check_top(top), check_texts(texts, "texts")
+        if self._centroids is None:
+            raise OptionError("this router has no centroids to compare texts with. Add them by add_centroids.")
+        scores = self._scores(texts, ["centroids"])["centroids"]
+        closest = torch.bincount(scores.argmax(1), minlength=len(self._names)).tolist()
+        matches = [
+            Match(
+                name,
+                score,
+                f"Mean cosine {score:.4f} with its closest centroid; {number} of {len(texts)} texts are closest to it.",
+            )
+            for name, score, number in zip(self._names, scores.mean(0).tolist(), closest, strict=True)
+        ]
+        return sorted(matches, key=lambda match: (-match.score, match.name))[:top]
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the router to a file, and return its path. Prototypes are not in it: the pack has them.
 
@@ -306,6 +342,7 @@ class Router:
             FORMAT_VERSION,
             self.names,
             self._encoder.pack.info.fingerprint,
+            self._embedder(),
             list(self._pack_prototypes().modules) if self._standardisation is not None else [],
             self._calibration,
         )
@@ -335,7 +372,8 @@ class Router:
         Raises:
             FormatError: The file is damaged, or not that of a router.
             AdapterNameError: The pack lacks an adapter of the router.
-            OptionError: The file belongs to another pack, or a signal that the router uses needs a model.
+            OptionError: The file belongs to another pack, a signal that the router uses needs a model, or texts were
+                embedded in another way.
 
         Example:
             >>> router = eigenlorax.Router.from_pack(pack, ["a", "b"])
@@ -350,6 +388,7 @@ class Router:
                 f"{path} is for a pack with the subspace {state.fields.fingerprint[:12]}…, which this pack does not "
                 "have. Open that pack, or make the router again."
             )
+        router._check_embedder(state.fields.embedder, str(path))
         router._centroids, router._classifier = state.centroids, state.classifier
         router._standardisation, router._calibration = state.standardisation, state.fields.calibration
         if router._calibration is not None:
@@ -361,6 +400,18 @@ class Router:
                     f"{path} was calibrated on other modules than the pack's adapters have. Calibrate again."
                 )
         return router
+
+    def _embedder(self) -> str:
+        if self._encoder.embed is not None:
+            return FUNCTION
+        return BASE_MODEL if self._encoder.model is not None else UNKNOWN
+
+    def _check_embedder(self, saved: str, path: str) -> None:
+        """Raise `OptionError` if texts would be embedded in another way than when the router was saved."""
+        own = self._embedder()
+        if UNKNOWN not in (saved, own) and saved != own:
+            used = {BASE_MODEL: "the base model: pass model= and tokenizer=", FUNCTION: "a function: pass it as embed="}
+            raise OptionError(f"{path}: texts of this router were embedded by {used[saved]}, as in from_pack.")
 
     def _pack_prototypes(self) -> PackPrototypes:
         if self._prototypes is None:

@@ -16,7 +16,9 @@ from .centroids import Centroids
 from .classifier import LinearClassifier
 from .standardisation import Standardisation
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Values of `RouterFields.embedder`
+BASE_MODEL, FUNCTION, UNKNOWN = "base-model", "function", "unknown"
 _KEY = "eigenlorax_router"
 # 16 centroids of 4,096 numbers for 10,000 adapters
 _MAX_BYTES = 1 << 32
@@ -30,6 +32,8 @@ class RouterFields:
         format_version: Version of the file format.
         adapters: Names of the adapters.
         fingerprint: Fingerprint of the pack's subspace.
+        embedder: "base-model" if texts are embedded by the base model, "function" if by a function of the caller;
+            "unknown" for a router without either, and in files of version 1.
         modules: Modules of the prototypes, in the order of the standardisation; empty without one.
         calibration: Weights and threshold; None for a router that was not calibrated.
     """
@@ -37,6 +41,7 @@ class RouterFields:
     format_version: int
     adapters: list[str]
     fingerprint: str
+    embedder: str
     modules: list[str]
     calibration: Calibration | None
 
@@ -108,6 +113,8 @@ def _parse_fields(metadata: Mapping[str, str], path: Path) -> RouterFields:
                 f"{path} has format version {version}; this version of eigenlorax reads up to {FORMAT_VERSION}. "
                 "Update eigenlorax."
             )
+        if version == 1:
+            document["embedder"] = UNKNOWN
         fields: RouterFields = from_json(RouterFields, document, _KEY)
     except (KeyError, TypeError, RecursionError) as error:
         raise FormatError(f"{path} is not the file of a router. Router.save writes one.") from error
@@ -120,7 +127,7 @@ def _check(state: RouterState, path: Path) -> None:
     """Raise `FormatError` unless tensors and fields fit each other."""
     n, calibration = len(state.fields.adapters), state.fields.calibration
     signals = {name for name in ("centroids", "classifier") if getattr(state, name) is not None} | {"prototypes"}
-    is_valid = bool(state.fields.adapters)
+    is_valid = bool(state.fields.adapters) and state.fields.embedder in (BASE_MODEL, FUNCTION, UNKNOWN)
     if state.centroids is not None:
         centres, owners = state.centroids.centres, state.centroids.owners
         is_valid &= centres.dim() == 2 and owners.shape == centres.shape[:1] and {*owners.tolist()} == {*range(n)}
