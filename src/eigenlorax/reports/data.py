@@ -1,4 +1,4 @@
-"""Figures of a report, and the schema of its JSON. docs/report.md describes each field.
+"""Figures of a report, and the schema of its JSON.
 
 Errors are relative Frobenius errors: the root of a squared error over a squared norm. Energies and overlaps are shares
 from 0 to 1. Angles are in degrees. None means not measured: the original adapters were not passed, or do not allow it.

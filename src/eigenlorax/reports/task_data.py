@@ -45,7 +45,16 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class TaskRun:
-    """Scores of one version of an adapter on a file of rows; fields are as in `Evaluation`."""
+    """Scores of one version of an adapter on a file of rows.
+
+    Attributes:
+        name: Name of the adapter.
+        data: Name of the file.
+        accuracy: Accuracy; None without labels.
+        perplexity: Perplexity, for language models.
+        agreement: Share of rows, or of predicted tokens, with the original adapter's prediction.
+        kl: Mean KL divergence from the original adapter's prediction, in nats per row or token.
+    """
 
     name: str
     data: str
