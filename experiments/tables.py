@@ -14,7 +14,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PAGES = (
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "images", "tuner", "bytes", "merging", "routing")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "images", "bytes", "merging", "routing")),
     ROOT / "README.md",
 )
 GRID = ROOT / "docs" / "images-grid.webp"
