@@ -1,6 +1,6 @@
 """What bases in 8 bits cost, and what adapters with a rest cost, in the bank: beside floats, and beside PEFT's LoRA.
 
-    python benchmarks/rests.py             # a few minutes; prints the tables of docs/bank.md
+    python benchmarks/rests.py             # a few minutes; prints tables; docs/bank.md cites some figures
 
 Times are of the Llama of bank.py and its decoding, and of its MiniLM's encoding: random weights and adapters, in turn
 with the base model, ratios within a round. Errors are of the real adapters that come with the package.
