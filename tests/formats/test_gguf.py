@@ -188,7 +188,9 @@ class TestRead:
         assert back.name == "french"
 
     def test_asks_for_the_config_where_heads_are_needed(self, tmp_path):
-        with pytest.raises(FormatError, match=r"reorders by their heads.*base_config"):
+        with pytest.raises(
+            FormatError, match=r"reorders by their heads.*convert .*french\.gguf OUT --to peft --base-config"
+        ):
             ex.read_adapter(write(models.adapter(), tmp_path))
 
     def test_a_config_of_another_architecture(self, tmp_path):
@@ -259,6 +261,44 @@ class TestHostile:
     def test_a_factor_without_its_partner(self, tmp_path):
         data = self.data(tmp_path).replace(b"blk.0.attn_v.weight.lora_a", b"blk.0.attn_q.weight.lora_c")
         self.refused(tmp_path, data, "lora_c")
+
+    def test_a_pointer_of_git_lfs(self, tmp_path):
+        self.refused(tmp_path, b"version https://git-lfs.github.com/spec/v1\nsize 5\n", "git lfs pull")
+
+    def test_a_file_for_big_endian_machines(self, tmp_path):
+        data = bytearray(self.data(tmp_path))
+        data[4:8] = data[4:8][::-1]
+        self.refused(tmp_path, bytes(data), "big-endian")
+
+    @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q4_K, gguf.GGMLQuantizationType.F64])
+    def test_types_of_ggml_that_are_not_read(self, tmp_path, kind):
+        name = b"blk.0.attn_q.weight.lora_a"
+        info = struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, 256, 4, kind.value, 0)
+        self.refused(tmp_path, b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + info, f"lora_a.*{kind.name}.*F32")
+
+    @pytest.mark.parametrize(
+        ("old", "new", "match"),
+        [
+            (b"\x07\0\0\0\0\0\0\0adapter", b"\x07\0\0\0\0\0\0\0vocabul", "general.type is 'vocabul'"),
+            (b"\x05\0\0\0\0\0\0\0qwen2", b"\x05\0\0\0\0\0\0\0mamba", "'mamba' is not supported.*llama"),
+            (b"\x04\0\0\0\0\0\0\0lora", b"\x04\0\0\0\0\0\0\0cvec", "adapter.type is 'cvec'"),
+        ],
+    )
+    def test_files_of_other_models_and_adapters(self, tmp_path, old, new, match):
+        data = self.data(tmp_path)
+        assert data.count(old) == 1
+        self.refused(tmp_path, data.replace(old, new), match)
+
+    def test_a_layer_that_the_config_lacks(self, tmp_path):
+        path = write(models.adapter("Qwen2ForCausalLM"), tmp_path, architecture="Qwen2ForCausalLM")
+        with pytest.raises(FormatError, match=r"blk\.1\..*1 layers"):
+            ex.read_adapter(path, base_config=models.config("Qwen2ForCausalLM", num_hidden_layers=1))
+
+    def test_a_file_with_another_suffix(self, tmp_path):
+        path = tmp_path / "sha256-0123"
+        path.write_bytes(self.data(tmp_path))
+        with pytest.raises(FormatError, match=r"Rename it to sha256-0123\.gguf"):
+            ex.read_adapter(path)
 
     def test_every_changed_byte_of_the_header_is_read_or_refused(self, tmp_path):
         data, path = self.data(tmp_path), tmp_path / "bad.gguf"

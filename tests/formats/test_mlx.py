@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
-from eigenlorax.errors import FormatError, OptionError, ShapeError, SourceWarning
+from eigenlorax.errors import FormatError, NonFiniteError, OptionError, ShapeError, SourceWarning
 
 RANK, SCALE = 5, 7.3
 LINEAR = {"model.layers.0.self_attn.q_proj": (32, 32), "model.layers.1.mlp.up_proj": (48, 32)}
@@ -153,7 +154,19 @@ Q = "model.layers.0.self_attn.q_proj"
         (planted(dora=True), {}, FormatError, r"q_proj\.m' is a magnitude"),
         (planted(), {"kind": "dora"}, FormatError, r"q_proj\.lora_a' has no partner m"),
         (planted(), {"kind": "full"}, FormatError, "no LoRA"),
-        (planted(), {"lora_parameters": None}, FormatError, "lora_parameters is None"),
+        (planted(), {"lora_parameters": None}, FormatError, "lora_parameters is None.*RANK"),
+        (planted(), {"lora_parameters": None, "rank": 5, "alpha": 10}, FormatError, "mlx-vlm are not read"),
+        ({"model.layers.0.self_attn.q_proj.A": torch.ones(32, 5)}, {}, FormatError, r"q_proj\.A'.*mlx-vlm"),
+        ({f"{Q}.lora_A": torch.ones(32, 5)}, {}, FormatError, r"q_proj\.lora_A' is not part"),
+        ({**planted(), f"{Q}.linear.scales": torch.ones(4, 4)}, {}, FormatError, r"linear\.scales' is not part"),
+        (
+            {**planted(), f"{Q}.lora_a": torch.ones(32, 5, dtype=torch.int32)},
+            {},
+            FormatError,
+            r"lora_a' is not float64",
+        ),
+        ({f"{Q}.lora_a": torch.ones(5), f"{Q}.lora_b": torch.ones(5)}, {}, ShapeError, r"lora_a' is \(5,\)"),
+        ({}, {}, FormatError, "no tensor at all"),
         (planted(), {"lora_parameters": {"rank": 5, "alpha": 16}}, FormatError, "scale in lora_parameters is None"),
         (planted(), {"lora_parameters": {"scale": 2.0}}, FormatError, "rank in lora_parameters is None"),
     ],
@@ -161,6 +174,71 @@ Q = "model.layers.0.self_attn.q_proj"
 def test_what_is_not_understood_is_an_error(tmp_path, tensors, fields, error, match):
     with pytest.raises(error, match=match):
         ex.read_adapter(save(tmp_path / "in", tensors, **fields))
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "has 0 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 5\n", "git lfs pull"),
+        (b"\x10\x00\x00\x00\x00\x00\x00\x00{}", "ends within its header"),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_it(tmp_path, content, match):
+    folder = save(tmp_path / "in", planted())
+    (folder / "adapters.safetensors").write_bytes(content)
+    with pytest.raises(FormatError, match=rf"adapters\.safetensors.*{match}"):
+        ex.read_adapter(folder)
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapters.safetensors"])
+def test_an_archive_of_early_releases_is_an_error_that_says_how_to_convert_it(tmp_path, missing):
+    folder = save(tmp_path / "in", planted())
+    np.savez(folder / "adapters.npz", **{f"{Q}.lora_a": np.ones((32, 5))})
+    (folder / "adapters.safetensors").unlink()
+    (folder / missing).unlink(missing_ok=True)
+    for source in (folder, folder / "adapters.npz"):
+        with pytest.raises(FormatError, match=r"adapters\.npz.*mx\.save_safetensors"):
+            ex.read_adapter(source)
+
+
+def test_files_of_other_names_and_without_a_config(tmp_path):
+    folder = save(tmp_path / "in", planted(), file="best_adapters.safetensors")
+    assert ex.read_adapter(folder / "best_adapters.safetensors").specs.keys() == LINEAR.keys()
+    save(folder, planted(), file="0000100_adapters.safetensors")
+    with pytest.raises(FormatError, match=r"no adapters\.safetensors\..*0000100_adapters\.safetensors"):
+        ex.read_adapter(folder)
+    (folder / "adapter_config.json").unlink()
+    for file in ("best_adapters.safetensors", "0000100_adapters.safetensors"):
+        with pytest.raises(FormatError, match=rf"no adapter_config\.json beside {file}"):
+            ex.read_adapter(folder / file)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # an early release's name of num_layers, no fine_tune_type
+        {"kind": None, "lora_layers": 16, "use_dora": True},
+        # a converter's, which kept PEFT's fields
+        {"kind": "dora", "peft_type": "LORA", "r": 5, "lora_alpha": 10, "target_modules": ["q_proj"]},
+    ],
+)
+def test_configs_of_early_releases_and_of_converters(tmp_path, fields):
+    tensors = planted(dora=True)
+    adapter = ex.read_adapter(save(tmp_path / "in", tensors, **fields))
+    assert {spec.scaling for spec in adapter.specs.values()} == {SCALE}
+    assert len(adapter.carried) == len(LINEAR)
+    written = ex.write_adapter(adapter, tmp_path / "out")
+    assert_same_tensors(written, tensors)
+    assert ex.read_adapter(written).specs == adapter.specs
+
+
+def test_a_number_that_is_none_is_an_error_that_names_the_module(tmp_path):
+    tensors = {**planted(), f"{Q}.lora_a": torch.full((32, RANK), torch.nan)}
+    adapter = ex.read_adapter(save(tmp_path / "in", tensors))
+    for options in ({"format": "mlx"}, {"format": "peft"}, {"dtype": "float16"}):
+        with pytest.raises(NonFiniteError, match=r"q_proj.*NaN"):
+            ex.write_adapter(adapter, tmp_path / "out", **options)
 
 
 def test_the_alpha_of_old_configs_is_ignored_with_a_warning(tmp_path):
@@ -198,6 +276,12 @@ def test_a_series_of_checkpoints_is_tracked(tmp_path):
     history = ex.Pack.open(tmp_path / "history")
     for step in (100, 200, 250):
         assert_same_tensors(history.restore(f"run@{step}", tmp_path / f"back-{step}"), planted(seed=step))
+    # a file that is empty is passed over, and named
+    (run / "0000300_adapters.safetensors").write_bytes(b"")
+    again = ex.track(run, tmp_path / "history", lossless=True)
+    assert again.appended == ()
+    assert "0 bytes" in again.unfinished[run / "0000300_adapters.safetensors"]
+    (run / "0000300_adapters.safetensors").unlink()
     # a last file that repeats the last checkpoint is no version of its own
     shutil.copy(run / "0000200_adapters.safetensors", run / "adapters.safetensors")
     os.utime(run / "adapters.safetensors", (1_000_000_000, 1_000_000_000))

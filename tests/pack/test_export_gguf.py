@@ -55,6 +55,19 @@ def test_the_command_line_writes_a_modelfile_and_eight_bits(pack, tmp_path, caps
     assert "Q8_0" in types
 
 
+def test_the_error_of_eight_bits_is_that_of_the_file(tmp_path):
+    # most modules have another scaling than the file, so that their up factors are multiplied before they are rounded
+    adapter = models.adapter(rank=32, scaling=lambda n: 0.75 if n % 3 else 4 / 32**0.5)
+    pack = ex.fit([adapter], energy=1.0, dtype="float32")
+    (path,) = pack.export(tmp_path / "loras", format="gguf", dtype="q8_0", base_config=models.config()).values()
+    back, exact = ex.read_adapter(path, base_config=models.config()), pack.adapter("french")
+    square = error = 0.0
+    for module, factors in exact.modules.items():
+        update, found = (f.scaling * f.up.double() @ f.down.double() for f in (factors, back.modules[module]))
+        square, error = square + float(update.square().sum()), error + float((found - update).square().sum())
+    assert pack.export_errors("french", "q8_0").rounding == pytest.approx((error / square) ** 0.5, rel=1e-6)
+
+
 def test_convert_writes_it_and_reads_it_back(pack, tmp_path):
     base = ["--base-config", tmp_path / "base"]
     pack.export(tmp_path / "loras", ["french"])

@@ -54,6 +54,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_SUFFIX = ".safetensors"
 # Files of mlx-lm: the adapter, and its state after a number of iterations
 MLX_WEIGHTS = "adapters.safetensors"
+MLX_ARCHIVE = "adapters.npz"  # of releases before safetensors
 MLX_CHECKPOINT = re.compile(r"(\d{7,18})_adapters\.safetensors")
 GGUF_SUFFIX = ".gguf"
 # Suffixes of adapters that are one file

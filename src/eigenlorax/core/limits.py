@@ -91,6 +91,19 @@ def damaged_on_error(where: Path | str) -> Iterator[None]:
         ) from error
 
 
+def check_is_content(start: bytes, where: str) -> None:
+    """Raise `FormatError` if a file is the text that Git LFS has in place of a large file.
+
+    Args:
+        start: The first four bytes of the file, or more.
+        where: Path of the file.
+    """
+    if start[:4] == b"vers":
+        raise FormatError(
+            f"{where} is a pointer of Git LFS, not the file itself: run `git lfs pull` in its repository."
+        )
+
+
 def read_file(path: Path, limit: int, *, follow_links: bool = True) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 

@@ -87,8 +87,11 @@ def narrow_checked(factors: LoRAFactors, dtype: torch.dtype, where: str) -> Roun
         where: Adapter and module, for the message.
 
     Raises:
-        NonFiniteError: An entry is too large for the dtype, or less than half of the update's norm remains.
+        NonFiniteError: An entry is NaN, Inf, or too large for the dtype; or less than half of the update's norm
+            remains.
     """
+    if not all(factor.isfinite().all() for factor in factors.weights):
+        raise NonFiniteError(f"adapter {where}: its factors have NaN or Inf. Train or export it again.")
     rounded = round_factors(balance(factors, dtype), dtype)
     if math.isinf(rounded.squared_error):
         raise NonFiniteError(f"adapter {where}: its factors are too large for {dtypes.name(dtype)}. Use a wider dtype.")

@@ -135,7 +135,8 @@ def _read_config(folder: Folder) -> tuple[str, dict[str, Any]]:
         weights = folders.weights_without_config(folder)
         if weights is not None:
             raise FormatError(folders.missing_config(folder, weights))
-        raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.")
+        hint = folders.ARCHIVE_HINT if folder.is_file(keys.MLX_ARCHIVE) else ""
+        raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, so it is not a PEFT adapter folder.{hint}")
     text, config = limits.parse_json_object(folder.read(keys.ADAPTER_CONFIG, limits.MAX_JSON_BYTES), path)
     if config.get("peft_type") == keys.PEFT_TYPE and config.get("subspace") == keys.INSIDE_PACK:
         raise FormatError(

@@ -62,6 +62,12 @@ class LocalFolder:
 
 Folder = LocalFolder | RemoteFolder
 
+ARCHIVE_HINT = (
+    f" {keys.MLX_ARCHIVE} is an archive of an early mlx-lm, and is not read. Convert it in Python with mlx: "
+    f"mx.save_safetensors('{keys.MLX_WEIGHTS}', mx.load('{keys.MLX_ARCHIVE}')), with "
+    '{"lora_parameters": {"rank": RANK, "scale": SCALE}} in ' + f"{keys.ADAPTER_CONFIG}."
+)
+
 _INSPECTED_FILES = 16
 """Number of safetensors files of a repository that are inspected for a LoRA. A large model has more shards."""
 
@@ -179,19 +185,27 @@ def _locate_file(path: Path) -> AdapterLocation:
         raise _not_a_folder(path)
     if hub_client.is_file_name(path):
         return AdapterLocation(LocalFolder(path.parent), hub_client.adapter_name(path), path.name)
+    file = ranges.local_file(path)
+    if header.is_gguf(file):
+        raise _other_suffix(path, "a GGUF", keys.GGUF_SUFFIX)
     try:
-        ranges.open_tensors(ranges.local_file(path))
+        ranges.open_tensors(file)
     except FormatError:
+        is_archive = path.name.endswith(keys.MLX_ARCHIVE)
         is_pickle = path.suffix in (".bin", ".ckpt", ".pt", ".pth")
         raise FormatError(
             f"{path} is not a folder: an adapter is a folder with {keys.ADAPTER_CONFIG}, or a LoRA in one "
             f"{keys.LORA_SUFFIX} or {keys.GGUF_SUFFIX} file."
             + " This is a pickle, which may run code when it is read: ask its author for a safetensors file."
             * is_pickle
+            + ARCHIVE_HINT * is_archive
         ) from None
-    raise FormatError(
-        f"{path} is a safetensors file with another suffix. Rename it to {path.name}"
-        f"{keys.LORA_SUFFIX}, and pass that path."
+    raise _other_suffix(path, "a safetensors", keys.LORA_SUFFIX)
+
+
+def _other_suffix(path: Path, kind: str, suffix: str) -> FormatError:
+    return FormatError(
+        f"{path} is {kind} file with another suffix. Rename it to {path.name}{suffix}, and pass that path."
     )
 
 

@@ -337,7 +337,8 @@ def finite(factor: Tensor, where: str) -> Tensor:
     copy = owned(factor)
     if not copy.isfinite().all():
         raise NonFiniteError(
-            f"adapter {where}: its factors are too large for {dtypes.name(copy.dtype)}. Use a wider dtype."
+            f"adapter {where}: its factors have NaN or Inf in {dtypes.name(copy.dtype)}. If they are too large for "
+            "that, use a wider dtype."
         )
     return copy
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 from torch import Tensor
 
-from ..core.limits import MAX_HEADER_BYTES
+from ..core.limits import MAX_HEADER_BYTES, check_is_content
 from ..errors import FormatError, reason
 
 LENGTH_BYTES = 8
@@ -73,6 +73,7 @@ def header_length(first: bytes, file_size: int, where: str) -> int:
     if file_size < LENGTH_BYTES:
         raise invalid(where, f"it has {file_size} bytes, and the length of the header alone takes {LENGTH_BYTES}")
     length = int.from_bytes(first[:LENGTH_BYTES], "little")
+    check_is_content(first, where)
     if length > MAX_HEADER_BYTES:
         raise invalid(where, f"its header would have {length:,} bytes, and at most {MAX_HEADER_BYTES:,} are allowed")
     if LENGTH_BYTES + length > file_size:

@@ -262,8 +262,9 @@ def _quantised_errors(pack: PackContents, name: str) -> ExportErrors:
         packed = pack.packed(name)
         exact = unpack(packed, pack.subspace, torch.float32)
         names = list(packed.subspace_names)
-    modules = LazyMapping(dict.fromkeys(names), exact.modules.__getitem__)
-    rounded = LazyMapping(modules, lambda module: gguf_writer.round_q8_0(exact.modules[module]))
+    scaled = gguf_writer.before_q8_0(exact)
+    modules = LazyMapping(dict.fromkeys(names), scaled.__getitem__)
+    rounded = LazyMapping(modules, lambda module: gguf_writer.round_q8_0(scaled[module]))
     return ExportErrors(gguf_writer.Q8_0, delta_error, metrics.rounding_error(modules, rounded))
 
 

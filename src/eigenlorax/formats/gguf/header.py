@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import keys
-from ...core.limits import machine_memory
-from ...errors import FormatError
+from ...core import keys, limits
+from ...errors import FormatError, MissingExtraError
 from ..ranges import File
+from . import architectures
 
 MAGIC = b"GGUF"
 ADAPTER = "adapter"
@@ -152,6 +152,11 @@ class _Header:
         return None
 
 
+def is_gguf(file: File) -> bool:
+    """Return whether a file starts as GGUF files do."""
+    return file.size >= len(MAGIC) and _Header(file).take(len(MAGIC)) == MAGIC
+
+
 def is_adapter(file: File) -> bool:
     """Return whether a GGUF file is an adapter by its metadata. A damaged file counts as one, for an error about it."""
     header = _Header(file)
@@ -169,12 +174,18 @@ def is_adapter(file: File) -> bool:
 
 def _start(header: _Header) -> tuple[int, int]:
     """Return the numbers of tensors and of metadata."""
-    if header.file.size < 24 or header.take(4) != MAGIC:
-        raise FormatError(f"{header.file} is not a GGUF file: it does not start with 'GGUF'.")
+    file = header.file
+    start = header.take(min(file.size, len(MAGIC)))
+    limits.check_is_content(start, str(file))
+    if start != MAGIC:
+        raise FormatError(f"{file} is not a GGUF file: it does not start with 'GGUF'.")
     version = header.number("<I")
+    if int.from_bytes(struct.pack("<I", version), "big") in _VERSIONS:
+        raise FormatError(
+            f"{file} is for big-endian machines, and is not read. Convert the adapter for little-endian ones."
+        )
     if version not in _VERSIONS:
-        order = " It seems to be for big-endian machines." if version >> 16 in _VERSIONS or version >> 24 else ""
-        raise FormatError(f"{header.file} has GGUF version {version}; 2 or 3 was expected.{order}")
+        raise FormatError(f"{file} has GGUF version {version}; 2 or 3 was expected. Convert it with a newer llama.cpp.")
     return header.number("<Q"), header.number("<Q")
 
 
@@ -193,7 +204,10 @@ def open_file(file: File) -> GgufFile:
             raise FormatError(f"{file}: its metadata has {key!r} twice.")
         metadata[key] = header.value(header.number("<I"))
         if key == "general.type" and metadata[key] != ADAPTER:
-            raise FormatError(f"{file} is not an adapter: general.type is {metadata[key]!r}.")
+            raise FormatError(
+                f"{file} is not an adapter: general.type is {metadata[key]!r}. Pass a LoRA, as llama.cpp's "
+                "convert_lora_to_gguf.py writes it."
+            )
     infos: dict[str, tuple[TensorType, tuple[int, ...], int]] = {}
     for _ in range(n_tensors):
         name = header.text()
@@ -213,11 +227,18 @@ def _info(header: _Header, name: str) -> tuple[TensorType, tuple[int, ...], int]
     number, offset = header.number("<I"), header.number("<Q")
     if number not in [kind.value for kind in TensorType]:
         raise FormatError(
-            f"{header.file}: tensor {name!r} has the type {number} of ggml; "
-            f"{', '.join(f'{kind.name} ({kind.value})' for kind in TensorType)} can be read. Convert the adapter "
-            "to one of them."
+            f"{header.file}: tensor {name!r} has the type {_type_name(number)} of ggml; "
+            f"{', '.join(kind.name for kind in TensorType)} can be read. Convert the adapter again, with one of them."
         )
     return TensorType(number), shape, offset
+
+
+def _type_name(number: int) -> str:
+    """Return the name of a type of ggml, such as Q4_K; its number if it is not known."""
+    try:
+        return str(architectures.package().GGMLQuantizationType(number).name)
+    except (ValueError, MissingExtraError):
+        return str(number)
 
 
 def _places(
@@ -242,13 +263,18 @@ def _places(
             raise FormatError(
                 f"{file}: tensor {name!r} of type {kind.name} has rows of {shape[-1]} numbers. They have blocks of 32."
             )
-        if start + offset != position or position + size > file.size:
+        if start + offset != position:
             raise FormatError(
-                f"{file}: tensor {name!r} has {size:,} bytes at {start + offset:,}; it was expected at {position:,}, "
-                f"in a file of {file.size:,} bytes. The file is damaged."
+                f"{file}: tensor {name!r} begins at byte {start + offset:,}; it was expected at {position:,}. The file "
+                "is damaged."
+            )
+        if position + size > file.size:
+            raise FormatError(
+                f"{file}: tensor {name!r} ends at byte {position + size:,}, and the file at {file.size:,}. The file is "
+                "damaged: download or convert it again."
             )
         # a sparse file can have any size without occupying space on the disk
-        if size > machine_memory():
+        if size > limits.machine_memory():
             raise FormatError(f"{file}: tensor {name!r} of {size:,} bytes does not fit in this machine's memory.")
         entries[name] = Entry(kind, shape, position, position + size)
         position += size + -size % alignment

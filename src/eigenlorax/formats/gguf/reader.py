@@ -119,8 +119,8 @@ def _modules(opened: GgufFile, base: BaseModel) -> dict[str, _Module]:
         module = base.module(name.removesuffix(SIDES[side])) if side is not None else None
         if module is None or side is None:
             raise FormatError(
-                f"{opened.file}: tensor {name!r} is not a factor of a module that base models of architecture "
-                f"{base.architecture.gguf!r} have. Nothing was read, since it would be dropped."
+                f"{opened.file}: tensor {name!r} is not a factor of a module that {_description(base)} have. Nothing "
+                "was read, since it would be dropped."
             )
         found.setdefault(module, {})[side] = name
     if not found:
@@ -130,6 +130,11 @@ def _modules(opened: GgufFile, base: BaseModel) -> dict[str, _Module]:
             raise FormatError(f"{opened.file}: tensor {next(iter(names.values()))!r} has no partner.")
     embedding = base.architecture.embedding
     return {module: _Module(found[module], base.n_heads(module), module == embedding) for module in sorted(found)}
+
+
+def _description(base: BaseModel) -> str:
+    layers = f" and {base.n_layers} layers ({base.where})" if base.n_layers is not None else ""
+    return f"base models of architecture {base.architecture.gguf!r}{layers}"
 
 
 def _spec(opened: GgufFile, parts: _Module, alpha: float) -> ModuleSpec:

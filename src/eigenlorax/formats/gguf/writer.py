@@ -6,7 +6,7 @@ tensor. Modules with another scaling are written with a rescaled up factor.
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,7 @@ def to_bytes(adapter: Adapter, base: BaseModel, *, dtype: torch.dtype | str | No
     gguf = package()
     kind, factor_dtype = _type(adapter, dtype)
     updates = {**_embeddings(adapter, base), **adapter.modules}
-    alpha = _alpha(updates)
+    alpha = _alpha((len(factors.down), factors.scaling) for factors in updates.values())
     exact = LazyMapping(updates, lambda module: _rescaled(updates[module], alpha))
     writer = gguf.GGUFWriter(path=None, arch=base.architecture.gguf)
     weights = []
@@ -117,12 +117,22 @@ def to_bytes(adapter: Adapter, base: BaseModel, *, dtype: torch.dtype | str | No
         return file.read_bytes()
 
 
+def before_q8_0(adapter: Adapter) -> Mapping[str, LoRAFactors]:
+    """Return the factors that a file in Q8_0 has before they are rounded: with the scaling of the file's alpha."""
+    alpha = _alpha((spec.rank, spec.scaling) for spec in adapter.specs.values())
+    return LazyMapping(adapter.specs, lambda module: _rescaled(adapter.modules[module], alpha))
+
+
 def round_q8_0(factors: LoRAFactors) -> LoRAFactors:
     """Return factors as they are read from a file in Q8_0, to measure the error of rounding.
 
     It is the same for the permuted rows of a file, since blocks are parts of rows.
+
+    Args:
+        factors: Factors from `before_q8_0`.
     """
     gguf = package()
+    factors = narrowing.narrow(factors, torch.float32)
     rounded = []
     for tensor in (factors.down, factors.up):
         data, kind = quantise(tensor, gguf.GGMLQuantizationType.Q8_0)
@@ -207,11 +217,9 @@ def _embeddings(adapter: Adapter, base: BaseModel) -> dict[str, LoRAFactors]:
     return {module: LoRAFactors(down, up, scaling)}
 
 
-def _alpha(updates: Mapping[str, LoRAFactors]) -> float:
-    """Return the alpha of the file: the most common one, rounded to float32."""
-    alphas = Counter(
-        float(np.float32(lora_config.lora_alpha(len(factors.down), factors.scaling))) for factors in updates.values()
-    )
+def _alpha(scalings: Iterable[tuple[int, float]]) -> float:
+    """Return the alpha of the file: the most common one, rounded to float32. scalings: rank and scaling by module."""
+    alphas = Counter(float(np.float32(lora_config.lora_alpha(rank, scaling))) for rank, scaling in scalings)
     # llama.cpp takes an alpha of 0 as a scaling of 1
     usable = {alpha: count for alpha, count in alphas.items() if alpha and np.isfinite(alpha)}
     return max(usable, key=lambda alpha: usable[alpha]) if usable else 1.0

@@ -16,6 +16,8 @@ LORA, DORA, FULL = "lora", "dora", "full"
 """Values of `fine_tune_type`."""
 ALL_LAYERS = -1
 """`num_layers` of an adapter whose modules are chosen by name in all layers."""
+_OWN_FIELDS = ("lora_parameters", "fine_tune_type", "lora_layers")
+"""Fields of the config that PEFT does not have; `lora_layers` is the name of `num_layers` in old releases."""
 _LAYER = re.compile(r"(?:.+\.)?layers\.\d+\.(?P<key>.+)")
 
 
@@ -47,7 +49,10 @@ def read(folder: Folder) -> tuple[str, dict[str, Any]]:
 
 
 def is_adapter(folder: Folder) -> bool:
-    """Return whether a folder is an adapter of mlx-lm and not of PEFT, whose config has the same name."""
+    """Return whether a folder is an adapter of mlx-lm and not of PEFT, whose config has the same name.
+
+    Some converters write PEFT's `peft_type` into the config of mlx-lm, so that the weights decide.
+    """
     has_weights = folder.is_file(keys.MLX_WEIGHTS)
     if not folder.is_file(keys.ADAPTER_CONFIG) or (not has_weights and folder.is_file(keys.ADAPTER_WEIGHTS)):
         return False
@@ -55,7 +60,9 @@ def is_adapter(folder: Folder) -> bool:
         fields = read(folder)[1]
     except FormatError:
         return has_weights
-    return "peft_type" not in fields and (has_weights or "lora_parameters" in fields or "fine_tune_type" in fields)
+    if "peft_type" in fields and folder.is_file(keys.ADAPTER_WEIGHTS):
+        return False
+    return has_weights or ("peft_type" not in fields and not fields.keys().isdisjoint(_OWN_FIELDS))
 
 
 def settings(fields: Mapping[str, Any], where: str) -> Settings:
@@ -68,7 +75,10 @@ def settings(fields: Mapping[str, Any], where: str) -> Settings:
     Raises:
         FormatError: A field is missing or has another type; or the adapter is a fine-tuned model, not a LoRA.
     """
-    kind = fields.get("fine_tune_type", LORA)
+    kind = fields.get("fine_tune_type")
+    if kind is None:
+        # releases before 0.20 had a field of its own for DoRA
+        kind = DORA if fields.get("use_dora") is True else LORA
     if kind == FULL:
         raise FormatError(
             f"{where}: fine_tune_type is 'full': the file has whole weights of a fine-tuned model, and no LoRA. Train "
@@ -80,7 +90,8 @@ def settings(fields: Mapping[str, Any], where: str) -> Settings:
     if not isinstance(parameters, dict):
         raise FormatError(
             f"{where}: lora_parameters is {parameters!r}; an object with rank and scale was expected, as mlx-lm "
-            "writes it."
+            "writes it. If the adapter is of an early release, which did not state them, or of a converter, add "
+            '"lora_parameters": {"rank": RANK, "scale": SCALE}. Adapters of mlx-vlm are not read.'
         )
     rank, scale, dropout = parameters.get("rank"), parameters.get("scale"), parameters.get("dropout", 0.0)
     if type(rank) is not int or rank < 1:

@@ -18,9 +18,9 @@ from ...core import keys
 from ...core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec
 from ...core.origin import Origin
 from ...errors import FormatError, ShapeError, SourceWarning
-from .. import files, folders, lora_config
+from .. import files, folders, lora_config, ranges
 from ..files import Load, Weights
-from ..folders import AdapterLocation
+from ..folders import AdapterLocation, Folder
 from . import config
 from .config import Settings
 
@@ -48,7 +48,7 @@ def read(source: str | Path | AdapterLocation, *, name: str | None = None, **opt
     location = folders.locate(source, **options)
     folder, file = location.folder, location.file or keys.MLX_WEIGHTS
     if not folders.is_adapter(folder):
-        raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG}, which states rank and scale: copy it, too.")
+        raise FormatError(f"{folder} has no {keys.ADAPTER_CONFIG} beside {file}. mlx-lm writes it: copy it, too.")
     text, fields = config.read(folder)
     settings = config.settings(fields, str(folder.at(keys.ADAPTER_CONFIG)))
     if "alpha" in fields["lora_parameters"]:
@@ -59,18 +59,32 @@ def read(source: str | Path | AdapterLocation, *, name: str | None = None, **opt
             stacklevel=3,
         )
     if not folder.is_file(file):
-        raise FormatError(f"{folder} has the {keys.ADAPTER_CONFIG} of mlx-lm, but no {file}.")
+        raise FormatError(f"{folder} has the {keys.ADAPTER_CONFIG} of mlx-lm, but no {file}.{_hint(folder)}")
     weights = files.open_safetensors(folder, file)
     name = keys.check_name(name if name is not None else location.name)
     return _adapter(name, text, settings, weights)
 
 
 def is_adapter(location: AdapterLocation) -> bool:
-    """Return whether a location is a folder of mlx-lm, or a file of one."""
-    if location.file is None:
-        return config.is_adapter(location.folder)
-    is_named = location.file == keys.MLX_WEIGHTS or keys.MLX_CHECKPOINT.fullmatch(location.file)
-    return bool(is_named) and config.is_adapter(location.folder)
+    """Return whether a location is a folder of mlx-lm, or a file of one by its name or its tensors."""
+    folder, file = location.folder, location.file
+    if file is None:
+        return config.is_adapter(folder)
+    if (file == keys.MLX_WEIGHTS or keys.MLX_CHECKPOINT.fullmatch(file)) and config.is_adapter(folder):
+        return True
+    try:
+        return any(name.endswith(f".{LORA_A}") for name in ranges.open_tensors(folder.file(file)).entries)
+    except FormatError:
+        return False
+
+
+def _hint(folder: Folder) -> str:
+    """Return what to do about a folder without `adapters.safetensors`."""
+    files = folder.files()
+    checkpoints = [file for file in files if keys.MLX_CHECKPOINT.fullmatch(file)]
+    if checkpoints:
+        return f" Pass one of its checkpoints, such as {folder.at(checkpoints[-1])}, or make a history of all (track)."
+    return folders.ARCHIVE_HINT if keys.MLX_ARCHIVE in files else ""
 
 
 def _adapter(name: str, text: str, settings: Settings, weights: Weights) -> Adapter:
@@ -117,6 +131,8 @@ def _parts(weights: Weights) -> dict[str, dict[str, str]]:
             raise FormatError(
                 f"{weights.path}: tensor {name!r} is not part of a LoRA of mlx-lm: known are MODULE.lora_a, "
                 "MODULE.lora_b and MODULE.m. Nothing was read, since the tensor would be dropped."
+                + " Adapters of mlx-vlm, whose factors are A and B, are not read."
+                * (part in ("A", "B"))
             )
         parts.setdefault(module, {})[part] = name
     if not parts:
