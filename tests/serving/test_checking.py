@@ -140,6 +140,20 @@ class TestBasis:
         assert any("--basis 32" in reason for reason in found.shared.refused.values())
 
 
+def test_a_model_that_vllm_has_no_lora_for_is_served_in_neither_way():
+    pack = make_pack({Q: (17, 11)})
+    pack.append(from_factors("run", {Q: random_factors(3, 17, 11, seed=5)}, base_model="org/base"), "1", name="run")
+    found = check(pack, "pack", shapes(architecture="StableLmForCausalLM"))
+    for mode in (found.expanded, found.shared):
+        assert (mode.served, mode.command, mode.worst_adapter) == (0, None, None)
+        assert list(mode.refused) == ["a0", "a1", "a2"]
+        assert "vLLM 0.32 has no LoRA for models of the architecture StableLmForCausalLM" in mode.refused["a1"]
+    versions, none = sorted(found.notes, reverse=True)
+    assert versions.startswith("versions of the history 'run' cannot be served: vLLM 0.32 has no LoRA for models")
+    assert none == "no adapter of the pack can be served."
+    assert check(pack, "pack", shapes(architecture="LlamaForCausalLM")).shared.served == 3
+
+
 def test_histories_are_named_with_what_a_version_takes():
     pack, modules = make_pack({Q: (17, 11)}), {Q: random_factors(3, 17, 11, seed=5)}
     for step in (10, 20):

@@ -100,7 +100,7 @@ def test_an_adapter_of_which_a_part_would_be_left_out_is_refused(shared, tmp_pat
 
     def check(llm):
         ordinary = eigenlorax.serving.vllm.Adapters(tmp_path / "pack", shared_basis=False)
-        with pytest.raises(ServingError, match="14 modules of an adapter would be left out by this server"):
+        with pytest.raises(ServingError, match="14 modules of an adapter would be ignored by this server"):
             llm.llm_engine.add_lora(ordinary["a0"])
 
     targets = {} if shared else {"lora_target_modules": ["embed_tokens"]}

@@ -70,7 +70,9 @@ def test_every_linear_layer_has_its_sizes(make):
 
 def test_the_class_is_the_one_that_the_checkpoint_has():
     config = LlamaConfig(**SMALL, num_labels=3, architectures=["LlamaForSequenceClassification"])
-    layers = from_config(config, "m").layers
+    shapes = from_config(config, "m")
+    layers = shapes.layers
+    assert shapes.architecture == "LlamaForSequenceClassification"
     assert layers["score"] == Layer(3, 24)
     assert "lm_head" not in layers
     assert {n for n, m in LlamaForSequenceClassification(config).named_modules() if isinstance(m, nn.Linear)} < set(
@@ -79,8 +81,10 @@ def test_the_class_is_the_one_that_the_checkpoint_has():
 
 
 def test_a_class_that_transformers_lacks():
-    config = LlamaConfig(**SMALL, architectures=["SomebodysLlama"])
-    assert "lm_head" in from_config(config, "m").layers
+    shapes = from_config(LlamaConfig(**SMALL, architectures=["SomebodysLlama"]), "m")
+    assert "lm_head" in shapes.layers
+    assert shapes.architecture == "SomebodysLlama"
+    assert from_config(LlamaConfig(**SMALL), "m").architecture == "LlamaForCausalLM"
 
 
 def test_an_encoder_without_a_head():

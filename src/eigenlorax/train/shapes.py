@@ -80,6 +80,8 @@ def from_config(config: Any, model: str) -> Shapes:
         heads=getattr(text, "num_attention_heads", None),
         whole=not plan,
         experts=tuple(name for name in modules if name.rpartition(".")[2] == "experts"),
+        # the first name is the one that vLLM looks for
+        architecture=next(iter(getattr(config, "architectures", None) or ()), type(empty_model).__name__),
     )
 
 

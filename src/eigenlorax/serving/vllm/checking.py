@@ -19,8 +19,8 @@ from ...pack.basis_adapters import check_has_basis, check_within
 from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
 from ...pack.packed_adapter import PackedAdapter
+from . import lora_support, servable
 from . import plan as plans
-from . import servable
 from .commands import ServeCommand
 from .plan import Choices, CoreSize, Layer, Plan, ServedAdapters, Shapes
 from .version_notes import version_notes
@@ -177,7 +177,7 @@ def check(
         notes=[
             *_name_notes(pack, shapes, match),
             *_notes(shapes, match, totals, options, has_histories=bool(pack.histories)),
-            *version_notes(pack, lambda modules: _model_names(modules, shapes, pack.base_model)),
+            *version_notes(pack, lambda modules: _model_names(modules, shapes, pack.base_model), match.no_lora),
         ],
     )
 
@@ -190,11 +190,13 @@ class _ModuleMatch:
         layers: The layers of the model by name, and experts that only the pack has.
         cores: The number of components of each module of the pack, by the same names.
         not_held: Modules of the pack that only expanded adapters can serve.
+        no_lora: The reason why vLLM has no LoRA for the model; None if it has.
     """
 
     layers: dict[str, Layer]
     cores: dict[str, CoreSize]
     not_held: list[str]
+    no_lora: str | None
 
 
 def _match_modules(pack: Pack, shapes: Shapes) -> _ModuleMatch:
@@ -211,7 +213,7 @@ def _match_modules(pack: Pack, shapes: Shapes) -> _ModuleMatch:
         if layer.kind != plans.LINEAR or plans.in_experts(layer_name):
             not_held.append(name)
         cores[layer_name] = CoreSize(bases.down.k, bases.up.k)
-    return _ModuleMatch(layers, cores, not_held)
+    return _ModuleMatch(layers, cores, not_held, lora_support.refusal_reason(shapes.architecture))
 
 
 def _model_names(
@@ -313,7 +315,7 @@ def _read_adapters(
         carried = module_names.resolve_all(
             sorted({keys.parse_peft_key(key).module for key in packed.carried}), match.layers
         )
-        _add_expanded(totals, packed, carried)
+        _add_expanded(totals, packed, carried, match.no_lora)
         inexact = None
         if within is not None:
             packed = basis_adapters.project(pack, name)
@@ -323,15 +325,18 @@ def _read_adapters(
     return totals
 
 
-def _add_expanded(totals: _Totals, packed: PackedAdapter, carried: Mapping[str, str | None]) -> None:
+def _add_expanded(
+    totals: _Totals, packed: PackedAdapter, carried: Mapping[str, str | None], no_lora: str | None
+) -> None:
     """Add an adapter to the sums of expanded adapters, or to the refused ones.
 
     Args:
         totals: The sums, which are changed.
         packed: The adapter.
         carried: Name in the model of each module for which the adapter has a LoRA outside the subspace.
+        no_lora: The reason why vLLM has no LoRA for the model; None if it has.
     """
-    reason = servable.refusal_reason(packed, shared=False)
+    reason = no_lora or servable.refusal_reason(packed, shared=False)
     missing = [module for module, layer_name in carried.items() if layer_name is None]
     if reason is None and missing:
         reason = f"the model lacks its module {missing[0]!r}"
@@ -356,8 +361,8 @@ def _add_shared(
         match: Modules of the pack in the model.
         inexact: Why the basis does not represent the adapter well enough; None if it does.
     """
-    # the adapter's own reason comes first, because fitting the pack again would not help then
-    reason = servable.refusal_reason(packed, shared=True) or _shared_basis_reason(match) or inexact
+    # the reasons of the model and of the adapter come first, because fitting the pack again would not help then
+    reason = match.no_lora or servable.refusal_reason(packed, shared=True) or _shared_basis_reason(match) or inexact
     if reason is not None:
         shared.refused[packed.name] = reason
         return

@@ -4,6 +4,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import vllm
 from torch import nn
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
@@ -15,7 +16,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from ...errors import OptionError
 from ...pack.pack import Pack
-from . import settings
+from . import engine_version, settings
 from .agreement import check_all_have_slots, check_fits, check_sizes
 from .cores import core_name
 from .install import install
@@ -67,6 +68,9 @@ def _prepare(environment: settings.Settings, model: nn.Module, vllm_config: Vllm
         ShapeError: A module has another shape in the model.
         PackError, HubError: The pack cannot be opened.
     """
+    untested = engine_version.untested_warning(vllm.__version__)
+    if untested is not None:
+        _log.warning_once("eigenlorax: %s", untested, scope="global")
     if environment.shared_basis:
         add_subspace(model, vllm_config, environment.pack)
     elif vllm_config.lora_config is None:

@@ -64,6 +64,7 @@ class Shapes:
         heads: Number of attention heads, which tensor parallelism divides; None if unknown.
         whole: Whether the division of the layers is unknown, so that each counts as whole on each GPU.
         experts: Names of the modules with a mixture's experts.
+        architecture: Class of the model; None if unknown.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Shapes:
     heads: int | None = None
     whole: bool = False
     experts: tuple[str, ...] = ()
+    architecture: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,51 @@
+"""The models for which vLLM has no LoRA, by the architecture in their config. Nothing here imports vLLM.
+
+The names are those of vLLM 0.32, whose class for such a model lacks its interface `SupportsLoRA`: `--enable-lora` ends
+the server with "does not support LoRA yet". They are read from vLLM by `tests/serving/test_lora_support.py`.
+"""
+
+from .engine_version import RUN_WITH
+
+_TEXT = """
+    BailingMoeV2_5ForCausalLM BailingMoeV3ForCausalLM BloomForCausalLM Cohere2MoeForCausalLM DbrxForCausalLM
+    DeepseekV4ForCausalLM FalconForCausalLM FalconMambaForCausalLM Gemma3nForCausalLM Glm5NextForCausalLM
+    GPT2LMHeadModel GPTJForCausalLM HrmTextForCausalLM HCXVisionV2ForCausalLM IQuestLoopCoderForCausalLM
+    KimiLinearForCausalLM MambaForCausalLM Mamba2ForCausalLM MiniMaxM3SparseForCausalLM MiMoV2FlashForCausalLM
+    MiMoV2ForCausalLM OrionForCausalLM Step1ForCausalLM Step3TextForCausalLM Step3p5ForCausalLM StableLmForCausalLM
+    Zamba2ForCausalLM
+"""
+_ENCODERS = """
+    BertForMaskedLM Gemma3TextModel GteModel GteNewModel NomicBertModel CLIPModel EmbeddingGemma2Model SiglipModel
+    BertForTokenClassification ModernBertForTokenClassification OpenAIPrivacyFilterForTokenClassification
+    RobertaForTokenClassification XLMRobertaForTokenClassification BertForSequenceClassification
+    GPT2ForSequenceClassification GteNewForSequenceClassification ModernBertForSequenceClassification
+"""
+_IMAGES_AND_SOUND = """
+    AriaForConditionalGeneration BailingMoeV3VLForConditionalGeneration BeeForConditionalGeneration
+    Cohere2VisionForConditionalGeneration Cosmos3EdgeForConditionalGeneration DeepseekVLV2ForCausalLM
+    DeepseekV4ForConditionalGeneration DeepseekV41ForCausalLM FireRedASR2ForConditionalGeneration
+    FunAudioChatForConditionalGeneration Gemma3nForConditionalGeneration DiffusionGemmaForBlockDiffusion
+    KimiVLForConditionalGeneration KimiK25ForConditionalGeneration KimiK3ForConditionalGeneration
+    MoonshotKimiaForCausalLM MossTranscribeDiarizeForConditionalGeneration LlavaOnevisionForConditionalGeneration
+    LlavaOnevision2ForConditionalGeneration MiMoV2OmniForCausalLM MiniMaxM3SparseForConditionalGeneration
+    Moondream3ForCausalLM HfMoondream OpenVLAForActionPrediction Ovis Ovis2_5 Ovis2_6ForCausalLM Ovis2_6_MoeForCausalLM
+    PaddleOCRVLForConditionalGeneration Phi3VForCausalLM Phi4ForCausalLMV Qwen2AudioForConditionalGeneration
+    RForConditionalGeneration SkyworkR1VChatModel StepVLForConditionalGeneration Step3VLForConditionalGeneration
+    Step3p7ForConditionalGeneration NemotronParseForConditionalGeneration
+"""
+WITHOUT_LORA = frozenset(f"{_TEXT} {_ENCODERS} {_IMAGES_AND_SOUND}".split())
+"""Architectures that vLLM serves without LoRA."""
+
+
+def refusal_reason(architecture: str | None) -> str | None:
+    """Return why vLLM can serve no adapter of a model; None if it can, or if the architecture is unknown.
+
+    Args:
+        architecture: The class that the model's config names.
+    """
+    if architecture not in WITHOUT_LORA:
+        return None
+    return (
+        f"vLLM {RUN_WITH} has no LoRA for models of the architecture {architecture}, and a server with --enable-lora "
+        "does not start; serve the pack with an AdapterBank or Router"
+    )
