@@ -73,7 +73,6 @@ def main() -> int:
             json.loads(FILE_BYTES.read_text(encoding="utf-8"))
         ),
         (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
-        (ROOT / "README.md", "sharing"): sharing_table(demo),
         (docs / "get-started" / "is-it-for-you.md", "sharing"): sharing_table(demo),
         (ROOT / "README.md", "results"): figures_table(run, demo),
         (docs / "training-memory.md", "memory"): training_memory_tables.markdown(
@@ -414,91 +413,60 @@ def sharing_table(demo: Json) -> str:
 
 def figures_table(run: Json, demo: Json) -> str:
     """The README's figures: what the demo found, and how the fit compares."""
-    summary, outcomes, where = demo["summary"], demo["outcomes"], demo["environment"]
-    subspace, history, planted = demo["subspace"], demo["history"], demo["planted"]
+    outcomes, where = demo["outcomes"], demo["environment"]
+    subspace, history = demo["subspace"], demo["history"]
     left_out_checkpoints = {version["step"]: version["left_out_error"] for version in history["versions"]}
     attempts = {one["method"]: one for one in demo["new_task"]}
     k = subspace["n_components"]
-    cost, files = summary["bytes"], summary["files"]
-    (left_out,) = planted["check"]["left_out"].values()
     rows = [
         [
-            f"{len(outcomes)} adapters by `eigenlorax fit`: files, task heads included, report aside",
-            f"{files['sources']:,} → {files['pack']:,} bytes, {files['ratio']:.2f} times smaller",
+            f"{len(outcomes)} adapters of a MiniLM, trained separately",
+            f"**{demo['summary']['bytes']['ratio']:.1f} times smaller**, each within "
+            f"{max(outcome['delta_error'] for outcome in outcomes):.2f}; accuracy {mean_of(outcomes, 'original'):.3f} → {mean_of(outcomes, 'recycled'):.3f}",
         ],
         [
-            "tensors, task heads aside, LoRAs in 16 bits",
-            f"{cost['lora']:,} → {cost['basis'] + cost['coefficients'] + cost['carried']:,} bytes, "
-            f"**{cost['ratio']:.2f} times smaller**",
-        ],
-        *outcome_rows(outcomes),
-        [
-            f"a basis of k = {k} for training, fitted to {len(subspace['fitted'])} of them: delta error, mean / worst",
-            f"{mean_worst(subspace['fitted'])} of these, {mean_worst(subspace['left_out'])} of the "
-            f"{len(subspace['left_out'])} left out",
+            f"{len(history['versions'])} checkpoints of a RoBERTa as a history",
+            f"**{history['source_bytes'] / history['stored_bytes']:.1f} times smaller**, each within "
+            f"{max(version['delta_error'] for version in history['versions']):.2f}; the best baseline "
+            f"{history['source_bytes'] / history['baseline_bytes']:.1f} times",
         ],
         [
-            f"{len(history['versions'])} checkpoints of one run (RoBERTa), in a basis of k = {history['n_components']} "
-            "fitted to the others: delta error, mean / worst",
-            f"**{mean_worst(left_out_checkpoints)}** of the one left out",
+            f"error of an adapter that a basis of k = {k} was not fitted to",
+            f"checkpoints of one run **{mean_worst(left_out_checkpoints)}**; trained separately "
+            f"{mean_worst(subspace['left_out'])}",
         ],
         [
-            "the same as a history, at an error of "
-            f"{max(version['delta_error'] for version in history['versions']):.3f}",
-            f"{history['source_bytes']:,} → {history['stored_bytes']:,} bytes, "
-            f"**{history['source_bytes'] / history['stored_bytes']:.1f} times smaller**; best baseline at this error "
-            f"{history['baseline_bytes']:,} bytes ({history['baseline']})",
-        ],
-        [
-            f"{planted['adapters']} planted adapters that share {planted['shared']} directions per side, in a basis "
-            f"fitted to {len(planted['check']['fitted'])} of them",
-            f"{mean_worst(planted['check']['fitted'])} of these, {left_out:.3f} of the one left out; all of them by "
-            f"`eigenlorax fit`: **{planted['ratio']:.1f} times smaller** at {planted['worst']:.3f}",
-        ],
-        [
-            f"a new task, {attempts['coefficients']['trained_numbers']:,} coefficients: accuracy on "
-            "120 messages after training on 200",
-            f"{attempts['coefficients']['accuracy']:.3f}; core {attempts['core']['accuracy']:.3f}; random basis "
+            f"a new task on {attempts['coefficients']['trained_numbers']:,} coefficients, accuracy",
+            f"{attempts['coefficients']['accuracy']:.3f}; random basis "
             f"{attempts['coefficients, random basis']['accuracy']:.3f}; LoRA of "
             f"{attempts['LoRA r=8']['trained_numbers']:,} numbers {attempts['LoRA r=8']['accuracy']:.3f}",
         ],
     ]
     measured_rows = run_rows(run, k)
-    versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "peft", "transformers"))
-    count = {1: "row is", 2: "two rows are", 3: "three rows are"}.get(len(measured_rows), "")
+    count = {1: "row is", 2: "two rows are"}.get(len(measured_rows), "")
     last = (
-        f"The last {count} from `python benchmarks/run.py` ([all of it](benchmarks/README.md)), the others"
+        f"the last {count} from `python benchmarks/run.py` ([all of it](benchmarks/README.md)), the others"
         if count
-        else "All are"
+        else "all are"
     )
     note = (
-        f"{last} from `eigenlorax demo --json`; {where['processor']}, 1 thread, {versions}. The demo's adapters have a "
-        "seed each. Files: [benchmarks/results](benchmarks/results)."
+        f"Errors are relative, mean / worst; bytes without task heads; {last} from `eigenlorax demo --json`; "
+        f"{where['processor']}, 1 thread, torch {where['torch']}. Files: [benchmarks/results](benchmarks/results)."
     )
     return f"{table(('', 'measured'), [*rows, *measured_rows])}\n\n{note}"
 
 
 def run_rows(run: Json, k: int) -> list[list[str]]:
-    """What the benchmark found, as far as it was measured: errors at equal k and at equal bytes, and seconds."""
+    """What the benchmark found, as far as it was measured: errors at equal k, and seconds."""
     rows = []
-    collection, equal_k, equal_bytes = (
-        error_tables.found(run, what) for what in ("collection", "equal k", "equal bytes")
-    )
+    collection, equal_k = (error_tables.found(run, what) for what in ("collection", "equal k"))
     if collection and equal_k:
         row = next(row for row in equal_k if row["k"] == k)
         rows.append(
             [
-                f"delta error at k = {k}, mean / worst of all {len(collection['adapters'])} adapters",
+                f"error at k = {k}, {len(collection['adapters'])} adapters",
                 f"**{mean_and_worst(row, 'delta')}**; paper's `factors` {mean_and_worst(row, 'factors')}; "
                 f"lorashare {mean_and_worst(row, 'lorashare')}",
-            ]
-        )
-    if equal_bytes:
-        within = [row for row in equal_bytes if row["within_half"]][-1]
-        rows.append(
-            [
-                f"the same at equal bytes, {within['share_of_lora_bytes']:.2f} of the LoRAs'",
-                f"**{mean_and_worst(within, 'delta')}**; vlora-dev {mean_and_worst(within, 'vlora')}",
             ]
         )
     fits = recorded.by_method(recorded.section(run, "fit"))
@@ -509,18 +477,8 @@ def run_rows(run: Json, k: int) -> list[list[str]]:
     return rows
 
 
-def outcome_rows(outcomes: Sequence[Json]) -> list[list[str]]:
-    def mean(field: str) -> float:
-        return sum(one[field] for one in outcomes) / len(outcomes)
-
-    return [
-        ["delta error, mean / worst", mean_worst({one["name"]: one["delta_error"] for one in outcomes})],
-        [
-            f"accuracy on {outcomes[0]['sentences']} sentences each",
-            f"{mean('original'):.3f} original → {mean('recycled'):.3f} exported; {mean('without_update'):.3f} without "
-            f"any update; the same answer on {mean('agreement'):.3f}",
-        ],
-    ]
+def mean_of(outcomes: Sequence[Json], field: str) -> float:
+    return sum(outcome[field] for outcome in outcomes) / len(outcomes)
 
 
 def mean_worst(errors: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""Write the tables of the docs and the README from results/, or check that they are up to date.
+"""Write the tables of the docs from results/, or check that they are up to date.
 
 python experiments/tables.py --write     # tables between markers
 python experiments/tables.py --check     # exits with 1 where a page has other tables
@@ -13,10 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PAGES = (
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "images", "bytes", "merging", "routing")),
-    ROOT / "README.md",
-)
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("results", "images", "bytes", "merging", "routing")]
 GRID = ROOT / "docs" / "images-grid.webp"
 
 

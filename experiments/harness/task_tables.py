@@ -20,7 +20,6 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
         "tasks-rates": lambda: text_tables.rates_table(config),
         "tasks-targets": lambda: targets_table(config),
         "tasks-by-task": lambda: text_tables.by_task_table(config),
-        "tasks-summary": lambda: summary_table(config),
         "tasks-short": lambda: short_table(config),
         "tasks-ablation": lambda: ablation_table(config),
         "tasks-goals": lambda: table(("hypothesis", "measured", ""), list(goals(config))),
@@ -68,26 +67,6 @@ def targets_table(config: Json) -> str:
         "intervals; differences are between runs of the same seed and rows. Macro-F1 is the mean over the "
         "classification tasks. Numbers and files are those of the method, without the task's head. "
         f"{records.source_line(stage(config))}"
-    )
-
-
-def summary_table(config: Json) -> str:
-    """Write a short version of `targets_table` for other pages."""
-    rows = [
-        [
-            text_tables.label(config, name),
-            f"{text_tables.numbers(config, name):,}",
-            points(text_tables.overall(config, name)),
-            "–" if name == SOAP_LORA else signed(text_tables.between(config, name, SOAP_LORA)),
-        ]
-        for name in text_tables.shown(config)
-    ]
-    label = config["methods"][SOAP_LORA]["label"]
-    header = ("a new task, trained by", "trained numbers, head aside", "mean score", f"against {label}")
-    return (
-        f"{table(header, rows)}\n\nMiniLM, a basis of {len(config['sources']['tasks'])} adapters of other tasks; "
-        f"{len(config['targets']['tasks'])} tasks, {text_tables.seeds_said(config)}, 95 % intervals. "
-        "`python experiments/run.py tasks`, preregistered."
     )
 
 

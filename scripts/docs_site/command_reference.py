@@ -1,4 +1,4 @@
-"""MkDocs hook: the page *Options of each verb*, made from the commands themselves."""
+"""MkDocs hook: the page *Options of each verb*, made from the commands themselves and from the table of goals."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import typer
 from mkdocs.structure.files import File, Files
 
 from eigenlorax.cli import command_line
+from eigenlorax.cli.goals import GOALS
 
 PAGE = "reference/commands.md"
 
@@ -22,7 +23,15 @@ def markdown() -> str:
         "# Options of each verb\n\nThis page is made from `eigenlorax VERB --help`. "
         "[Output, exit codes and JSON](../cli.md) describes what the verbs print.\n"
     )
-    return introduction + "".join(_section(name, verb) for name, verb in verbs.items())
+    return introduction + _goals() + "".join(_section(name, verb) for name, verb in verbs.items())
+
+
+def _goals() -> str:
+    rows = (
+        f"| {goal.purpose} | {'<br>'.join(f'`{_cell(command)}`' for command in goal.commands)} | {_cell(goal.cost)} |\n"
+        for goal in GOALS
+    )
+    return "\n| to | run | cost and limits |\n| --- | --- | --- |\n" + "".join(rows)
 
 
 def _section(name: str, verb: Any) -> str:

@@ -236,9 +236,9 @@ class TestTaskTables:
         records.of.cache_clear()
         methods = {**TASKS_CONFIG["methods"], "unfinished": {"label": "UNFINISHED", "rates": [0.01]}}
         targets = {**TASKS_CONFIG["targets"], "seeds": [1, 2, 3]}
-        written = task_tables.summary_table({**TASKS_CONFIG, "methods": methods, "targets": targets})
+        written = task_tables.targets_table({**TASKS_CONFIG, "methods": methods, "targets": targets})
         assert "UNFINISHED" not in written
-        assert "| **FACTORS** | 100 | 79.8 ± 0.0 | -0.2 ± 0.0 |" in written
+        assert "| **FACTORS** | 100 | 0 | 79.8 ± 0.0 | 39.9 | +0.8 ± 0.0 | -0.2 ± 0.0 |" in written
         assert "2 tasks, 2 seeds" in written
 
     def test_a_twelfth_is_a_twelfth(self, results):

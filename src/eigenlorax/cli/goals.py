@@ -1,11 +1,11 @@
-"""Decision table of `eigenlorax --help` and of the README: goals, their commands, and their costs."""
+"""Table of goals in `eigenlorax --help` and in the documentation: their commands, and their costs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """One row of the decision table.
+    """One row of the table of goals.
 
     Attributes:
         purpose: Goal of the user.

@@ -65,7 +65,7 @@ class _Verbs(verbs.HelpWithoutTypes, TyperGroup):
             return super().make_context(*arguments, **options)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the help, and the decision table below it."""
+        """Print the help, and the table of goals below it."""
         super().format_help(ctx, formatter)
         for goal in GOALS:
             console.print_help(f" {goal.purpose}:")
