@@ -422,7 +422,8 @@ def figures_table(run: Json, demo: Json) -> str:
         [
             f"{len(outcomes)} adapters of a MiniLM, trained separately",
             f"**{demo['summary']['bytes']['ratio']:.1f} times smaller**, each within "
-            f"{max(outcome['delta_error'] for outcome in outcomes):.2f}; accuracy {mean_of(outcomes, 'original'):.3f} → {mean_of(outcomes, 'recycled'):.3f}",
+            f"{max(outcome['delta_error'] for outcome in outcomes):.2f}; accuracy "
+            f"{mean_of(outcomes, 'original'):.3f} → {mean_of(outcomes, 'recycled'):.3f}",
         ],
         [
             f"{len(history['versions'])} checkpoints of a RoBERTa as a history",
