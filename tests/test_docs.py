@@ -193,10 +193,10 @@ def test_the_index_has_every_page(page):
 
 BLOCKS = [
     (page, block)
-    # that of vLLM runs where vLLM is: tests/serving/test_example.py; that of the README: tests/test_readme.py; that of
-    # the quickstart after its commands: tests/test_get_started.py; those on the Hub: tests/cli/test_hub_page.py
+    # others run elsewhere: tests/serving/test_example.py (vLLM, where it is installed), tests/test_readme.py,
+    # tests/test_get_started.py (quickstart), tests/cli/test_hub_page.py, tests/serving/diffusers/test_diffusion_page.py
     for page in PAGES
-    if page.name not in ("hub.md", "quickstart.md", "vllm.md")
+    if page.name not in ("diffusion.md", "hub.md", "quickstart.md", "vllm.md")
     for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 ]
 
