@@ -133,6 +133,7 @@ def write_adapter(
     assert write is not None
     if urls.is_url(path):
         raise OptionError(f"{path} is a URL. Adapters can be read from URLs, but only written to local folders.")
+    _check_kind(adapter, target)
     if target == GGUF:
         kind = dtype if dtype == gguf_writer.Q8_0 else dtypes.parse(dtype)
         return gguf_writer.write(adapter, Path(path), base=base_for(base_config), dtype=kind, overwrite=overwrite)
@@ -154,6 +155,7 @@ def base_for(config: BaseConfig | None) -> BaseModel:
 def check_writable(adapter: Adapter, format: str, base: BaseModel | None = None) -> None:
     """Raise the errors that writing an adapter in a format would raise, without writing it."""
     dialect = writable(format).dialect
+    _check_kind(adapter, format)
     if format == GGUF:
         gguf_writer.check(adapter, base_for(base))
     elif dialect is not None:
@@ -163,6 +165,18 @@ def check_writable(adapter: Adapter, format: str, base: BaseModel | None = None)
     else:
         for_peft(adapter)
         peft.check_complete(adapter, f"adapter {adapter.name!r}")
+
+
+def _check_kind(adapter: Adapter, target: str) -> None:
+    """Raise `OptionError` if an adapter of an image model is to be written in a format of language models."""
+    source = format_of(adapter.origin)
+    if FORMATS[source].dialect is None or target not in (MLX, GGUF):
+        return
+    candidates = [name for name, candidate in FORMATS.items() if candidate.dialect is not None]
+    raise OptionError(
+        f"adapter {adapter.name!r} is a LoRA of an image model, read from the format {source!r}, and {target!r} is a "
+        f"format of language models. Formats for it: {', '.join([*candidates, PEFT])}."
+    )
 
 
 def for_peft(adapter: Adapter) -> Adapter:
