@@ -8,15 +8,19 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
+import test_mlx
 import test_official
 import torch
 from safetensors.torch import save_file
 
 import eigenlorax as ex
+import gguf_models
 import lora_files
 from adapters import change_config, make_adapter
 from eigenlorax.core import atomic_files, keys, module_patterns
+from eigenlorax.core.adapter import from_factors
 from eigenlorax.errors import EigenloraxWarning
 from make_reference_packs import PACKS
 from reports import synthetic
@@ -243,6 +247,49 @@ def images() -> Mapping[str, Tree]:
         **dialects,
         "three factors": _made(lambda folder: save_file(three_factors, folder / "one.safetensors")),
         "flux": _made(lambda folder: save_file(flux, folder / "one.safetensors")),
+    }
+
+
+@cache
+def mlx() -> Mapping[str, Tree]:
+    """Folders of mlx-lm: LoRA and DoRA, with embeddings and stacked experts."""
+    linear = {"model.layers.0.self_attn.q_proj": (7, 11), "model.layers.1.mlp.up_proj": (13, 19)}
+    plain = test_mlx.planted(linear, rank=test_mlx.RANK)
+    experts = "model.layers.1.mlp.switch_mlp.up_proj"
+    others = {
+        **test_mlx.planted({"model.embed_tokens": (7, 23)}),
+        f"{experts}.lora_a": torch.ones(3, test_mlx.RANK, 5),
+        f"{experts}.lora_b": torch.ones(3, 4, test_mlx.RANK),
+    }
+    old = {"use_dora": True, "lora_layers": 16, "peft_type": "LORA"}
+    makers = {
+        "lora": lambda folder: test_mlx.save(folder, plain),
+        "dora": lambda folder: test_mlx.save(folder, test_mlx.planted(linear, dora=True), kind="dora"),
+        "others": lambda folder: test_mlx.save(folder, {**plain, **others}),
+        "old": lambda folder: test_mlx.save(folder, test_mlx.planted(linear, dora=True), kind=None, **old),
+    }
+    return {name: _made(lambda folder, make=make: make(folder / "one")) for name, make in makers.items()}
+
+
+@cache
+def gguf() -> Mapping[str, Tree]:
+    """LoRAs of llama.cpp in each type of tensors, and the config of a base model whose rows are reordered."""
+    config, reordered = gguf_models.config("Qwen2ForCausalLM"), gguf_models.config()
+
+    def make(folder: Path, dtype: str, fields: dict[str, Any]) -> None:
+        adapter = gguf_models.adapter(rank=32)
+        names = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj")
+        few = from_factors("one", {name: adapter.modules[name] for name in names}, base_model="org/tiny-1B")
+        ex.write_adapter(few, folder / "one", format="gguf", dtype=dtype, base_config=fields)
+        (folder / "base").mkdir()
+        (folder / "base" / "config.json").write_text(json.dumps(fields))
+
+    return {
+        **{
+            dtype: _made(lambda folder, dtype=dtype: make(folder, dtype, config))
+            for dtype in ("float32", "float16", "bfloat16", "q8_0")
+        },
+        "reordered": _made(lambda folder: make(folder, "float32", reordered)),
     }
 
 

@@ -259,6 +259,30 @@ def read_adapter(folder: Path) -> int:
     return sum(one.stat().st_size for one in ([*path.iterdir()] if path.is_dir() else [path]))
 
 
+def _draw_gguf(random: Random, tree: Tree) -> list[Change]:
+    """Changes of the header for the most part, where the counts, types and places of tensors are."""
+    if random.random() < 0.2:
+        return mutations.draw(random, tree, ["base/config.json"])
+    data = tree["one.gguf"]
+    assert isinstance(data, bytes)
+    header = data[: data.rindex(b".lora_b") + 60] if random.random() < 0.8 else data
+    return [mutations.plain_bytes(random, "one.gguf", header) for _ in range(random.choice((1, 1, 1, 2, 3)))]
+
+
+def read_gguf(folder: Path) -> int:
+    """Read a LoRA of llama.cpp, write it in that format and as PEFT's, and read those."""
+    base = folder / "base"
+    adapter = ex.read_adapter(folder / "one.gguf", base_config=base)
+    checks.scan(adapter)
+    path = ex.write_adapter(adapter, folder / "again", format="gguf", base_config=base)
+    try:
+        ex.read_adapter(path, base_config=base)
+    except EigenloraxError as error:
+        raise WrongError(f"what was written cannot be read: {type(error).__name__}: {error}") from error
+    _check_reads_again(ex.write_adapter(adapter, folder / "out"))
+    return path.stat().st_size
+
+
 def read_coefficients(folder: Path) -> int:
     """Read an adapter that was trained on coefficients beside the pack whose subspace they are of."""
     ex.Pack.open(folder / "pack")
@@ -454,6 +478,8 @@ TARGETS: Mapping[str, Target] = {
         Target("tensors", starts.adapters, _draw_tensors, read_adapter, 10),
         Target("coefficients", starts.coefficients, _draw_coefficients, read_coefficients, 6),
         Target("image", starts.images, _draw_file, read_adapter, 10),
+        Target("mlx", starts.mlx, _draw_file, read_adapter, 6),
+        Target("gguf", starts.gguf, _draw_gguf, read_gguf, 6),
         Target("pickle", starts.pickles, _draw_pickle, read_adapter, 3),
         Target("collection", starts.collections, _draw_specials, find_adapters, 3),
         Target("rows", starts.rows, _draw_file, read_rows, 4),
