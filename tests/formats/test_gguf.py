@@ -159,7 +159,7 @@ class TestRefused:
 
     @pytest.mark.parametrize(
         ("architecture", "reason"),
-        [("FalconForCausalLM", "fused query"), ("MixtralForCausalLM", "experts"), (None, "")],
+        [("FalconForCausalLM", "fused query"), ("MixtralForCausalLM", "experts"), ("Lama", "")],
     )
     def test_lists_the_architectures_that_are_supported(self, architecture, reason, tmp_path):
         with pytest.raises(OptionError, match=f"{architecture}.*{reason}.*LlamaForCausalLM.*Qwen3ForCausalLM"):
@@ -170,6 +170,9 @@ class TestRefused:
             ex.write_adapter(models.adapter(), tmp_path / "a", format="gguf")
         with pytest.raises(FormatError, match=r"config\.json does not exist"):
             ex.write_adapter(models.adapter(), tmp_path / "a", format="gguf", base_config=tmp_path)
+        for name in (None, ["LlamaForCausalLM"]):
+            with pytest.raises(OptionError, match="architectures is .*'LlamaForCausalLM'"):
+                ex.write_adapter(models.adapter(), tmp_path / "a", format="gguf", base_config=models.config(name))
         with pytest.raises(FormatError, match="num_attention_heads is 'many'"):
             ex.write_adapter(
                 models.adapter(), tmp_path / "a", format="gguf", base_config=models.config(num_attention_heads="many")

@@ -218,8 +218,13 @@ def _from_fields(config: Mapping[str, Any], where: str) -> BaseModel:
     name = listed[0] if isinstance(listed, list) and listed else None
     text = config.get("text_config")
     fields = {**config, **text} if isinstance(text, dict) else config
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        reason = f": {_REFUSED[name]}" if name in _REFUSED else suggestion(str(name), ARCHITECTURES)
+    if not isinstance(name, str):
+        raise OptionError(
+            f"{where}: architectures is {listed!r}; a list with the name of the model's class was expected, such as "
+            "['LlamaForCausalLM']."
+        )
+    if name not in ARCHITECTURES:
+        reason = f": {_REFUSED[name]}" if name in _REFUSED else suggestion(name, ARCHITECTURES)
         raise OptionError(
             f"{where}: the architecture {name!r} is not supported for GGUF{reason.rstrip('.')}. Supported are "
             f"{', '.join(ARCHITECTURES)}."
