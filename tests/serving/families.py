@@ -9,17 +9,27 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    NemotronConfig,
+    Olmo2Config,
+    OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
+    Starcoder2Config,
 )
 
 from eigenlorax.core.adapter import from_factors
@@ -48,7 +58,18 @@ _WIDE = {
     "hidden_size": 128,
     "intermediate_size": 192,
 }
+# of models that have as many heads of keys and values as of queries: vLLM would read the number from the config
+_EQUAL_HEADS = {field: value for field, value in _WIDE.items() if field != "num_key_value_heads"}
 _GEMMA = {**_SHARED, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+# factors by which Granite multiplies what others do not
+_GRANITE = {
+    **_WIDE,
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.1,
+    "logits_scaling": 2.0,
+}
+_UNGATED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -99,6 +120,25 @@ FAMILIES = {
     "gemma3": Family(Gemma3TextConfig, fields=_GEMMA),
     # fused for LoRAs too
     "phi3": Family(Phi3Config, suffixes=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), fields=_WIDE),
+    "granite": Family(GraniteConfig, fields=_GRANITE),
+    "olmo2": Family(Olmo2Config, fields=_WIDE),
+    "starcoder2": Family(
+        Starcoder2Config, suffixes=("q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"), fields=_WIDE
+    ),
+    # its second layer has no positions
+    "smollm3": Family(SmolLM3Config, fields={**_WIDE, "no_rope_layer_interval": 2}),
+    "cohere": Family(CohereConfig, fields={**_WIDE, "tie_word_embeddings": True}),
+    "arcee": Family(ArceeConfig, suffixes=_UNGATED),
+    "opt": Family(
+        OPTConfig,
+        suffixes=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        fields={**_EQUAL_HEADS, "ffn_dim": 192, "word_embed_proj_dim": 128, "init_std": 0.2},
+    ),
+    "phi": Family(PhiConfig, suffixes=("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"), fields=_WIDE),
+    "nemotron": Family(NemotronConfig, suffixes=_UNGATED),
+    "gpt_neox": Family(
+        GPTNeoXConfig, suffixes=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), fields=_EQUAL_HEADS
+    ),
 }
 
 

@@ -44,8 +44,10 @@ def test_experts_are_served_expanded_alone_and_count_as_the_pack_has_them():
     assert found.target_modules == ["experts", "q_proj"]
     assert found.plan.expanded.slot_numbers == 8 * (17 + 11 + 13 + 11)
     assert found.notes == [
+        "org/base is a mixture of experts: with LoRA, vLLM 0.32 computes its experts by kernels for GPUs (Triton or "
+        "FlashInfer), and a server on a CPU ends with an error.",
         "only experts that the pack has are counted; vLLM allocates all experts of a layer, so that a slot can be "
-        "larger."
+        "larger.",
     ]
 
 

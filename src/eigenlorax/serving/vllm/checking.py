@@ -420,6 +420,8 @@ def _notes(
             f"the config of {shapes.model} does not say how its layers are divided among GPUs: each is counted "
             "in full on each GPU, which is an upper bound."
         )
+    if shapes.experts and match.no_lora is None:
+        notes.append(lora_support.experts_note(shapes.model))
     if any(plans.in_experts(name) for name in match.cores):
         notes.append(
             "only experts that the pack has are counted; vLLM allocates all experts of a layer, so that a slot "

@@ -1,7 +1,8 @@
-"""The models for which vLLM has no LoRA, by the architecture in their config. Nothing here imports vLLM.
+"""What vLLM's LoRA needs of a model: an architecture that has it, and a GPU for experts. Nothing here imports vLLM.
 
-The names are those of vLLM 0.32, whose class for such a model lacks its interface `SupportsLoRA`: `--enable-lora` ends
-the server with "does not support LoRA yet". They are read from vLLM by `tests/serving/test_lora_support.py`.
+The architectures without LoRA are those of vLLM 0.32, whose class for such a model lacks its interface `SupportsLoRA`:
+`--enable-lora` ends the server with "does not support LoRA yet". `tests/serving/test_lora_support.py` compares them
+with vLLM's classes.
 """
 
 from .engine_version import RUN_WITH
@@ -35,6 +36,20 @@ _IMAGES_AND_SOUND = """
 """
 WITHOUT_LORA = frozenset(f"{_TEXT} {_ENCODERS} {_IMAGES_AND_SOUND}".split())
 """Architectures that vLLM serves without LoRA."""
+
+
+def experts_note(model: str) -> str:
+    """Return a note on the kernels that vLLM needs for a mixture of experts with LoRA.
+
+    It chooses them when the server starts, even if no adapter has a LoRA of experts.
+
+    Args:
+        model: Name of the model.
+    """
+    return (
+        f"{model} is a mixture of experts: with LoRA, vLLM {RUN_WITH} computes its experts by kernels for GPUs (Triton "
+        "or FlashInfer), and a server on a CPU ends with an error."
+    )
 
 
 def refusal_reason(architecture: str | None) -> str | None:
