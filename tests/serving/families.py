@@ -15,6 +15,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -138,6 +139,12 @@ FAMILIES = {
     "nemotron": Family(NemotronConfig, suffixes=_UNGATED),
     "gpt_neox": Family(
         GPTNeoXConfig, suffixes=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"), fields=_EQUAL_HEADS
+    ),
+    # fused for LoRAs in the second half of a layer only
+    "glm4": Family(
+        Glm4Config,
+        suffixes=("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
+        fields={**_SHARED, "attention_bias": True},
     ),
 }
 

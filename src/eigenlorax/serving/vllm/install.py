@@ -5,6 +5,7 @@ One mechanism serves every model, because vLLM's own tables list fused and renam
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from ...core.subspace import ModuleBases, Subspace
 from ...errors import ModuleNameError, ShapeError
 from .layers import Part, attach
 from .settings import SHARED_BASIS
+
+_ONE_IN_LORAS = {"Glm4ForCausalLM": ("gate_up_proj",)}
+"""Layers that are one module in transformers, and therefore in LoRAs, by the class of the model in vLLM, whose table
+lists their projections all the same."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ class Projection:
     layer: LinearBase
     index: int = 0
     fused: bool = False
+
+
+def correct_fused_names(model: nn.Module) -> None:
+    """Replace the entries of a model's table of fused layers that are wrong for LoRAs.
+
+    With vLLM's own table, a LoRA of such a layer is rejected under the only name that adapters can have for it. The
+    table of Phi-3, whose layers are alike, has entries of this kind.
+    """
+    layers = _ONE_IN_LORAS.get(type(model).__name__)
+    if layers is not None:
+        table: Any = {**get_packed_modules_mapping(model), **{layer: [layer] for layer in layers}}
+        model.packed_modules_mapping = table
 
 
 def lora_names(path: str, fused: Mapping[str, Sequence[str]]) -> list[str]:

@@ -19,7 +19,7 @@ from ...pack.pack import Pack
 from . import engine_version, settings
 from .agreement import check_all_have_slots, check_fits, check_sizes
 from .cores import core_name
-from .install import install
+from .install import correct_fused_names, install
 
 _log = init_logger("vllm.plugins.eigenlorax")
 
@@ -71,6 +71,7 @@ def _prepare(environment: settings.Settings, model: nn.Module, vllm_config: Vllm
     untested = engine_version.untested_warning(vllm.__version__)
     if untested is not None:
         _log.warning_once("eigenlorax: %s", untested, scope="global")
+    correct_fused_names(model)
     if environment.shared_basis:
         add_subspace(model, vllm_config, environment.pack)
     elif vllm_config.lora_config is None:
