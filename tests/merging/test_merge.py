@@ -64,6 +64,14 @@ def cut(matrix, rank=CUT):
     return left[:, :rank] @ torch.diag(values[:rank]) @ right[:rank]
 
 
+def truncated(factors, rank):
+    """The best approximation of an update by a lower rank, or the factors themselves."""
+    if rank >= factors.spec.rank:
+        return factors
+    left, values, right = torch.linalg.svd(dense_update(factors), full_matrices=False)
+    return LoRAFactors(right[:rank].float(), (left[:, :rank] * values[:rank]).float(), 1.0)
+
+
 def dense_tsv(updates, weights):
     """TSV-Merge on out × in matrices: at most min / n components of each, orthogonalised by polar factors."""
     lefts, values, rights = [], [], []
@@ -111,6 +119,47 @@ def test_methods_without_coordinates_equal_the_full_matrices(method, module):
     merged = ex.merge(adapters, method, weights=WEIGHTS, rank=CUT).adapter
     assert_close(dense_update(merged.modules[module]), DENSE[method](dense_updates(adapters, module), WEIGHTS))
     assert merged.ranks == (CUT,)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_adapters_of_one_start_equal_the_full_matrices(method):
+    """Their factors A are almost equal, so that small directions are real, and not rounding errors."""
+    module, (n_out, n_in) = next(iter(MODULES.items()))
+    start = normal(3, n_in, seed=1)
+    decay = torch.tensor([1.0, 0.03, 0.012], dtype=torch.float64)
+    adapters = [
+        from_factors(
+            name,
+            {
+                module: LoRAFactors(
+                    (start + 2e-4 * normal(3, n_in, seed=n)).float(),
+                    (normal(n_out, 3, seed=9 + n) * decay).float(),
+                    1.0,
+                )
+            },
+        )
+        for n, name in enumerate("abc")
+    ]
+    merged = ex.merge(adapters, method, weights=WEIGHTS, rank=CUT)
+    assert_close(dense_update(merged.adapter.modules[module]), DENSE[method](dense_updates(adapters, module), WEIGHTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", DENSE)
+def test_strangers_of_mixed_ranks_equal_the_full_matrices(method, shared):
+    """GPT-2 adapters of three authors; the first one is cut to rank 3."""
+    folders = sorted((shared / "zoo/gpt2").iterdir())
+    modules = ("transformer.h.0.attn.c_attn", "transformer.h.11.mlp.c_proj")
+    adapters = []
+    for rank, folder in zip((3, 8, 8, 8, 8), folders, strict=True):
+        stranger = ex.read_adapter(folder)
+        factors = {module: truncated(stranger.modules[module], rank) for module in modules}
+        adapters.append(from_factors(folder.name, factors, base_model="gpt2"))
+    weights = (1.0, 0.5, 2.0, 1.0, 0.7)
+    merged = ex.merge(adapters, method, weights=weights, rank=CUT).adapter
+    for module in modules:
+        updates = [dense_update(adapter.modules[module]) for adapter in adapters]
+        assert_close(dense_update(merged.modules[module]), DENSE[method](updates, weights))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,8 +14,10 @@ from torch import Tensor
 from ..core.adapter import LoRAFactors
 from ..core.linalg import descending_eigh, svd_factors, triangular_rows
 
-ROUNDING = 1e-6
-"""Singular value, as a share of the largest, up to which it is a rounding error of factors in float32."""
+ROUNDING = 2.0**-23
+"""Singular value, as a share of the largest, up to which it is a rounding error of factors in float32.
+
+Adapters that started from the same factor A have real directions not far above it."""
 
 
 @dataclass(frozen=True, slots=True)
