@@ -30,6 +30,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -75,11 +76,12 @@ _UNGATED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of model. suffixes: of the modules that get a LoRA."""
+    """One kind of model. suffixes: of the modules that get a LoRA; engine: what vLLM has to be told to serve it."""
 
     config: Callable[..., PreTrainedConfig]
     suffixes: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     fields: Mapping[str, Any] = field(default_factory=lambda: _SHARED)
+    engine: Mapping[str, Any] = field(default_factory=dict)
 
     def made(self, folder: Path) -> Path:
         """The model and a tokenizer, in `folder`."""
@@ -146,6 +148,8 @@ FAMILIES = {
         suffixes=("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"),
         fields={**_SHARED, "attention_bias": True},
     ),
+    # vLLM's own class has no LoRA
+    "stablelm": Family(StableLmConfig, fields=_WIDE, engine={"model_impl": "transformers"}),
 }
 
 

@@ -142,14 +142,27 @@ class TestBasis:
         assert any("--basis 32" in reason for reason in found.shared.refused.values())
 
 
+def test_a_model_with_lora_in_another_implementation_alone_is_served_by_that():
+    found = check(make_pack({Q: (17, 11)}), "pack", shapes(architecture="StableLmForCausalLM"))
+    assert (found.expanded.served, found.shared.served) == (3, 3)
+    for mode in (found.expanded, found.shared):
+        assert " vllm serve org/base --model-impl transformers --enable-lora " in mode.command
+    assert found.notes == [
+        "vLLM 0.32 has no LoRA in its own class for StableLmForCausalLM: the commands choose vLLM's implementation "
+        "with transformers (--model-impl transformers)."
+    ]
+    others = check(make_pack({Q: (17, 11)}), "pack", shapes(architecture="LlamaForCausalLM"))
+    assert "--model-impl" not in others.expanded.command + others.shared.command
+
+
 def test_a_model_that_vllm_has_no_lora_for_is_served_in_neither_way():
     pack = make_pack({Q: (17, 11)})
     pack.append(from_factors("run", {Q: random_factors(3, 17, 11, seed=5)}, base_model="org/base"), "1", name="run")
-    found = check(pack, "pack", shapes(architecture="StableLmForCausalLM"))
+    found = check(pack, "pack", shapes(architecture="FalconForCausalLM"))
     for mode in (found.expanded, found.shared):
         assert (mode.served, mode.command, mode.worst_adapter) == (0, None, None)
         assert list(mode.refused) == ["a0", "a1", "a2"]
-        assert "vLLM 0.32 has no LoRA for models of the architecture StableLmForCausalLM" in mode.refused["a1"]
+        assert "vLLM 0.32 has no LoRA for models of the architecture FalconForCausalLM" in mode.refused["a1"]
     versions, none = sorted(found.notes, reverse=True)
     assert versions.startswith("versions of the history 'run' cannot be served: vLLM 0.32 has no LoRA for models")
     assert none == "no adapter of the pack can be served."

@@ -37,8 +37,8 @@ def test_eight_adapters_mixed_say_what_peft_says(kind, tmp_path):
         assert greedy(llm, PROMPTS, [adapters[name] for name in pack.names]) == wanted
         return {name.rpartition(".")[2].startswith("eigen_core_") for name in slots(llm)}
 
-    assert with_engine(check, base, tmp_path / "pack", shared=False) == {False}
-    assert with_engine(check, base, tmp_path / "pack", shared=True) == {True}
+    for shared in (False, True):
+        assert with_engine(check, base, tmp_path / "pack", shared=shared, **family.engine) == {shared}
 
 
 def test_rows_without_an_adapter_say_what_the_base_model_says(tmp_path):

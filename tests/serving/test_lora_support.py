@@ -2,16 +2,16 @@
 
 import pytest
 
-from eigenlorax.serving.vllm.lora_support import WITHOUT_LORA, refusal_reason
+from eigenlorax.serving.vllm.lora_support import WITH_TRANSFORMERS, WITHOUT_LORA, refusal_reason
 
 
 def test_the_reason_names_the_architecture_and_what_serves_it_instead():
-    reason = refusal_reason("StableLmForCausalLM")
-    assert reason.startswith("vLLM 0.32 has no LoRA for models of the architecture StableLmForCausalLM")
+    reason = refusal_reason("BloomForCausalLM")
+    assert reason.startswith("vLLM 0.32 has no LoRA for models of the architecture BloomForCausalLM")
     assert "AdapterBank" in reason
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "SomebodysLlama", None])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "SomebodysLlama", *WITH_TRANSFORMERS, None])
 def test_others_are_for_vllm_to_judge(architecture):
     assert refusal_reason(architecture) is None
 

@@ -161,7 +161,8 @@ def check(
         expanded=totals.expanded.adapters,
         shared=totals.shared.adapters,
     )
-    command = ServeCommand(source, shapes.model, revision, options.dtype, plan.choices, within)
+    model_impl = lora_support.model_impl(shapes.architecture)
+    command = ServeCommand(source, shapes.model, revision, options.dtype, plan.choices, within, model_impl)
     return Check(
         pack=source,
         model=shapes.model,
@@ -420,6 +421,8 @@ def _notes(
             f"the config of {shapes.model} does not say how its layers are divided among GPUs: each is counted "
             "in full on each GPU, which is an upper bound."
         )
+    note = lora_support.model_impl_note(shapes.architecture)
+    notes += [note] if note else []
     if shapes.experts and match.no_lora is None:
         notes.append(lora_support.experts_note(shapes.model))
     if any(plans.in_experts(name) for name in match.cores):

@@ -20,6 +20,7 @@ class ServeCommand:
         dtype: vLLM's `--dtype`.
         choices: The flags of the server.
         serve_within: Largest error of an adapter that the pack's basis serves; None if the pack has no basis.
+        model_impl: vLLM's `--model-impl`; None for the default.
     """
 
     pack: str
@@ -28,6 +29,7 @@ class ServeCommand:
     dtype: str
     choices: Choices
     serve_within: float | None = None
+    model_impl: str | None = None
 
     def expanded(self, memory: MemoryUse | None, targets: Sequence[str]) -> str | None:
         """Return the command for expanded adapters, with these `--lora-target-modules`; None if none is served."""
@@ -42,6 +44,7 @@ class ServeCommand:
         environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", PACK: _absolute(self.pack), **settings}
         words = ["vllm", "serve", _absolute(self.model)]
         words += ["--revision", self.revision] if self.revision else []
+        words += ["--model-impl", self.model_impl] if self.model_impl else []
         words += ["--dtype", self.dtype] if self.dtype != "auto" else []
         gpus = self.choices.gpus
         words += ["--tensor-parallel-size", str(gpus)] if gpus > 1 else []

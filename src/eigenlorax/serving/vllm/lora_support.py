@@ -35,7 +35,10 @@ _IMAGES_AND_SOUND = """
     Step3p7ForConditionalGeneration NemotronParseForConditionalGeneration
 """
 WITHOUT_LORA = frozenset(f"{_TEXT} {_ENCODERS} {_IMAGES_AND_SOUND}".split())
-"""Architectures that vLLM serves without LoRA."""
+"""Architectures for which vLLM's own class has no LoRA."""
+WITH_TRANSFORMERS = frozenset({"StableLmForCausalLM"})
+"""Those of them that `--model-impl transformers` serves with LoRA, vLLM's layers in the class of transformers: all that
+`tests/serving/test_families.py` was run with."""
 
 
 def experts_note(model: str) -> str:
@@ -52,13 +55,33 @@ def experts_note(model: str) -> str:
     )
 
 
+def model_impl(architecture: str | None) -> str | None:
+    """Return vLLM's `--model-impl` for adapters of a model; None for the default.
+
+    Args:
+        architecture: The class that the model's config names.
+    """
+    return "transformers" if architecture in WITH_TRANSFORMERS else None
+
+
+def model_impl_note(architecture: str | None) -> str | None:
+    """Return a note if the commands choose another implementation than vLLM's default; None if they do not."""
+    implementation = model_impl(architecture)
+    if implementation is None:
+        return None
+    return (
+        f"vLLM {RUN_WITH} has no LoRA in its own class for {architecture}: the commands choose vLLM's implementation "
+        f"with {implementation} (--model-impl {implementation})."
+    )
+
+
 def refusal_reason(architecture: str | None) -> str | None:
     """Return why vLLM can serve no adapter of a model; None if it can, or if the architecture is unknown.
 
     Args:
         architecture: The class that the model's config names.
     """
-    if architecture not in WITHOUT_LORA:
+    if architecture not in WITHOUT_LORA or model_impl(architecture) is not None:
         return None
     return (
         f"vLLM {RUN_WITH} has no LoRA for models of the architecture {architecture}, and a server with --enable-lora "
