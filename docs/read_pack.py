@@ -1,6 +1,20 @@
 """A reader of packs that needs no eigenlorax: the weight updates of one adapter, as docs/pack-format.md specifies them.
 
 float64, float32, float16, int8, int4 and coded packs, and such with cores; bfloat16 is not a dtype of NumPy.
+
+Packs of earlier format versions are read too. Each differs from the next one as follows:
+
+7. No short form of bytes, no `histories`, no `shared_fields` in `subspace`, no `files` in `shared_fields`, no
+   `eigenlorax_modules`, `eigenlorax_indent`, `eigenlorax_end` and `deflated_metadata`. `rests` in place of
+   `residual_sides`.
+6. No `basis`, `shared_fields`, `source_fields`, `purpose`, `head_error`, `source_head_bytes`, `source_carried_bytes`
+   (equal to `head_bytes` and `carried_bytes`). Configs are whole, heads exact. Only `coded` packs.
+5. No `parent`. `coded` packs have a tensor `<module>.<side>.components.coded` per side.
+4. No `max_bytes` and `ratio`. Float dtypes only, no residuals.
+3. No `kernels` and `source_file.json`.
+2. No `solver` ("exact"), `shortfall` (0) and `bound` (false). In place of `growth` and `grown`, a list `augmentations`
+   of `n_extra` and `seed` for all sides. All adapters have the fingerprint of the subspace.
+1. No `max_error` and `auto`.
 """
 
 import json

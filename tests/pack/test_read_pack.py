@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -387,9 +388,10 @@ def everything(tmp_path_factory):
 
 
 class TestSpecification:
-    """docs/pack-format.md names all that a pack is made of."""
+    """docs/pack-format.md names all that a pack is made of, and docs/cli.md its figures."""
 
     text = (DOCS / "pack-format.md").read_text("utf-8")
+    figures = (DOCS / "cli.md").read_text("utf-8")
 
     def test_of_the_manifests_bytes(self, everything):
         data = (everything / "subspace_config.json").read_bytes()
@@ -438,7 +440,8 @@ class TestSpecification:
         assert digest.hexdigest() == subspace["fingerprint"]
         assert subspace["stored_bytes"] == tensors["components.coded"].nbytes
         self.assert_named({*tensors, "eigenlorax_coded"})
-        self.assert_named(json.loads((folder / "adapters" / "adapter-0" / "adapter_config.json").read_text()))
+        config = json.loads((folder / "adapters" / "adapter-0" / "adapter_config.json").read_text())
+        self.assert_named(config.keys() - LoraConfig.__dataclass_fields__.keys())
 
     def test_of_the_fields_of_a_history(self, tmp_path):
         pack = ex.Pack.empty()
@@ -449,27 +452,27 @@ class TestSpecification:
         ]
         self.assert_named({*history, *VersionRecord.__dataclass_fields__})
 
-    def test_of_a_streams_bytes(self):
+    def example(self):
+        """Return the bytes, numbers and classes of the example of a stream."""
         example = re.search(
             r"the bytes `([0-9a-f ]+)` are\s+the numbers ([\d, −]+) in the classes ([\d,\s]+):", self.text
-        )
-        data = bytes.fromhex(example[1])
-        numbers, classes = (
-            np.array([int(number) for number in text.replace("−", "-").split(",")]) for text in example.groups()[1:]
-        )
-        assert entropy.decode([(data, classes)])[0].tolist() == numbers.tolist()
-        assert read_pack.decoded(data, classes).tolist() == numbers.tolist()
-
-    def test_of_a_short_streams_bytes(self):
-        example = re.search(
-            r"the bytes `([0-9a-f]+)` are\s+the\s+numbers ([\d,\s−]+) in the classes ([\d,\s]+)\.", self.text
         )
         numbers, classes = (
             [int(number) for number in text.replace("−", "-").split(",")] for text in example.groups()[1:]
         )
-        data = short_streams.encode(np.array(numbers), np.array(classes))
-        assert data.hex() == example[1]
-        assert read_pack.short_stream(data, classes).tolist() == numbers
+        return bytes.fromhex(example[1]), np.array(numbers), np.array(classes)
+
+    def test_of_a_streams_bytes(self):
+        data, numbers, classes = self.example()
+        assert entropy.decode([(data, classes)])[0].tolist() == numbers.tolist()
+        assert read_pack.decoded(data, classes).tolist() == numbers.tolist()
+
+    def test_of_a_short_streams_bytes(self):
+        (written,) = re.findall(r"the bytes `([0-9a-f]+)` are\s+the\s+same\s+numbers", self.text)
+        _, numbers, classes = self.example()
+        data = short_streams.encode(numbers, classes)
+        assert data.hex() == written
+        assert list(read_pack.short_stream(data, classes.tolist())) == numbers.tolist()
 
     def test_of_the_hash_of_a_source(self, everything):
         entry = json.loads((everything / "subspace_config.json").read_text())["adapters"]["a"]
@@ -486,8 +489,8 @@ class TestSpecification:
         assert digest.hexdigest() == entry["source_sha256"]
 
     def assert_named(self, names):
-        missing = [name for name in sorted(names) if f"`{name}`" not in self.text]
-        assert not missing, f"docs/pack-format.md does not name {missing}"
+        missing = [name for name in sorted(names) if f"`{name}`" not in self.text + self.figures]
+        assert not missing, f"docs/pack-format.md and docs/cli.md do not name {missing}"
 
     def test_every_field_of_a_manifest(self, everything):
         manifest = json.loads((everything / "subspace_config.json").read_text())
@@ -516,7 +519,8 @@ class TestSpecification:
         files = {path.name for path in (everything / "adapters" / "a").iterdir()}
         assert "carried.safetensors" in files
         config = json.loads((everything / "adapters" / "a" / "adapter_config.json").read_text())
-        self.assert_named({"subspace_config.json", "README.md", ".lock"} | files | set(config))
+        self.assert_named({"subspace_config.json", "README.md", ".lock"} | files)
+        self.assert_named(config.keys() - LoraConfig.__dataclass_fields__.keys())
 
     def test_every_kind_of_tensor(self, everything):
         (path,) = everything.glob("subspace-*.safetensors")
