@@ -84,8 +84,8 @@ class TestCommandLine:
             assert all(f"`eigenlorax {spelling}`" in CLI for spelling in parameter.opts)
 
     def test_methods_that_are_compared(self):
-        text = section(CLI, "`eigenlorax compare`").partition("| field |")[0]
-        assert re.findall(r"^\| `([a-z-]+)` \|", text, flags=re.MULTILINE) == list(search_space.LEARNING_RATES)
+        text = section(CLI, "`eigenlorax compare`").partition("results file")[0]
+        assert re.findall(r"^- `([a-z-]+)`:", text, flags=re.MULTILINE) == list(search_space.LEARNING_RATES)
 
     def test_every_error_is_beside_its_exit_code(self):
         rows = dict(re.findall(r"^\| (\d+) \| (.*) \|$", section(CLI, "Exit codes"), flags=re.MULTILINE))
