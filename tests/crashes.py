@@ -22,6 +22,7 @@ from safetensors.torch import save as to_safetensors
 
 import children
 import eigenlorax as ex
+import gguf_models
 import lora_files
 from adapters import make_adapter
 from children import Done, at_change, changes_within
@@ -54,6 +55,11 @@ VERBS = {
     "export in place": "export {pack} -o {place}/loras --overwrite",
     "export files": "export {place}/styles -o {place}/fresh",
     "export files in place": "export {place}/styles -o {place}/files --overwrite",
+    "export as mlx": "export {place}/texts -o {place}/fresh --format mlx",
+    "export as gguf": "export {place}/texts -o {place}/fresh --format gguf --base-config {base}",
+    "export as gguf in place": "export {place}/texts -o {place}/files --format gguf --base-config {base} --overwrite",
+    "convert": "convert {place}/files/f.gguf {place}/fresh --to mlx --base-config {base}",
+    "convert in place": "convert {place}/files/f.gguf {place}/files/german --to mlx --base-config {base} --overwrite",
     "export a version": "export {place}/runs run@20 -o {place}/fresh",
     "merge": "merge {pack} alpha beta -o {place}/fresh",
     "merge in place": "merge {pack} alpha beta -o {place}/loras/alpha --overwrite",
@@ -117,7 +123,6 @@ NOT_KILLED = {
     "train": "adds an adapter as `add` does; the rest is the Trainer of transformers",
     "compare": "writes one file as `report` does, after each training",
     "demo": "fits and exports as those do",
-    "convert": "writes one adapter as `export` does",
 }
 """Verbs of the command that are not among them, and why."""
 
@@ -204,6 +209,7 @@ class Crashes:
         images = ex.fit(styles, n_components=4, warn_above=1.0)
         images.save(self._before / "styles")
         images.export(self._before / "files", dtype="float16")
+        self._make_texts()
         checkpoints = make_run(self._scratch / "trained" / "run", range(10, 70, 10))
         # with one checkpoint that is not in the history
         longer = shutil.copytree(self._scratch / "trained" / "run", self._scratch / "longer" / "run")
@@ -217,6 +223,15 @@ class Crashes:
         members = {"a": checkpoints[1], "b": checkpoints[2]}
         ex.fit(members, reference=checkpoints[0]).save(self._before / "users")
 
+    def _make_texts(self) -> None:
+        """Make a pack of a language model's adapters, and files of two: in GGUF, and of mlx-lm."""
+        gguf_models.write_config(self._scratch / "base")
+        texts = [gguf_models.adapter(name=name, rank=rank) for name, rank in (("french", 3), ("german", 2))]
+        ex.fit(texts, n_components=4, warn_above=1.0).save(self._before / "texts")
+        french = self._before / "files" / "f"
+        ex.write_adapter(texts[0], french, format="gguf", dtype="float16", base_config=self._scratch / "base")
+        ex.write_adapter(texts[1], self._before / "files" / "german", format="mlx")
+
     def _copy(self) -> None:
         shutil.rmtree(self._place.parent, ignore_errors=True)
         self._place.parent.mkdir()
@@ -225,7 +240,11 @@ class Crashes:
     def _arguments(self, verb: str) -> list[str]:
         pack = self._place / "pack"
         run = self._scratch / "longer" / "run"
-        return VERBS[verb].format(place=self._place, pack=pack, sources=self._sources, run=run).split()
+        return (
+            VERBS[verb]
+            .format(place=self._place, pack=pack, sources=self._sources, run=run, base=self._scratch / "base")
+            .split()
+        )
 
     def _fork(self, verb: str, prepare: Callable[[], object] = int, more: tuple[str, ...] = ()) -> Done:
         def run() -> None:

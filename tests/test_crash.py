@@ -15,7 +15,7 @@ from crashes import NOT_KILLED, VERBS, Crashes, digest_of
 from eigenlorax.cli.main import VERBS as ALL_VERBS
 from runs import make_run
 
-CASES, SEED = 72, 19
+CASES, SEED = 78, 19
 pytestmark = [pytest.mark.slow, needs_fork, pytest.mark.usefixtures("without_shape_checks")]
 
 
