@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
+from eigenlorax.cli import main
 from eigenlorax.errors import FormatError, NonFiniteError, OptionError, ShapeError, SourceWarning
 
 RANK, SCALE = 5, 7.3
@@ -286,3 +287,12 @@ def test_a_series_of_checkpoints_is_tracked(tmp_path):
     shutil.copy(run / "0000200_adapters.safetensors", run / "adapters.safetensors")
     os.utime(run / "adapters.safetensors", (1_000_000_000, 1_000_000_000))
     assert len(ex.track(run, tmp_path / "second").appended) == 2
+
+
+def test_a_note_is_printed_once(tmp_path, capsys):
+    old = {"rank": RANK, "alpha": 16, "dropout": 0.0, "scale": 10.0}
+    for step in (100, 200, 300):
+        save(tmp_path / "run", planted(seed=step), file=f"{step:07d}_adapters.safetensors", lora_parameters=old)
+    with pytest.raises(SystemExit):
+        main(["track", str(tmp_path / "run"), "-o", str(tmp_path / "history")])
+    assert capsys.readouterr().err.count("alpha in lora_parameters is ignored") == 1

@@ -269,8 +269,9 @@ def working(action: str = "", seconds: float = 0.0) -> Iterator[Callable[[str, i
 
                 yield report
         finally:
-            for warning in caught:
-                note(str(warning.message))
+            # a verb reads some files more than once
+            for message in dict.fromkeys(str(warning.message) for warning in caught):
+                note(message)
 
 
 def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
