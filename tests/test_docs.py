@@ -226,14 +226,6 @@ def test_examples_run(page, block, tmp_path, monkeypatch):
     assert any(tmp_path.iterdir()), "an example leaves something in its folder"
 
 
-def test_what_the_page_on_serving_shows_is_in_the_examples():
-    lines = [line.strip() for line in (ROOT / "examples/serve_ray.py").read_text("utf-8").splitlines()]
-    text = section((DOCS / "vllm.md").read_text("utf-8"), "Ray Serve")
-    shown = [line.strip() for line in text.splitlines() if line.startswith("    ")]
-    assert len(shown) >= 4
-    assert set(shown) <= set(lines)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=by_path)
 def test_lines_are_short(page):
     # what benchmarks/table.py and experiments/tables.py write is not wrapped
