@@ -14,20 +14,8 @@ from eigenlorax import errors
 from eigenlorax.cli import command_line
 from eigenlorax.cli.goals import GOALS
 from eigenlorax.cli.main import IO_ERROR
-from eigenlorax.core import update_changes
-from eigenlorax.fitting import refit
-from eigenlorax.pack import history, history_figures, manifest, prune, record, summary, track
-from eigenlorax.search import match
-from eigenlorax.serving.vllm import checking, plan
-from eigenlorax.train import (
-    comparison_summary,
-    demo,
-    evaluate,
-    figures,
-    method_comparison,
-    search_space,
-    training_record,
-)
+from eigenlorax.pack import manifest
+from eigenlorax.train import search_space
 from runs import make_run, write_states
 
 ROOT = Path(__file__).parent.parent
@@ -96,44 +84,6 @@ class TestCommandLine:
             assert f"`{one.__name__}`" in rows[str(one.exit_code)]
         assert "`OSError`" in rows[str(IO_ERROR)]
         assert {"0", "1", "2"} <= rows.keys()
-
-    @pytest.mark.parametrize(
-        ("of", "title"),
-        [
-            (summary.Summary, "A pack's figures"),
-            (summary.Components, "A pack's figures"),
-            (summary.Errors, "A pack's figures"),
-            (summary.Bytes, "A pack's figures"),
-            (summary.FileBytes, "A pack's figures"),
-            (manifest.FitInfo, "A pack's figures"),
-            (record.Record, "A pack's figures"),
-            (history_figures.HistoryFigures, "`eigenlorax inspect`"),
-            (refit.Change, "`eigenlorax refit`"),
-            (track.Tracked, "`eigenlorax track`"),
-            (history.VersionRecord, "`eigenlorax log`"),
-            (update_changes.AdapterChange, "`eigenlorax diff`"),
-            (update_changes.UpdateChange, "`eigenlorax diff`"),
-            (prune.Pruned, "`eigenlorax prune`"),
-            (demo.Outcome, "`eigenlorax demo`"),
-            (training_record.TrainingResult, "`eigenlorax train`"),
-            (evaluate.EvaluationResult, "`eigenlorax evaluate`"),
-            (figures.ClassificationFigures, "`eigenlorax evaluate`"),
-            (figures.LanguageModelFigures, "`eigenlorax evaluate`"),
-            (method_comparison.ComparisonResult, "`eigenlorax compare`"),
-            (match.Match, "`eigenlorax find`"),
-            (comparison_summary.MethodSummary, "`eigenlorax compare`"),
-            (comparison_summary.Difference, "`eigenlorax compare`"),
-            (checking.Check, "`eigenlorax serve-check`"),
-            (checking.ServingMode, "`eigenlorax serve-check`"),
-            (plan.Plan, "`eigenlorax serve-check`"),
-            (plan.Choices, "`eigenlorax serve-check`"),
-            (plan.MemoryUse, "`eigenlorax serve-check`"),
-        ],
-        ids=lambda value: getattr(value, "__name__", ""),
-    )
-    def test_every_field_of_the_json(self, of, title):
-        for field in dataclasses.fields(of):
-            assert f"`{field.name}`" in section(CLI, title), f"docs/cli.md: {field.name} of {of.__name__}"
 
 
 @pytest.mark.parametrize("of", [manifest.SubspaceInfo, manifest.SideInfo])

@@ -1,12 +1,13 @@
 """The site: every page has its place, every public name its reference, every term its explanation."""
 
+import dataclasses
 import re
 import runpy
 from pathlib import Path
 
 import pytest
 import typer
-from docs_site import glossary_tooltips
+from docs_site import glossary_tooltips, json_reference
 
 import eigenlorax
 from eigenlorax.cli import command_line
@@ -22,7 +23,7 @@ EVERYDAY = {"fit", "side", "version", "history", "subspace", "pack", "k", "popul
 
 def test_the_navigation_has_every_page():
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
-    assert NAVIGATION - {"reference/commands.md"} == pages
+    assert NAVIGATION - {"reference/commands.md", "reference/json.md"} == pages
 
 
 def test_the_reference_has_every_public_name_once():
@@ -42,6 +43,28 @@ def test_the_reference_of_the_command_line_has_every_option():
         for parameter in verb.params:
             for spelling in parameter.opts if parameter.param_type_name == "option" else ():
                 assert re.search(rf"`{spelling}[ `]", text), (name, spelling)
+
+
+@pytest.mark.parametrize(
+    "of", [one for classes in json_reference.SECTIONS.values() for one in classes], ids=lambda of: of.__name__
+)
+def test_the_reference_of_the_json_has_every_field(of):
+    names = [field.name for field in dataclasses.fields(of)]
+    assert names
+    text = json_reference.markdown().partition(f"\n### {of.__name__}\n")[2].partition("\n### ")[0]
+    assert [name for name, meaning in re.findall(r"^- `(\w+)` \(`.+?`\): (.+)$", text, re.MULTILINE)] == names
+
+
+def test_the_reference_of_the_json_has_sections_of_verbs():
+    verbs = typer.main.get_command(command_line()).commands
+    titles = [title for title in json_reference.SECTIONS if title.startswith("`")]
+    assert {title.strip("`").removeprefix("eigenlorax ") for title in titles} <= verbs.keys()
+
+
+def test_classes_that_the_page_of_the_command_line_names_are_in_the_reference():
+    names = set(re.findall(r"class `(\w+)`", (DOCS / "cli.md").read_text("utf-8")))
+    assert len(names) > 5
+    assert names <= {of.__name__ for classes in json_reference.SECTIONS.values() for of in classes}
 
 
 def test_the_glossary_explains_each_term_briefly():
