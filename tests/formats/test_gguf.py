@@ -1,9 +1,11 @@
 """LoRAs in GGUF: against files that llama.cpp's converter wrote, an oracle in float64, and gguf's own reader."""
 
+import json
 import pickle
 import re
 import struct
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import gguf
@@ -18,7 +20,12 @@ from eigenlorax.formats.gguf.architectures import ARCHITECTURES
 
 REFERENCES = Path(__file__).parent.parent / "data" / "gguf"
 """Files of llama.cpp's `convert_lora_to_gguf.py --outtype TYPE --base BASE FOLDER`, where BASE has the config of
-`gguf_models` and FOLDER, called french, is its adapter as PEFT saves it, with `base_model: org/tiny-1B` in its card."""
+`gguf_models` and FOLDER, called french, is its adapter as PEFT saves it, with `base_model: org/tiny-1B` in its card.
+
+`converted.json` has the SHA-256 of more of them, by the llama.cpp in llama_cpp_python 0.3.36; BASE also has the fields
+that the converter requires: `rms_norm_eps`, and the multipliers of Granite, all 1. GPT-2 is not among them: the
+converter transposes its factors, whose shapes then do not fit the weights."""
+LAYERS_OF = {name: each.layers for name, each in ARCHITECTURES.items()}
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -59,6 +66,16 @@ class TestWritten:
         path = write(models.adapter(rank=rank), tmp_path, dtype=dtype)
         assert path.name == "french.gguf"
         assert path.read_bytes() == (REFERENCES / f"llama-{file}.gguf").read_bytes()
+
+    @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "GPT2LMHeadModel"])
+    def test_is_what_the_converter_writes_for_each_architecture_and_dtype(self, tmp_path, architecture):
+        digests = json.loads((REFERENCES / "converted.json").read_text())[architecture]
+        dtypes = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
+        assert digests.keys() == dtypes.keys()
+        for kind, dtype in dtypes.items():
+            adapter = models.adapter(architecture, rank=32 if kind == "q8_0" else 4, layers=LAYERS_OF[architecture])
+            path = write(adapter, tmp_path / kind, architecture=architecture, dtype=dtype)
+            assert sha256(path.read_bytes()).hexdigest() == digests[kind]
 
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
     def test_has_every_update_of_the_adapter_under_its_name(self, tmp_path, architecture):
