@@ -68,11 +68,13 @@ def test_the_error_of_eight_bits_is_that_of_the_file(tmp_path):
     assert pack.export_errors("french", "q8_0").rounding == pytest.approx((error / square) ** 0.5, rel=1e-6)
 
 
-def test_convert_writes_it_and_reads_it_back(pack, tmp_path):
+def test_convert_writes_it_and_reads_it_back(pack, tmp_path, capsys):
     base = ["--base-config", tmp_path / "base"]
     pack.export(tmp_path / "loras", ["french"])
     run("convert", tmp_path / "loras/french", tmp_path / "f.gguf", "--to", "gguf", *base)
-    run("convert", tmp_path / "f.gguf", tmp_path / "again", "--to", "peft", *base)
+    capsys.readouterr()
+    run("convert", tmp_path / "f.gguf", tmp_path / "again", "--to", "peft", *base, "--json")
+    assert json.loads(capsys.readouterr().out)["from"] == "gguf"
     first, again = (ex.read_adapter(tmp_path / path) for path in ("loras/french", "again"))
     for module, factors in first.modules.items():
         assert torch.equal(again.modules[module].down, factors.down)

@@ -30,12 +30,13 @@ def convert(
             help="Format to write: peft, mlx, gguf, kohya, diffusers, diffusers-old or diffusion-model.",
         ),
     ],
-    source_format: Annotated[
+    stated_format: Annotated[
         str | None,
         typer.Option("--from", metavar="FORMAT", help="Format of IN (default: found by its files and tensors)."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="Dtype of the LoRA factors (default: that of IN).")
+        str | None,
+        typer.Option(metavar="DTYPE", help="Dtype of the LoRA factors; q8_0 for gguf (default: that of IN)."),
     ] = None,
     base_config: Annotated[
         Path | None,
@@ -52,7 +53,7 @@ def convert(
 ) -> None:
     """Write an adapter in another format. What the format cannot represent is an error that names the tensor."""
     from ..core import keys
-    from ..formats import format_of, hub_client, read_adapter, writable, write_adapter
+    from ..formats import hub_client, read_adapter, source_format, writable, write_adapter
 
     hub_client.check_exists(source)
     writable(to)
@@ -60,7 +61,7 @@ def convert(
         name = hub_client.adapter_name(source)
         adapter = read_adapter(
             source,
-            format=source_format,
+            format=stated_format,
             name=name if keys.is_valid_name(name) else "adapter",
             allow_pickle=allow_pickle,
             revision=revision,
@@ -69,7 +70,7 @@ def convert(
         written = write_adapter(adapter, target, format=to, dtype=dtype, base_config=base_config, overwrite=overwrite)
     document = {
         "written": str(written),
-        "from": format_of(adapter.origin),
+        "from": source_format(source, adapter),
         "to": to,
         "modules": len(adapter.specs),
         "ranks": list(adapter.ranks),

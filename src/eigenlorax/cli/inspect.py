@@ -185,7 +185,7 @@ def _print_adapters(listed: "Manifest") -> None:
 
 
 def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
-    figures = _figures(adapter)
+    figures = _figures(adapter, target)
     if json:
         console.print_json({"adapter": target, **figures})
         return
@@ -210,9 +210,9 @@ def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
     )
 
 
-def _figures(adapter: "Adapter") -> dict[str, Any]:
+def _figures(adapter: "Adapter", source: str) -> dict[str, Any]:
     from ..core.dtypes import name as dtype_name
-    from ..formats import checks, format_of
+    from ..formats import checks, source_format
 
     scan = checks.scan(adapter)
     specs = adapter.specs.values()
@@ -220,7 +220,7 @@ def _figures(adapter: "Adapter") -> dict[str, Any]:
     return {
         "base_model": adapter.base_model,
         "revision": adapter.revision,
-        "format": format_of(adapter.origin),
+        "format": source_format(source, adapter),
         "family": checks.family(adapter),
         "metadata": dict(adapter.origin.metadata) if adapter.origin is not None else {},
         "modules": len(adapter.specs),

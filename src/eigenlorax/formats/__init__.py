@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         file_names,
         format_of,
         read_adapter,
+        source_format,
         writable,
         write_adapter,
     )
@@ -31,6 +32,7 @@ __all__ = [
     "file_names",
     "format_of",
     "read_adapter",
+    "source_format",
     "writable",
     "write_adapter",
 ]

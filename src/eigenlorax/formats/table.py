@@ -197,6 +197,16 @@ def format_of(origin: Origin | None) -> str:
     return origin.format if origin is not None else PEFT
 
 
+def source_format(source: str, adapter: Adapter) -> str:
+    """Return the format of the folder or file that an adapter was read from.
+
+    An adapter of a GGUF file has the names and shapes of PEFT, so that it is exported in that format: GGUF would need
+    the base model's config.
+    """
+    is_gguf = source.lower().endswith(keys.GGUF_SUFFIX) and not Path(source).is_dir()
+    return GGUF if is_gguf else format_of(adapter.origin)
+
+
 def writable(name: str) -> Format:
     """Return a format by name; raise `OptionError` if it is unknown or can only be read."""
     chosen = FORMATS.get(name)
