@@ -141,6 +141,14 @@ def test_magnitudes_of_dora_go_where_the_format_has_them(tmp_path, source):
         ex.write_adapter(adapter, tmp_path / "out", format="gguf", base_config=models.config())
 
 
+@pytest.mark.parametrize("target", ["mlx", "gguf"])
+def test_a_weight_that_peft_saves_with_an_embedding_is_an_error_that_says_what_to_do(tmp_path, target):
+    key = "base_model.model.lm_head.base_layer.weight"
+    adapter = replace(text_adapter("plain"), heads={key: torch.ones(3, 2)})
+    with pytest.raises(OptionError, match=rf"{key}.*save_embedding_layers=False"):
+        ex.write_adapter(adapter, tmp_path / "out", format=target, base_config=models.config())
+
+
 STRANGERS = {
     "gpt2": models.config("GPT2LMHeadModel", num_hidden_layers=12),
     "bert-base-uncased": None,

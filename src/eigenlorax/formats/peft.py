@@ -332,6 +332,16 @@ def to_files(adapter: Adapter, *, dtype: torch.dtype | None = None) -> dict[str,
     }
 
 
+def base_weight_hint(key: str) -> str:
+    """Return what to do about a tensor that PEFT saves beside a LoRA of an embedding or an output layer, or nothing."""
+    if not key.endswith(".base_layer.weight"):
+        return ""
+    return (
+        " It is the base model's weight, which PEFT saves with a LoRA of an embedding or output layer. If no tokens "
+        "were added, save the adapter again by save_pretrained(…, save_embedding_layers=False)."
+    )
+
+
 def finite(factor: Tensor, where: str) -> Tensor:
     """Return a copy of a LoRA factor; raise `NonFiniteError` if it has NaN or Inf."""
     copy = owned(factor)

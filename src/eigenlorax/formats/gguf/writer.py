@@ -21,7 +21,7 @@ from ...core.adapter import Adapter, LazyMapping, LoRAFactors
 from ...errors import FormatError, OptionError
 from .. import hub_client, lora_config
 from ..lora_config import ScalingConfig
-from ..peft import finite
+from ..peft import base_weight_hint, finite
 from . import row_order
 from .architectures import OUTPUT, BaseModel, package
 from .reader import ALORA_TOKENS, EMBEDDING, SIDES
@@ -171,8 +171,8 @@ def _check_complete(adapter: Adapter, base: BaseModel) -> None:
         if key not in embedding:
             raise OptionError(
                 f"adapter {adapter.name!r} has {key!r}, which llama.cpp does not apply: of an adapter, it takes the "
-                "factors lora_A and lora_B of linear layers and of the token embedding. Merge the adapter into the "
-                "base model, and convert that, or export it in the format 'peft'."
+                f"factors lora_A and lora_B of linear layers and of the token embedding.{base_weight_hint(key)} Merge "
+                "the adapter into the base model, and convert that, or export it in the format 'peft'."
             )
     for option in ("use_dora", "layer_replication"):
         if adapter.config.get(option):

@@ -19,7 +19,7 @@ from ...core.adapter import Adapter, LazyMapping, LoRAFactors, padded
 from ...errors import FormatError, OptionError, SourceWarning
 from .. import safetensors_file
 from ..lora_config import ScalingConfig
-from ..peft import finite, owned
+from ..peft import base_weight_hint, finite, owned
 from . import config
 from .reader import LORA_A, LORA_B, MAGNITUDE
 
@@ -143,7 +143,8 @@ def _split(key: str) -> tuple[str, str]:
 def _contents(adapter: Adapter) -> _Contents:
     """Sort an adapter's tensors; raise `OptionError` for one that mlx-lm cannot represent."""
     if adapter.heads:
-        raise _no_place(adapter, f"the tensor {next(iter(adapter.heads))!r} beside its LoRA")
+        key = next(iter(adapter.heads))
+        raise _no_place(adapter, f"the tensor {key!r} beside its LoRA", base_weight_hint(key))
     parts: dict[str, dict[str, str]] = {}
     for key in adapter.carried:
         module, part = _split(key)
@@ -175,9 +176,9 @@ def _contents(adapter: Adapter) -> _Contents:
     return contents
 
 
-def _no_place(adapter: Adapter, tensor: str) -> OptionError:
+def _no_place(adapter: Adapter, tensor: str, hint: str = "") -> OptionError:
     return OptionError(
-        f"adapter {adapter.name!r} has {tensor}, which adapters of mlx-lm cannot contain. Write it in the format "
+        f"adapter {adapter.name!r} has {tensor}, which adapters of mlx-lm cannot contain.{hint} Write it in the format "
         "'peft'."
     )
 
