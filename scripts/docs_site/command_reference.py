@@ -27,11 +27,11 @@ def markdown() -> str:
 
 
 def _goals() -> str:
-    rows = (
-        f"| {goal.purpose} | {'<br>'.join(f'`{_cell(command)}`' for command in goal.commands)} | {_cell(goal.cost)} |\n"
-        for goal in GOALS
-    )
-    return "\n| to | run | cost and limits |\n| --- | --- | --- |\n" + "".join(rows)
+    parts = []
+    for goal in GOALS:
+        commands = "".join(f"    {command}\n" for command in goal.commands)
+        parts.append(f"\n**{goal.purpose}**\n\n{commands}\n{_cell(goal.cost)}\n")
+    return "\n## Which command\n" + "".join(parts)
 
 
 def _section(name: str, verb: Any) -> str:
