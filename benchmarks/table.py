@@ -18,6 +18,7 @@ import find_tables
 import growth_tables
 import history_tables
 import measured
+import merging_tables
 import profile_tables
 import recorded
 import training_memory_tables
@@ -34,6 +35,7 @@ BYTES, CORES, HISTORIES, PROFILE, CODED_FIT, GROWTH, FILE_BYTES = (
 )
 TRAINING_MEMORY = RESULTS / "training_memory.json"
 FIND = RESULTS / "find.json"
+MERGING, MERGING_REFERENCES = RESULTS / "merging.json", RESULTS / "merging_references.json"
 WHO = ("bank", "peft", "tuner")
 
 Json = dict[str, Any]
@@ -66,6 +68,9 @@ def main() -> int:
             json.loads(CODED_FIT.read_text(encoding="utf-8"))
         ),
         (docs / "benchmarks.md", "growth"): growth_tables.markdown(json.loads(GROWTH.read_text(encoding="utf-8"))),
+        (docs / "merging.md", "speed"): merging_tables.markdown(
+            *(json.loads(path.read_text(encoding="utf-8")) for path in (MERGING, MERGING_REFERENCES))
+        ),
         (docs / "find.md", "results"): find_tables.markdown(json.loads(FIND.read_text(encoding="utf-8"))),
         (docs / "histories.md", "results"): history_tables.page(histories),
         (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
