@@ -34,8 +34,9 @@ def markdown(merging: Json, references: Json) -> str:
         "Llama-3.1-8B, processor time of one thread, the comparison with random adapters included; relative difference "
         f"of the results. Peak memory {peaks[0]:.0f} MiB, with full matrices {peaks[1]:,.0f} MiB. "
         f"`{merging['command']}`; {where['processor']}, torch {where['torch']}.\n\n"
-        f"{table(('program', *header[1:3], 'theirs, s', '', 'difference'), others)}\n\n{references['adapters']} adapters; "
-        f"theirs from the product of the factors to the cut. mergekit {references['mergekit']}. `{references['command']}`."
+        f"{table(('program', *header[1:3], 'theirs, s', '', 'difference'), others)}\n\n"
+        f"{references['adapters']} adapters; theirs from the product of the factors to the cut. "
+        f"mergekit {references['mergekit']}. `{references['command']}`."
     )
 
 
