@@ -122,6 +122,7 @@ NOT_KILLED = {
     "pull": "saves a pack as `augment` does; the rest is the Hub's library",
     "train": "adds an adapter as `add` does; the rest is the Trainer of transformers",
     "compare": "writes one file as `report` does, after each training",
+    "app": "saves packs in a temporary folder",
     "demo": "fits and exports as those do",
 }
 """Verbs of the command that are not among them, and why."""

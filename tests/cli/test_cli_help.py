@@ -30,6 +30,8 @@ from runs import make_run, write_states
 VERBS = list(typer.main.get_command(command_line()).commands)
 EXAMPLES = {verb: importlib.import_module(f"eigenlorax.cli.{verb.replace('-', '_')}").EXAMPLES for verb in VERBS}
 ON_HUB = ("push", "pull")
+SERVING = ("app",)
+"""Verbs that run until they are interrupted: `tests/app/test_app_server.py`."""
 SOME_ADAPTERS = ("acl-arc-a", "banking77-a", "clinc-home", "clinc-work", "sms-spam-a", "sms-spam-b")
 """Those of the demo that the examples run on."""
 
@@ -98,6 +100,7 @@ def test_the_verbs_are_these():
         "push",
         "pull",
         "serve-check",
+        "app",
         "demo",
         "env",
     ]
@@ -168,7 +171,7 @@ def test_options_are_in_panels_with_the_most_used_ones_first(cli, verb, first, p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ON_HUB])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ON_HUB + SERVING])
 def test_the_examples_of_a_verb_run(cli, demo_folder, tmp_path, monkeypatch, without_shape_checks, verb):
     for package in ("accelerate", "scipy", "matplotlib"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[demo]'")

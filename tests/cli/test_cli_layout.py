@@ -251,7 +251,7 @@ def test_figures_of_the_demo_are_whole(place):
 
 def test_every_verb_is_among_them():
     lines = [*LINES, *CHANGES, *REFUSED, *TRAINED]
-    assert {line.split()[0] for line in lines} | {"demo"} == set(VERBS)
+    assert {line.split()[0] for line in lines} | {"app", "demo"} == set(VERBS)
 
 
 def test_nothing_is_wrapped_where_stdout_is_no_terminal(place, cli, monkeypatch):

@@ -159,6 +159,8 @@ LINES = [
     "restore HISTORY run@10 -o NEW",
     "restore HISTORY NOWHERE -o NEW",
     "serve-check PACK --model NOWHERE",
+    "app --host NOWHERE",
+    "app --max-upload NOWHERE",
     "demo --keep PLACE",
     "env",
     "env NOWHERE",

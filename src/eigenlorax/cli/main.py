@@ -42,6 +42,7 @@ VERBS = (
     "push",
     "pull",
     "serve-check",
+    "app",
     "demo",
     "env",
 )
