@@ -176,6 +176,13 @@ def test_examples_run(page, block, tmp_path, monkeypatch):
     assert any(tmp_path.iterdir()), "an example leaves something in its folder"
 
 
+def test_the_pages_have_at_most_30000_words():
+    """Tables that are made from result files are not counted."""
+    made = re.compile(r"<!-- ([\w:-]+?)(?::begin)? -->.*?<!-- (?:\1:end|/experiment) -->", re.DOTALL)
+    words = {by_path(page): len(made.sub("", page.read_text("utf-8")).split()) for page in PAGES}
+    assert sum(words.values()) <= 30_000, words
+
+
 @pytest.mark.parametrize("page", PAGES, ids=by_path)
 def test_lines_are_short(page):
     # what benchmarks/table.py and experiments/tables.py write is not wrapped
