@@ -21,7 +21,7 @@ ELSEWHERE = {
     "text-column": "Columns.text",
 }
 """Options of the command that have another name in Python."""
-OTHERS = {"enable-lora", "ink-", "ink-series-", "lora-target-modules", "max-lora-rank", "upgrade"}
+OTHERS = {"enable-lora", "ink-", "ink-series-", "lora-target-modules", "max-lora-rank", "model-impl", "upgrade"}
 """Flags of vLLM's own command and of pip, and the starts of variables in a page's style."""
 COMMANDS = re.compile(r"`(eigenlorax|hf|pip) [^`]*`|\(eigenlorax fit … [^)]*\)")
 FLAG = re.compile(r"(?<![\w-])-(-[a-z][a-z-]+|k\b)")

@@ -72,6 +72,9 @@ def is_adapter(location: AdapterLocation) -> bool:
         return config.is_adapter(folder)
     if (file == keys.MLX_WEIGHTS or keys.MLX_CHECKPOINT.fullmatch(file)) and config.is_adapter(folder):
         return True
+    # the reader of single files says what is missing
+    if not folder.is_file(file):
+        return False
     try:
         return any(name.endswith(f".{LORA_A}") for name in ranges.open_tensors(folder.file(file)).entries)
     except FormatError:
