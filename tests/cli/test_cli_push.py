@@ -74,11 +74,14 @@ class TestPush:
             "small",
             "--message",
             "two of them",
+            "--license",
+            "mit",
         ]
         assert json_of(online("push", pack, "me/new", *options, "--json", **TOKEN))["adapters"] == ["alpha", "beta"]
         assert hub.log == [{"repo": "me/new", "revision": "small", "message": "two of them"}]
         assert ex.Pack.open(hub.repos["me/new"]["small"]).names == ["alpha", "beta"]
         assert "me/new" in hub.private
+        assert '\nlicense: "mit"\n' in (hub.repos["me/new"]["small"] / "README.md").read_text()
 
     def test_an_error_is_one_message(self, online, hub, pack):
         before = contents(pack)

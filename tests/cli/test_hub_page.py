@@ -37,7 +37,7 @@ def test_the_page_on_the_hub(pack, online, hub):
             succeeded(run(online, language, line))
     assert ex.Pack.open(hub.repos["org/name"]["main"]).names == ["alpha", "beta"]
     card = (hub.repos["org/name"]["main"] / "README.md").read_text("utf-8")
-    assert "license: apache-2.0" in card
+    assert 'license: "apache-2.0"' in card
     assert "eigenlorax export org/name" in card
     assert Path("offline/beta/adapter_config.json").read_bytes() == Path("loras/beta/adapter_config.json").read_bytes()
 

@@ -419,6 +419,11 @@ class TestPush:
         assert 'base_model: "org/base"' in card
         assert 'ex.Pack.open(".")' in (local / CARD).read_text()
 
+    def test_the_card_states_a_licence(self, push, hub):
+        succeeded(push(license="cc-by-4.0"))
+        assert '\nlicense: "cc-by-4.0"\n' in (hub.repos["org/new"]["main"] / CARD).read_text().partition("---\n\n")[0]
+        assert "OptionError: license (--license) is 'MIT licence'" in push(license="MIT licence").err
+
     @pytest.mark.parametrize("base", ["/home/me/base", "./base", "~/base", "a/b/c", "größe des modells"])
     def test_a_base_model_that_the_hub_has_no_page_for(self, push, hub, tmp_path, base):
         adapter = make_adapter(tmp_path / "one", seed=1, base=base)

@@ -9,6 +9,7 @@ from . import arguments, console, verbs
 EXAMPLES = """
 eigenlorax push pack/ org/name
 eigenlorax push pack/ org/spam --adapter sms-spam-a --private
+eigenlorax push pack/ org/name --license apache-2.0
 """
 
 
@@ -35,6 +36,13 @@ def push(
     revision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Branch to push to; created if it does not exist.")
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="Licence that the model card states, such as apache-2.0. Each push writes the card again.",
+        ),
+    ] = None,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="Commit message.")] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of pushing to the branch.")
@@ -56,6 +64,7 @@ def push(
             revision=revision,
             commit_message=message,
             create_pr=create_pr,
+            license=license,
         )
     if json:
         console.print_json(

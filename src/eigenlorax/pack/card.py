@@ -14,17 +14,18 @@ _LICENCE = (
     "## Licence",
     "",
     "A pack is derived from its adapters, and they from their base model and their data: the licences of all of them "
-    "hold for it. The pack does not record them. Whoever publishes it should state `license` in the metadata of this "
-    "card, and name the authors and licences of the adapters.",
+    "hold for it. The pack does not record them. Whoever publishes it should state a licence (`eigenlorax push "
+    "--license`), and name the authors and licences of the adapters.",
 )
 
 
-def render(listed: Manifest, repo_id: str | None = None) -> str:
+def render(listed: Manifest, repo_id: str | None = None, license: str | None = None) -> str:
     """Return the model card: front matter, contents and errors of the pack, and code that loads it.
 
     Args:
         listed: Manifest of the pack.
         repo_id: Repository from which the code loads the pack; None for the folder of the card.
+        license: Identifier of the licence on the Hub, such as "apache-2.0"; None to state none.
     """
     figures = summary.summarize_manifest(listed)
     how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id)
@@ -32,17 +33,27 @@ def render(listed: Manifest, repo_id: str | None = None) -> str:
     contents = [*_figures(figures), *_adapters(listed)]
     if listed.histories and not listed.adapters and not listed.subspace.modules:
         contents = _title_of_histories(figures)
-    lines = [*_front_matter(listed, figures.family), *contents, *_histories(listed), *how_to_use, *_LICENCE, "", form]
+    lines = [
+        *_front_matter(listed, figures.family, license),
+        *contents,
+        *_histories(listed),
+        *how_to_use,
+        *_LICENCE,
+        "",
+        form,
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(listed: Manifest, family: str | None) -> list[str]:
+def _front_matter(listed: Manifest, family: str | None, license: str | None) -> list[str]:
     kinds = ["diffusers", "text-to-image"] if family else ["peft"]
     lines = ["---", "library_name: eigenlorax", "tags:", *(f"- {tag}" for tag in ("eigenlorax", "lora", *kinds))]
     # the Hub rejects a card whose base_model is a path
     if listed.base_model and hub_client.may_be_model(listed.base_model):
         # every JSON string is a valid YAML string
         lines += [f"base_model: {json.dumps(listed.base_model)}", "base_model_relation: adapter"]
+    if license is not None:
+        lines.append(f"license: {json.dumps(license)}")
     if family:
         lines.append("pipeline_tag: text-to-image")
     return [*lines, "---", ""]

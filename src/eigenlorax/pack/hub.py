@@ -1,11 +1,12 @@
 """Packs on the Hub: the files that a download needs, and the files that a push replaces."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import keys
-from ..errors import PackDamagedError, PackMissingError
+from ..errors import OptionError, PackDamagedError, PackMissingError
 from ..formats import hub_client
 from . import card, folder
 from .folder import PackFolder
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 _ADAPTER_FILES = (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.SOURCE_FILE, keys.CARRIED)
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+"""Identifier of a licence in the metadata of a model card."""
 
 
 def fetch(
@@ -125,6 +128,7 @@ def push(
     message: str | None = None,
     token: str | bool | None = None,
     create_pr: bool = False,
+    license: str | None = None,
 ) -> "CommitInfo":
     """Upload a pack in one commit.
 
@@ -139,16 +143,24 @@ def push(
         message: Message of the commit. Default: the number of adapters.
         token: Access token, True for the stored one, False for none. Default: the stored one, if any.
         create_pr: Open a pull request to the main branch, instead of committing to it.
+        license: Identifier of the licence that the model card states, such as "apache-2.0". Default: none.
 
     Returns:
         The commit.
+
+    Raises:
+        OptionError: The licence is no identifier.
     """
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise OptionError(
+            f"license (--license) is {license!r}; expected an identifier of the Hub, such as apache-2.0, mit or other."
+        )
     listed = folder.open_pack(path).manifest
     files = [keys.MANIFEST, *listed.subspace_files, *sorted(listed.version_files)]
     files += [f"{keys.ADAPTERS}/{name}/{file}" for name, entry in listed.adapters.items() for file in entry.files]
 
     def contents(repo: str) -> dict[str, Path | bytes]:
-        text = card.render(listed, repo).encode("utf-8", errors="replace")
+        text = card.render(listed, repo, license).encode("utf-8", errors="replace")
         return {**{file: path / file for file in files}, keys.CARD: text}
 
     return hub_client.commit(

@@ -698,6 +698,7 @@ class Pack(VersionedContents):
         commit_message: str | None = None,
         token: str | bool | None = None,
         create_pr: bool = False,
+        license: str | None = None,
     ) -> "CommitInfo":
         """Upload the pack to a repository on the Hub in one commit, and return the commit.
 
@@ -713,9 +714,11 @@ class Pack(VersionedContents):
             commit_message: Message of the commit. Default: a message with the number of adapters.
             token: Access token, True for the stored one, False for none. Default: the stored one, if any.
             create_pr: Open a pull request to the main branch, instead of committing to it.
+            license: Identifier of the licence that the model card states, such as "apache-2.0". Default: none.
 
         Raises:
             AdapterNameError: The pack has no adapter of a name in `adapters`.
+            OptionError: The licence is no identifier.
 
         Example:
             >>> path = pack.save("pack/")
@@ -735,6 +738,7 @@ class Pack(VersionedContents):
                 message=commit_message,
                 token=token,
                 create_pr=create_pr,
+                license=license,
             )
 
 
