@@ -25,7 +25,6 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     PhiConfig,
-    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -33,6 +32,7 @@ from transformers import (
     StableLmConfig,
     Starcoder2Config,
 )
+from transformers.configuration_utils import PretrainedConfig
 
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.formats import peft
@@ -78,7 +78,7 @@ _UNGATED = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 class Family:
     """One kind of model. suffixes: of the modules that get a LoRA; engine: what vLLM has to be told to serve it."""
 
-    config: Callable[..., PreTrainedConfig]
+    config: Callable[..., PretrainedConfig]
     suffixes: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     fields: Mapping[str, Any] = field(default_factory=lambda: _SHARED)
     engine: Mapping[str, Any] = field(default_factory=dict)
