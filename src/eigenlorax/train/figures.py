@@ -33,8 +33,8 @@ class ClassificationFigures:
         p_value: p-value of the score against predictions that do not depend on the row: of a one-sided binomial test
             against `majority` for accuracy, of a permutation test for other metrics.
         labels: Class names in the order of the head.
-        confusion: Confusion matrix: [i][j] is the number of rows of class i that were predicted as class j. None for
-            more than `CONFUSION_CLASSES` classes.
+        confusion: Confusion matrix: row i, column j is the number of rows of class i that were predicted as class j.
+            None for more than `CONFUSION_CLASSES` classes.
     """
 
     rows: int
