@@ -56,6 +56,7 @@ def add(
     warn_above: arguments.WarnAbove = WARN_ABOVE,
     same_base: arguments.SameBase = False,
     allow_pickle: arguments.AllowPickle = False,
+    base_config: arguments.BaseConfig = None,
     revision: arguments.Revision = None,
     json: arguments.Json = False,
 ) -> None:
@@ -74,6 +75,7 @@ def add(
             warn_above=warn_above,
             progress=progress,
             allow_pickle=allow_pickle,
+            base_config=base_config,
             revision=revision,
         )
     extension = None if extend is None else _extension(before, opened.info)

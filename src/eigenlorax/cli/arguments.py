@@ -105,6 +105,15 @@ AllowPickle = Annotated[
         rich_help_panel=verbs.READING,
     ),
 ]
+BaseConfig = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="For GGUF files of Llama, Mistral and others: folder with the base model's config.json.",
+        parser=path,
+        rich_help_panel=verbs.READING,
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output.")]
 Revision = Annotated[
     str | None,

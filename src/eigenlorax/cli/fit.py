@@ -177,6 +177,7 @@ def fit(
         ),
     ] = False,
     allow_pickle: arguments.AllowPickle = False,
+    base_config: arguments.BaseConfig = None,
     revision: arguments.Revision = None,
     device: arguments.Device = "cpu",
     solver: Annotated[
@@ -263,7 +264,7 @@ def fit(
         "engine": engine,
         "workers": workers,
     }
-    reading: dict[str, Any] = {"allow_pickle": allow_pickle, "revision": revision}
+    reading: dict[str, Any] = {"allow_pickle": allow_pickle, "base_config": base_config, "revision": revision}
     checkpoints, old_manifest = checkpoint.default_folder(output), _manifest(output)
     options["checkpoint"] = None if reference is not None else checkpoints
     is_coded = (

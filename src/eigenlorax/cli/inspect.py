@@ -44,6 +44,7 @@ def inspect(
         ),
     ] = None,
     allow_pickle: arguments.AllowPickle = False,
+    base_config: arguments.BaseConfig = None,
     revision: arguments.Revision = None,
     json: arguments.Json = False,
 ) -> None:
@@ -59,7 +60,8 @@ def inspect(
             folder = remote.open_folder(target, revision=revision)
             folder.verify()
         if verify:
-            _show_verified(target, folder, verify, json, allow_pickle=allow_pickle)
+            reading = {"allow_pickle": allow_pickle, "base_config": base_config}
+            _show_verified(target, folder, verify, json, **reading)
         else:
             _show_pack(target, folder, json)
     elif verify:
@@ -74,6 +76,7 @@ def inspect(
                 target,
                 name=name if keys.is_valid_name(name) else "adapter",
                 allow_pickle=allow_pickle,
+                base_config=base_config,
                 revision=revision,
             )
         _show_adapter(target, adapter, json)

@@ -85,6 +85,7 @@ def merge(
     ] = None,
     same_base: arguments.SameBase = False,
     allow_pickle: arguments.AllowPickle = False,
+    base_config: arguments.BaseConfig = None,
     revision: arguments.Revision = None,
     overwrite: arguments.Overwrite = False,
     json: arguments.Json = False,
@@ -120,7 +121,8 @@ def merge(
             merged = opened.merge(sources[1:], progress=progress, **merging)
         else:
             arguments.check_adapters(sources)
-            merged = _merge_files(sources, merging, progress, allow_pickle=allow_pickle, revision=revision)
+            reading = {"allow_pickle": allow_pickle, "base_config": base_config, "revision": revision}
+            merged = _merge_files(sources, merging, progress, **reading)
         # the result is written last, so that nothing is left behind where it cannot be added
         record = None if add is None or pack is None else _add(pack, add, merged)
         merged.save(output, overwrite=overwrite)

@@ -123,6 +123,7 @@ def refit(
         ),
     ] = None,
     allow_pickle: arguments.AllowPickle = False,
+    base_config: arguments.BaseConfig = None,
     revision: arguments.Revision = None,
     device: arguments.Device = "cpu",
     warn_above: arguments.WarnAbove = WARN_ABOVE,
@@ -135,7 +136,7 @@ def refit(
     started = time.perf_counter()
     opened = Pack.open(pack)
     writer.check_free(output, overwrite)
-    reading = {"allow_pickle": allow_pickle, "revision": revision} if adapters else {}
+    reading = {"allow_pickle": allow_pickle, "base_config": base_config, "revision": revision} if adapters else {}
     by_components = n_components is not None or energy is not None
     is_coded = not by_components and (opened.is_coded or (max_error, max_bytes, ratio) != (None, None, None))
     with console.working("The fit", durations.refit_seconds(opened.records, is_coded=is_coded)) as progress:

@@ -66,6 +66,7 @@ class _MeasureOptions:
             "--full": self.full,
             "--seed": self.seed != 0,
             "--allow-pickle": self.reading["allow_pickle"],
+            "--base-config": self.reading["base_config"] is not None,
             "--revision": self.reading["revision"] is not None,
         }
 
@@ -208,13 +209,14 @@ def report(
     max_length: arguments.MaxLength = None,
     pack_revision: arguments.PackRevision = None,
     allow_pickle: arguments.AllowPickle = False,
+    base_config: arguments.BaseConfig = None,
     revision: arguments.Revision = None,
 ) -> None:
     """Report whether a pack's adapters share a subspace, its errors, the path of its histories, and what to do."""
     from ..pack.pack import Pack
     from ..reports import files, json_document
 
-    reading = {"allow_pickle": allow_pickle, "revision": revision}
+    reading = {"allow_pickle": allow_pickle, "base_config": base_config, "revision": revision}
     measure = _MeasureOptions(adapters or (), reading, _parse_left_out(left_out), full, seed)
     evaluation = _EvaluationOptions(
         targets=evaluate or (),

@@ -8,6 +8,7 @@ OPTIONS = {
     "adapters": "--adapters",
     "allow_pickle": "--allow-pickle",
     "alpha": "--alpha",
+    "base_config": "--base-config",
     "basis": "--basis",
     "batch_size": "--batch-size",
     "carry_missing": "--carry-missing",

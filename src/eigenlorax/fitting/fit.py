@@ -17,6 +17,7 @@ from ..core.progress import Progress
 from ..core.subspace import Subspace
 from ..errors import WARN_ABOVE, OptionError
 from ..formats.sources import Source, Sources
+from ..formats.table import BaseConfig
 from ..pack import manifest
 from ..pack.copies import share_codes, warn_of_copies
 from ..pack.encoding import pack_adapter
@@ -85,6 +86,7 @@ def fit(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     allow_pickle: bool = False,
+    base_config: BaseConfig | None = None,
 ) -> Pack:
     """Find the principal subspace that adapters of one base model share, and encode every adapter in it.
 
@@ -143,7 +145,7 @@ def fit(
         checkpoint: Folder for the results of finished modules. After an interruption, the same call continues there.
             Delete it after the pack is saved.
         progress: Callback with the arguments (stage, done, total).
-        revision, token, cache_dir, local_files_only, allow_pickle: Options of `read_adapter`.
+        revision, token, cache_dir, local_files_only, allow_pickle, base_config: Options of `read_adapter`.
 
     Returns:
         A pack in memory; `Pack.save` writes it.
@@ -173,6 +175,7 @@ def fit(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
         "allow_pickle": allow_pickle,
+        "base_config": base_config,
     }
     options = ReadOptions(name_list(exclude_adapters), name_list(exclude_modules), same_base, skip_bad, reading)
     if reference is not None:

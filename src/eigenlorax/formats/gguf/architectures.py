@@ -207,8 +207,8 @@ def of_gguf(name: str, where: str) -> BaseModel:
         raise FormatError(
             f"{where} is for a base model of architecture {name!r}, whose query and key rows llama.cpp reorders by "
             f"their heads. Pass the folder with the base model's {CONFIG}, which states how many there are: "
-            f"read_adapter(…, base_config='DIR'). On the command line, convert it first: `eigenlorax convert {where} "
-            "OUT --to peft --base-config DIR`."
+            f"base_config='DIR' (--base-config DIR). Or convert it first: `eigenlorax convert {where} OUT --to peft "
+            "--base-config DIR`."
         )
     return BaseModel(architecture, None, {}, is_tied=False, where=where)
 
