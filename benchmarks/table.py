@@ -404,11 +404,10 @@ def sharing_table(demo: Json) -> str:
             f"**trained separately**: {len(demo['outcomes'])} adapters of a MiniLM for several tasks",
             f"**{sum(left_out.values()) / len(left_out):.2f}**",
             f"{demo['summary']['bytes']['ratio']:.1f}× fewer bytes in a pack (`eigenlorax fit`), each within "
-            f"{max(outcome['delta_error'] for outcome in demo['outcomes']):.2f}, by coding alone: no basis for new "
-            "adapters",
+            f"{max(outcome['delta_error'] for outcome in demo['outcomes']):.2f}; no basis for new adapters",
         ],
     ]
-    header = ("adapters", "error of one that a basis of the others has not seen", "stored")
+    header = ("adapters", "mean error of an adapter that was left out", "stored")
     return (
         f"{table(header, rows)}\n\n"
         f"Errors are relative, from 0 to 1; k = {history['n_components']}; bytes against files with LoRAs in 16 bits, "
@@ -437,7 +436,7 @@ def figures_table(run: Json, demo: Json) -> str:
             f"{history['source_bytes'] / history['baseline_bytes']:.1f} times",
         ],
         [
-            f"error of an adapter that a basis of k = {k} was not fitted to",
+            f"error of an adapter that was left out of the fit, at k = {k}",
             f"checkpoints of one run **{mean_worst(left_out_checkpoints)}**; trained separately "
             f"{mean_worst(subspace['left_out'])}",
         ],

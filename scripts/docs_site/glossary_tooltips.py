@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 GLOSSARY = "concepts/glossary.md"
-# words that also have their everyday meaning on these pages
-EVERYDAY = {"carried", "core", "fit", "history", "k", "pack", "project", "side", "update", "version"}
+# words that also have their everyday meaning on these pages, and one that every reader of them knows
+EVERYDAY = {"adapter", "carried", "core", "fit", "history", "k", "pack", "project", "side", "update", "version"}
 
 
 def terms(glossary: str) -> dict[str, str]:
