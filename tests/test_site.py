@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from docs_site import glossary_tooltips, json_reference
+from docs_site import changelog_page, glossary_tooltips, json_reference
 
 import eigenlorax
 from eigenlorax.cli import command_line
@@ -23,7 +23,12 @@ EVERYDAY = {"fit", "side", "version", "history", "subspace", "pack", "k", "popul
 
 def test_the_navigation_has_every_page():
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
-    assert NAVIGATION - {"reference/commands.md", "reference/json.md"} == pages
+    assert NAVIGATION - {"changelog.md", "reference/commands.md", "reference/json.md"} == pages
+
+
+def test_links_of_the_changelog_lead_from_docs():
+    page = changelog_page.markdown("[a](docs/b.md#c) [d](CONTRIBUTING.md) [e](https://f.org/g.md)")
+    assert page == "[a](b.md#c) [d](../CONTRIBUTING.md) [e](https://f.org/g.md)"
 
 
 def test_the_reference_has_every_public_name_once():
