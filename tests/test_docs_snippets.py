@@ -1,4 +1,4 @@
-"""Commands of all pages are valid; those that no other test runs are run here. Python fragments use names that exist."""
+"""Commands of all pages are valid; those that no other test runs are run here. Python fragments use existing names."""
 
 import ast
 import glob
