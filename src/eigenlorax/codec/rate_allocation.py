@@ -3,7 +3,7 @@
 For a grid of step sizes, each module estimates, before anything is encoded, about how many bits it takes with the best
 numbers of components, and the squared error of each adapter. An adapter has the same step size in all modules, and all
 decisions use the same price of squared error (`dead_zone.BITS_PER_SQUARED_ERROR`): so one bit more buys the same
-everywhere, in coefficients, residuals and components alike. docs/method.md, "Bytes".
+everywhere, in coefficients, residuals and components alike. docs/concepts/codec.md, "Where the bits go".
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Decompositions of stacked rows, norms of low-rank products, orthonormalisation. Everything is float64.
 
-A stack of n rows of width d is decomposed through the smaller of its two Gram matrices (docs/method.md, "Precision").
+A stack of n rows of width d is decomposed through the smaller of its two Gram matrices.
 The n × n one is formed once and serves every reweighting of the rows, so that a sweep of a fit costs an n × n
 eigenproblem and never touches the rows. Where singular values decay beyond what a Gram matrix resolves, and
 components beyond that are needed, a thin SVD is used.

@@ -1,7 +1,7 @@
 """The subspace of a whole model: a pair of orthonormal bases for every module, and how it grows.
 
 Each module has a down basis V, which spans rows of the LoRA factor A, and an up basis U, which spans columns of B
-(docs/method.md, "Bases and coefficients"). `exact_fit` and `iterative` find the bases, `projection` computes
+(docs/method.md, "Updates, bases and coefficients"). `exact_fit` and `iterative` find the bases, `projection` computes
 coefficients in them.
 
 A subspace may grow after its fit, by augmentation (random components from a seed) or extension (components of new

@@ -180,8 +180,8 @@ def _row_tensors(basis: Basis, key: str) -> dict[str, Tensor]:
 def _spread_rows(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return coefficients (…, r, k_down) and (…, r, k_up) of the same updates, as factors that lose least by rounding.
 
-    The error of a row is in proportion to its norm (docs/method.md). So the total is least if all rows have the same
-    norm, and if none lies along few components, as singular vectors do: an orthogonal matrix mixes the rows.
+    The error of a row is in proportion to its norm (docs/concepts/codec.md). So the total is least if all rows have the
+    same norm, and if none lies along few components, as singular vectors do: an orthogonal matrix mixes the rows.
     """
     mixing = linalg.mixing_matrix(down.shape[-2])
     even_down, even_up = linalg.svd_factors(down, up)
