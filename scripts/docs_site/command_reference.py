@@ -1,4 +1,4 @@
-"""MkDocs hook: the page *Options of each verb*, made from the commands themselves and from the table of goals."""
+"""MkDocs hook: the page *Options of each command*, made from the commands themselves and from the table of goals."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def markdown() -> str:
-    """Return the page in Markdown: usage, arguments, options and examples of each verb."""
+    """Return the page in Markdown: usage, arguments, options and examples of each command."""
     verbs = typer.main.get_command(command_line()).commands
     introduction = (
-        "# Options of each verb\n\nThis page is made from `eigenlorax VERB --help`. "
-        "[Output, exit codes and JSON](../cli.md) describes what the verbs print.\n"
+        "# Options of each command\n\nThis page is made from `eigenlorax COMMAND --help`. "
+        "[Output, exit codes and JSON](../cli.md) describes what the commands print.\n"
     )
     return introduction + _goals() + "".join(_section(name, verb) for name, verb in verbs.items())
 

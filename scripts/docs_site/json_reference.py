@@ -1,4 +1,4 @@
-"""MkDocs hook: the page *JSON of each verb*, made from the docstrings of the classes that `--json` prints."""
+"""MkDocs hook: the page *JSON of each command*, made from the docstrings of the classes that `--json` prints."""
 
 import dataclasses
 import inspect
@@ -71,9 +71,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def markdown() -> str:
-    """Return the page in Markdown: the fields of each class, by the verb that prints it."""
+    """Return the page in Markdown: the fields of each class, by the command that prints it."""
     introduction = (
-        "# JSON of each verb\n\nThis page is made from the docstrings of the classes that `--json` prints. `None` is "
+        "# JSON of each command\n\nThis page is made from the docstrings of the classes that `--json` prints. `None` is "
         "null in JSON. [Output, exit codes and JSON](../cli.md) describes fields that belong to no class.\n"
     )
     return introduction + "".join(
