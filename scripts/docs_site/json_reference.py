@@ -73,8 +73,8 @@ def on_files(files: Any, config: Any) -> Any:
 def markdown() -> str:
     """Return the page in Markdown: the fields of each class, by the command that prints it."""
     introduction = (
-        "# JSON of each command\n\nThis page is made from the docstrings of the classes that `--json` prints. `None` is "
-        "null in JSON. [Output, exit codes and JSON](../cli.md) describes fields that belong to no class.\n"
+        "# JSON of each command\n\nThis page is made from the docstrings of the classes that `--json` prints. "
+        "`None` is null in JSON. [Output, exit codes and JSON](../cli.md) describes fields that belong to no class.\n"
     )
     return introduction + "".join(
         f"\n## {title}\n" + "".join(_section(one) for one in classes) for title, classes in SECTIONS.items()
