@@ -79,6 +79,18 @@ def test_the_glossary_explains_each_term_briefly():
         assert len(re.findall(r"[.;](?: |$)", explanation)) <= 3, term
 
 
+def test_a_page_explains_a_term_once_outside_headings_and_links():
+    html = (
+        '<h2 id="b">A <abbr title="rows">basis</abbr><a class="headerlink" href="#b">¶</a></h2><p><a href="x">the '
+        '<abbr title="rows">basis</abbr></a>, a <abbr title="rows">basis</abbr>, <abbr title="norm">energy</abbr>, and '
+        'a <abbr title="rows">basis</abbr></p>'
+    )
+    assert glossary_tooltips.on_page_content(html) == (
+        '<h2 id="b">A basis<a class="headerlink" href="#b">¶</a></h2><p><a href="x">the basis</a>, a '
+        '<abbr title="rows">basis</abbr>, <abbr title="norm">energy</abbr>, and a basis</p>'
+    )
+
+
 @pytest.mark.parametrize("page", sorted((DOCS / "get-started").glob("*.md")), ids=lambda page: page.name)
 def test_terms_on_pages_for_newcomers_lead_to_the_glossary(page):
     text = re.sub(r"^```.*?^```$|`[^`\n]*`|<!--.*?-->", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)

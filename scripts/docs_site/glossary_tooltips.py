@@ -1,4 +1,4 @@
-"""MkDocs hook: each term of the glossary is explained where the pointer rests on it, on every page."""
+"""MkDocs hook: each term of the glossary is explained where the pointer rests on it, once on every page."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,10 @@ from typing import Any
 GLOSSARY = "concepts/glossary.md"
 # words that also have their everyday meaning on these pages, and one that every reader of them knows
 EVERYDAY = {"adapter", "carried", "core", "fit", "history", "k", "pack", "project", "side", "update", "version"}
+
+_HEADING_OR_LINK_OR_TERM = re.compile(
+    r'(?P<tag></?(?:h[1-6]|a)\b[^>]*>)|<abbr title="[^"]*">(?P<term>[^<]*)</abbr>', flags=re.IGNORECASE
+)
 
 
 def terms(glossary: str) -> dict[str, str]:
@@ -21,6 +25,25 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
     glossary = (Path(config.docs_dir) / GLOSSARY).read_text(encoding="utf-8")
     explained = {term: _plain(text) for term, text in terms(glossary).items() if term not in EVERYDAY}
     return markdown + "\n\n" + "\n".join(f"*[{term}]: {text}" for term, text in explained.items()) + "\n"
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep the first explanation of each term, outside headings and links: a line under each occurrence distracts."""
+    explained: set[str] = set()
+    depth = 0
+
+    def keep_first(match: re.Match[str]) -> str:
+        nonlocal depth
+        tag, term = match["tag"], match["term"]
+        if tag:
+            depth += -1 if tag.startswith("</") else 1
+            return tag
+        if depth or term in explained:
+            return term
+        explained.add(term)
+        return match[0]
+
+    return _HEADING_OR_LINK_OR_TERM.sub(keep_first, html)
 
 
 def _plain(text: str) -> str:
