@@ -10,6 +10,7 @@ import pytest
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
 from children import load_command, needs_fork
+from eigenlorax.fitting import coded_checkpoint
 from fake_hub import FakeHub, client, running
 from outcomes import assert_refused, contents, json_of, succeeded
 from signing import signed_again
@@ -98,7 +99,8 @@ class TestFit:
             (("--ratio", 3, "--sweeps", 2), 3, "--sweeps 2 has no effect with --ratio 3"),
         ],
     )
-    def test_what_cannot_be_is_refused_and_leaves_nothing(self, cli, place, options, code, message):
+    def test_what_cannot_be_is_refused_and_leaves_nothing(self, cli, place, options, code, message, monkeypatch):
+        monkeypatch.setattr(coded_checkpoint, "KEPT_FROM", 0.0)
         before = contents(place)
         assert_refused(cli("fit", place / "in", "-o", place / "out", *options), code, message)
         assert contents(place) == before
@@ -190,6 +192,9 @@ class TestVerify:
             assert row[3:] == ["0.1", "yes"]
             assert float(row[1]) == pytest.approx(records[name].delta_error, abs=2e-6)
             assert float(row[2]) == pytest.approx(records[name].delta_error, abs=1e-6)
+        worst = max(NAMES, key=lambda name: records[name].delta_error)
+        assert "3 of 3 adapters hold their record and bound; the largest delta error" in " ".join(done.out.split())
+        assert f"({worst})." in done.out
 
     def test_as_json(self, cli, place):
         found = json_of(cli("inspect", place / "pack", "--verify", place / "in" / "beta", "--json"))

@@ -86,7 +86,7 @@ class TestWhatItSays:
 
     def test_the_table_says_the_same_in_words(self, cli, fitting, model):
         run = succeeded(cli("serve-check", fitting, "--model", model, "--max-loras", 2))
-        assert "served expanded             3 of 3" in run.out
+        assert "served on demand            3 of 3" in run.out
         assert "served with a shared basis  3 of 3" in run.out
         errors = ex.Pack.open(fitting).summary.in_fit
         largest = re.findall(r"  largest error +(\S+) \((\w+)\)", run.out)
@@ -138,7 +138,7 @@ class TestWhatItSays:
         make_adapters(tmp_path / "in", "a b c d", modules=modules(), rank=1, base=None)
         ex.fit(tmp_path / "in", n_components=4).save(tmp_path / "pack")
         out = succeeded(cli("serve-check", tmp_path / "pack", "--model", model, "--max-loras", 1)).out
-        assert "With 1 slot the bases cost more than they save: expanded adapters take" in out
+        assert "With 1 slot the bases cost more than they save: adapters on demand take" in out
         assert "From 4 on, the shared basis does." in out
 
     def test_a_pack_whose_sides_keep_different_numbers_of_components(self, cli, tmp_path, model):
@@ -186,9 +186,9 @@ class TestWhatIsNotServed:
         make_adapter(tmp_path / "in" / "trained-biases", seed=5, modules=modules(), base=None, config={"bias": "all"})
         pack = make_pack_of(tmp_path)
         run = succeeded(cli("serve-check", pack, "--model", model))
-        assert "served expanded             2 of 3" in run.out
+        assert "served on demand            2 of 3" in run.out
         said = "1 adapter (trained-biases): vLLM does not support trained biases (bias='all')."
-        assert f"\nNot served expanded: {said}\nNot served with a shared basis: {said}\n" in run.out
+        assert f"\nNot served on demand: {said}\nNot served with a shared basis: {said}\n" in run.out
 
     def test_adapters_refused_for_one_reason_are_told_together(self, cli, tmp_path, model):
         for n in range(5):
@@ -199,9 +199,9 @@ class TestWhatIsNotServed:
         pack = make_pack_of(tmp_path)
         run = succeeded(cli("serve-check", pack, "--model", model))
         names = ", ".join(f"biased-{n}" + "-long" * 10 for n in range(3))
-        many, one = (line for line in run.out.splitlines() if line.startswith("Not served expanded: "))
+        many, one = (line for line in run.out.splitlines() if line.startswith("Not served on demand: "))
         assert f"each of 5 adapters ({names} and 2 more): vLLM does not support trained biases" in many
-        assert one == "Not served expanded: 1 adapter (of-codes): vLLM does not support QALoRA."
+        assert one == "Not served on demand: 1 adapter (of-codes): vLLM does not support QALoRA."
         refused = json_of(cli("serve-check", pack, "--model", model, "--json"))["expanded"]["refused"]
         assert len(refused) == 6
         assert refused["of-codes"] == "vLLM does not support QALoRA"

@@ -178,7 +178,7 @@ def test_histories_are_named_with_what_a_version_takes():
     n_bytes = 3 * (17 + 11) * modules[Q].down.itemsize
     assert check(pack, "pack", shapes()).notes == [
         "versions of the history 'large' cannot be served: its rank is 600, and vLLM's largest rank is 512.",
-        "versions of the history 'run' (2) are served expanded, by names such as 'run@latest'. The last one needs "
+        "versions of the history 'run' (2) are served on demand, by names such as 'run@latest'. The last one needs "
         f"--max-lora-rank 8 and {n_bytes:,} bytes in the cache.",
     ]
 
@@ -199,4 +199,4 @@ def test_a_pack_of_histories_alone_is_checked():
     checked = check(pack, "pack", shapes())
     assert (checked.expanded.served, checked.shared.served, checked.expanded.command) == (0, 0, None)
     (note,) = checked.notes
-    assert note.startswith("versions of the history 'run' (1) are served expanded")
+    assert note.startswith("versions of the history 'run' (1) are served on demand")

@@ -14,10 +14,11 @@ import tiny
 import trainable
 from eigenlorax.cli.compare import parse_rates
 from eigenlorax.errors import FormatError, NonFiniteError, OptionError, PackExistsError, RowsWarning
-from eigenlorax.train import comparison_duration, method_comparison, method_presets, models, row_split
+from eigenlorax.train import comparison_duration, method_comparison, method_presets, models, row_split, run_plan
 from eigenlorax.train.comparison_duration import MethodTimes
 from eigenlorax.train.data import Labels, Table
 from eigenlorax.train.method_presets import TargetModule
+from eigenlorax.train.options import MAX_POINTS, MIN_STEPS
 from eigenlorax.train.search_space import LEARNING_RATES, ComparisonOptions
 
 pytestmark = pytest.mark.slow
@@ -52,6 +53,16 @@ def run(place, asked, name="out.json", *, resume=False, progress=None):
         warnings.simplefilter("ignore", RowsWarning)
         prepared = method_comparison.prepare(place / "pack", asked, place / name, resume=resume)
     return method_comparison.run(prepared, progress)
+
+
+def test_by_default_it_trains_as_long_as_train_does(place, asked):
+    """Of 40 rows, three epochs of batches of 16 would be nine steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RowsWarning)
+        prepared = method_comparison.prepare(place / "pack", replace(asked, epochs=None), place / "out.json")
+    assert prepared.epochs == prepared.settings["epochs"] == MIN_STEPS / 3
+    assert f"of {MIN_STEPS // 3} epochs" in prepared.plan
+    assert run_plan.evaluations(prepared.epochs) == MAX_POINTS
 
 
 @pytest.fixture(scope="module")

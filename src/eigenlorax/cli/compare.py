@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import OptionError
-from ..train.options import DEFAULTS, METRIC, Columns
+from ..train.options import DEFAULTS, METRIC, MIN_STEPS, Columns
 from ..train.search_space import (
     DEFAULT_METHODS,
     LEARNING_RATES,
@@ -108,8 +108,13 @@ def compare(
         ),
     ] = 8,
     epochs: Annotated[
-        float, typer.Option(metavar="N", help="Number of epochs.", rich_help_panel=verbs.TRAINING)
-    ] = float(DEFAULTS["num_train_epochs"]),
+        float | None,
+        typer.Option(
+            metavar="N",
+            help=f"Number of epochs (default: {DEFAULTS['num_train_epochs']:g}, or as many as give {MIN_STEPS} steps).",
+            rich_help_panel=verbs.TRAINING,
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(metavar="N", help="Rows per training step.", rich_help_panel=verbs.TRAINING)
     ] = int(DEFAULTS["per_device_train_batch_size"]),

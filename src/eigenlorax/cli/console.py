@@ -305,7 +305,9 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
 def cost_rows(figures: "Summary") -> list[tuple[str, str]]:
     """Return the rows of a pack's sizes."""
     b, files = figures.bytes, figures.files
-    by_files = f"{files.ratio:.2f} by files; by tensors " if files is not None and files.ratio is not None else ""
+    by_tensors = f"{b.ratio:.2f} with the basis counted, {b.ratio_without_basis:.2f} without"
+    if files is not None and files.ratio is not None:
+        by_tensors = f"{files.ratio:.2f} by files; by tensors, LoRA in {b.lora_bits} bits, {by_tensors}"
     return [
         ("LoRA bytes", f"{b.lora:,} (their files: {b.lora_files:,})"),
         ("basis bytes", f"{b.basis:,}"),
@@ -313,7 +315,7 @@ def cost_rows(figures: "Summary") -> list[tuple[str, str]]:
         ("coefficient bytes", f"{b.coefficients:,}"),
         *[("carried bytes", f"{b.carried:,} (on both sides of the ratio)")] * bool(b.carried),
         *[("head bytes", f"{b.heads:,} of {b.source_heads:,} ({_head_storage(figures)})")] * bool(b.heads),
-        ("compression ratio", by_files + f"{b.ratio:.2f} with the basis counted, {b.ratio_without_basis:.2f} without"),
+        ("compression ratio", by_tensors),
     ]
 
 

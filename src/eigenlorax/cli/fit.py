@@ -275,7 +275,8 @@ def fit(
         console.explain_interrupt(lambda: _state_after_interrupt(output, old_manifest, checkpoints)),
         console.working("The fit", durations.fit_seconds(adapters, is_coded=is_coded)) as progress,
     ):
-        pack = fit_adapters(adapters, **options, **reading, progress=progress)
+        with checkpoint.new_one_discarded(output, OptionError):
+            pack = fit_adapters(adapters, **options, **reading, progress=progress)
         pack.save(output, overwrite=overwrite)
         fit_seconds = time.perf_counter() - started
         if reference is None and (report or (report is None and _can_report())):

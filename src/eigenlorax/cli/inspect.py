@@ -130,6 +130,12 @@ def _show_verified(target: str, folder: "PackFolder", originals: list[str], json
         ]
         header = ("adapter", "delta error", "as recorded", "asked for", *(["heads"] if has_heads else []), "holds")
         console.print_table(f"pack {target}", header, rows, numbers=(1, 2, 3, 4) if has_heads else (1, 2, 3))
+        n_holding = sum(check.holds for check in verification.adapters.values())
+        worst, check = max(verification.adapters.items(), key=lambda item: item[1].delta_error)
+        console.say(
+            f"{n_holding:,} of {len(verification.adapters):,} adapters hold their record and bound; the largest delta "
+            f"error is {check.delta_error:.6f} ({worst})."
+        )
     if verification.unknown:
         console.note(f"no original was given for {', '.join(verification.unknown)}.")
     exceeding = [name for name, check in verification.adapters.items() if not check.holds]

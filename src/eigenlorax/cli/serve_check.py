@@ -79,7 +79,7 @@ def _print(checked: "Check") -> None:
         console.note(note)
     rows = [
         ("model", f"{checked.model}, in {checked.dtype}"),
-        ("served expanded", f"{checked.expanded.served} of {checked.adapters}"),
+        ("served on demand", f"{checked.expanded.served} of {checked.adapters}"),
         *_largest_error(checked.expanded),
         ("served with a shared basis", f"{checked.shared.served} of {checked.adapters}"),
         *_largest_error(checked.shared),
@@ -88,7 +88,7 @@ def _print(checked: "Check") -> None:
         rows.append(("  error in the basis, at most", _basis_errors(checked)))
     console.print_rows(f"pack {checked.pack}", rows)
     # reasons are long: in the table they would widen every row
-    modes = (("expanded", checked.expanded), ("with a shared basis", checked.shared))
+    modes = (("on demand", checked.expanded), ("with a shared basis", checked.shared))
     for title, mode in modes:
         for line in _group_by_reason(mode.refused):
             console.say(f"Not served {title}: {line}")
@@ -146,7 +146,7 @@ def _print_plan(plan: "Plan") -> None:
     table = [
         (label, _bytes(plan.expanded, name), _bytes(plan.shared, name), _times(plan, name)) for label, name in rows
     ]
-    console.print_table("", ("bytes", "expanded", "shared basis", "times less"), table, numbers=(1, 2, 3))
+    console.print_table("", ("bytes", "on demand", "shared basis", "times less"), table, numbers=(1, 2, 3))
     for sentence in _plan_sentences(plan):
         console.say(sentence)
 
@@ -156,7 +156,7 @@ def _bytes(tier: "MemoryUse | None", name: str) -> str:
 
 
 def _times(plan: "Plan", name: str) -> str:
-    """Return expanded bytes divided by shared-basis bytes, or "" if either is missing."""
+    """Return the bytes on demand divided by shared-basis bytes, or "" if either is missing."""
     if plan.expanded is None or plan.shared is None or name == "basis_bytes":
         return ""
     shared = getattr(plan.shared, name)
@@ -168,7 +168,7 @@ def _plan_sentences(plan: "Plan") -> list[str]:
     sentences = ["Slots and bases are on each GPU, adapters in memory in each worker, those in the cache once."]
     unrestricted = plan.unrestricted_slot_bytes or 0
     if plan.expanded is not None and unrestricted > plan.expanded.slot_bytes:
-        sentences.append(f"Without --lora-target-modules an expanded slot would take {unrestricted:,} bytes or more.")
+        sentences.append(f"Without --lora-target-modules a slot on demand would take {unrestricted:,} bytes or more.")
     if plan.expanded is not None and plan.shared is not None:
         sentences.append(_compare(plan, plan.expanded.gpu_bytes, plan.shared.gpu_bytes))
     return sentences
@@ -180,12 +180,12 @@ def _compare(plan: "Plan", expanded: int, shared: int) -> str:
     slots = f"{n:,} slot{'s' * (n > 1)}"
     if plan.from_slots is None:
         return (
-            "However many slots there are, expanded adapters take less of a GPU: the subspace has too many components."
+            "However many slots there are, adapters on demand take less of a GPU: the subspace has too many components."
         )
     if n >= plan.from_slots:
         less = f"With {slots} the shared basis takes {expanded / shared:,.1f} times less of a GPU"
         return less + (f"; with fewer than {plan.from_slots:,} it would take more." if plan.from_slots > 1 else ".")
-    less = f"expanded adapters take {shared / expanded:,.1f} times less of a GPU"
+    less = f"adapters on demand take {shared / expanded:,.1f} times less of a GPU"
     return (
         f"With {slots} the bases cost more than they save: {less}. From {plan.from_slots:,} on, the shared basis does."
     )

@@ -133,6 +133,21 @@ def discard_default(pack: Path) -> None:
         discard(default_folder(pack))
 
 
+@contextmanager
+def new_one_discarded(pack: Path, error: type[Exception]) -> Iterator[None]:
+    """Delete the checkpoint of a pack after an error that another fit with the same options would raise too.
+
+    One that was there before stays, as it may belong to a fit with other options.
+    """
+    is_new = not default_folder(pack).exists()
+    try:
+        yield
+    except error:
+        if is_new:
+            discard_default(pack)
+        raise
+
+
 def discard_finished(pack: Path, manifest: Path) -> None:
     """Delete the checkpoint of a pack that was written after the last part, by a fit that was killed at its end."""
     folder = default_folder(pack)

@@ -50,7 +50,7 @@ def limits(figures: Summary) -> str:
     if is_larger:
         trained = figures.adapters - len(figures.untrained)
         losses.append(
-            "larger than the LoRAs, which share too little"
+            "larger than the LoRAs, of which too few share its bases"
             if trained > 1
             else "larger than the LoRA, because one adapter has nothing to share its basis with"
         )

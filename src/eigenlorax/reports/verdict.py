@@ -170,7 +170,8 @@ def _shared(evidence: _Evidence) -> _Answer | None:
             "shared",
             f"They share a subspace: {evidence.against_chance}; in the fit, the same adapters have a mean error of "
             f"{error(evidence.left_out.in_fit.mean)}.",
-            "Recycle them: a new adapter of this kind will mostly fit as well.",
+            "New adapters of this kind will mostly fit in their basis as well, and new tasks can be trained on it "
+            "(purpose='training', --for training).",
             good=True,
         ),
     )

@@ -82,9 +82,9 @@ def run_seconds(prepared: PreparedComparison, times: MethodTimes, *, is_search: 
         # scored once during the training and once after it
         trained, evaluated = len(rows.search_train), 2 * len(rows.held_out)
     else:
-        evaluations = run_plan.evaluations(options)
+        evaluations = run_plan.evaluations(prepared.epochs)
         trained, evaluated = len(rows.train), evaluations * len(rows.validation) + len(rows.test)
-    steps = math.ceil(options.epochs * math.ceil(trained / options.batch_size))
+    steps = math.ceil(prepared.epochs * math.ceil(trained / options.batch_size))
     return times.loading + steps * times.step + evaluated * times.evaluated_row
 
 

@@ -4,6 +4,7 @@ For each method, a learning rate is chosen on rows held out from training. Then 
 at that rate. Every finished run is written to the results file, so that a comparison can be resumed.
 """
 
+import math
 import time
 import warnings
 from collections import Counter
@@ -41,7 +42,7 @@ from .data import Labels
 from .examples import Collate
 from .method_presets import Preset
 from .metrics import NamedMetric
-from .options import METRIC
+from .options import METRIC, default_epochs
 from .row_split import RowSplit
 from .run_plan import RunKey, Runs, RunsLeft
 from .search_space import ComparisonOptions
@@ -57,6 +58,7 @@ class PreparedComparison:
         settings: Everything that the runs depend on, as JSON.
         labels: Classes of the head.
         rows: Encoded rows.
+        epochs: Number of epochs of each run.
         load_base: Function that loads the base model with a new head.
         collate: Function that makes a padded batch of rows.
         presets: Method → its preset.
@@ -70,6 +72,7 @@ class PreparedComparison:
     settings: dict[str, Any]
     labels: Labels
     rows: RowSplit
+    epochs: float
     load_base: Callable[[], Any]
     collate: Collate
     presets: Mapping[str, Preset]
@@ -97,7 +100,7 @@ class PreparedComparison:
         left = f"{self.runs_left} of " if self.finished else ""
         for_methods = f" for each of {n_methods} methods" if n_methods > 1 else ""
         plan = (
-            f"{left}{plural(total, 'training')} of {plural(options.epochs, 'epoch')}: "
+            f"{left}{plural(total, 'training')} of {plural(self.epochs, 'epoch')}: "
             f"{plural(options.seeds, 'seed')} on {len(rows.train):,} rows{for_methods}"
         )
         if search_runs:
@@ -184,6 +187,9 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
         labels = data.infer_labels(train, options.columns)
         rows = row_split.split_rows(options, train, test, labels, tokenizer, max_length)
         metric = _find_metric(options, labels, rows)
+        epochs = options.epochs
+        if epochs is None:
+            epochs = float(default_epochs(math.ceil(len(rows.train) / options.batch_size)))
         settings = {
             "task": options.task,
             "train": data.rows_sha256(train),
@@ -192,7 +198,8 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
             "model": base_model,
             "revision": revision,
             "subspace": opened.info.fingerprint,
-            **{name: getattr(options, name) for name in ("rank", "epochs", "batch_size", "bf16", "metric")},
+            "epochs": epochs,
+            **{name: getattr(options, name) for name in ("rank", "batch_size", "bf16", "metric")},
             "max_length": max_length,
         }
         stored = results_file.read_runs(output, settings) if resume else []
@@ -207,6 +214,7 @@ def prepare(pack: Path, options: ComparisonOptions, output: Path, *, resume: boo
         settings=settings,
         labels=labels,
         rows=rows,
+        epochs=epochs,
         load_base=load_base,
         collate=examples.collator(options.task, tokenizer),
         presets=presets,
@@ -277,9 +285,9 @@ def _train(prepared: PreparedComparison, key: RunKey) -> MethodRun:
     recipe = Recipe(
         learning_rate=key.learning_rate,
         optimizer=preset.optimizer,
-        epochs=options.epochs,
+        epochs=prepared.epochs,
         batch_size=options.batch_size,
-        evaluations=1 if key.seed is None else run_plan.evaluations(options),
+        evaluations=1 if key.seed is None else run_plan.evaluations(prepared.epochs),
         bf16=options.bf16,
     )
     parameters, head_parameters = methods.count_parameters(model)
@@ -370,7 +378,7 @@ def _summarise(prepared: PreparedComparison, runs: Runs, seconds: float) -> Comp
         held_out=len(rows.held_out),
         evaluated=len(rows.test),
         rows_on_the_way=len(rows.validation),
-        epochs=options.epochs,
+        epochs=prepared.epochs,
         steps=steps[-1],
         steps_per_epoch=steps_per_epoch,
         points=[round(step / steps_per_epoch, 3) for step in steps],

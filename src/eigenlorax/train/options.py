@@ -55,6 +55,13 @@ OWN_OPTIONS = dict(zip(("epochs", "learning_rate", "batch_size", "seed"), DEFAUL
 """Field of `Training` → the field of `TrainingArguments` that it sets. Its default is in `DEFAULTS`."""
 
 
+def default_epochs(
+    steps_per_epoch: int, min_steps: int = MIN_STEPS, epochs: float = DEFAULTS["num_train_epochs"]
+) -> int:
+    """Return the default number of epochs, at least `epochs`, and as many as give `min_steps` optimizer steps."""
+    return math.ceil(max(epochs, min_steps / steps_per_epoch))
+
+
 @dataclass(frozen=True, slots=True)
 class Columns:
     """Names of the columns of a file of rows.

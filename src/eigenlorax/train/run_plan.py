@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ..errors import NonFiniteError
 from .comparison_summary import MethodRun
+from .options import MAX_POINTS
 from .search_space import ComparisonOptions
 
 
@@ -72,9 +73,12 @@ def chosen_rate(options: ComparisonOptions, method: str, runs: Runs) -> float:
     return min(ranking)[2]
 
 
-def evaluations(options: ComparisonOptions) -> int:
-    """Return the number of scores during one run at the chosen learning rate: two per epoch."""
-    return max(1, round(2 * options.epochs))
+def evaluations(epochs: float) -> int:
+    """Return the number of scores during one run at the chosen learning rate: at most `MAX_POINTS`.
+
+    There are two per epoch, or one, where that is not more.
+    """
+    return next((max(1, round(n * epochs)) for n in (2, 1) if n * epochs <= MAX_POINTS), MAX_POINTS)
 
 
 def runs_left(options: ComparisonOptions, method: str, runs: Runs) -> RunsLeft:

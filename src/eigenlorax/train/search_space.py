@@ -65,7 +65,7 @@ class ComparisonOptions:
         rates: Method → learning rates to try instead of those in `LEARNING_RATES`. One rate is used without a search.
         seeds: Number of runs per method at the chosen learning rate.
         rank: Rank of LoRA, INIT and factors. Small methods get at most as many parameters as factors of this rank.
-        epochs: Number of epochs of each run.
+        epochs: Number of epochs of each run. Default: that of `train`, at least 3, or more for `MIN_STEPS` steps.
         batch_size: Rows per batch.
         max_length: Maximum number of tokens per row, at least 2. Default: `options.MAX_LENGTH` of the task.
         bf16: Compute in bfloat16 by autocast. Trained parameters stay float32.
@@ -84,7 +84,7 @@ class ComparisonOptions:
     rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
     seeds: int = SEEDS
     rank: int = 8
-    epochs: float = float(DEFAULTS["num_train_epochs"])
+    epochs: float | None = None
     batch_size: int = int(DEFAULTS["per_device_train_batch_size"])
     max_length: int | None = None
     bf16: bool = False
@@ -100,7 +100,7 @@ class ComparisonOptions:
             )
         self._check_methods()
         self._check_rates()
-        if not (math.isfinite(self.epochs) and self.epochs > 0):
+        if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):
             raise OptionError(f"epochs must be a number above 0, got {self.epochs!r}.")
         for name, minimum in (("seeds", 1), ("rank", 1), ("batch_size", 1), ("max_length", 2)):
             number = getattr(self, name)

@@ -26,6 +26,7 @@ from .options import (
     REFERENCE_DEFAULTS,
     REFERENCE_HEAD_LEARNING_RATE,
     Training,
+    default_epochs,
 )
 from .training_record import RECORD
 
@@ -152,12 +153,12 @@ def _default_schedule(per_epoch: int, min_steps: int, fields: Mapping[str, Any])
         min_steps: Minimum number of optimizer steps.
         fields: Fields of `TrainingArguments` so far.
     """
-    epochs = math.ceil(max(fields["num_train_epochs"], min_steps / per_epoch))
+    epochs = default_epochs(per_epoch, min_steps, fields["num_train_epochs"])
     interval = math.ceil(epochs / MAX_POINTS)
     kinds = ("eval", "save", "logging")
     if interval == 1 or any(fields[f"{kind}_strategy"] not in ("epoch", "no") for kind in kinds):
         return {"num_train_epochs": float(epochs)}
-    points = {f"{kind}_strategy": "steps" for kind in kinds if fields[f"{kind}_strategy"] == "epoch"}
+    points: dict[str, Any] = {f"{kind}_strategy": "steps" for kind in kinds if fields[f"{kind}_strategy"] == "epoch"}
     points |= {f"{kind}_steps": interval * per_epoch for kind in kinds}
     # round epochs up, so that the last evaluation is after the last step
     return {"num_train_epochs": float(interval * math.ceil(epochs / interval)), **points}

@@ -430,7 +430,7 @@ def _notes(
             "only experts that the pack has are counted; vLLM allocates all experts of a layer, so that a slot "
             "can be larger."
         )
-    for mode, sums in (("expanded", totals.expanded), ("with a shared basis", totals.shared)):
+    for mode, sums in (("on demand", totals.expanded), ("with a shared basis", totals.shared)):
         note = _rank_note(mode, sums.ranks)
         notes += [note] if note else []
     return notes

@@ -37,7 +37,7 @@ def lora_on_cores(packed: PackedAdapter, served: SubspaceInfo) -> Adapter:
         if coefficients.has_residual:
             raise ServingError(
                 f"adapter {packed.name!r} has a residual in {module!r}, which cores cannot represent. "
-                "Serve it expanded, without a shared basis."
+                "Serve it on demand, without a shared basis."
             )
         subspace_name = packed.subspace_names[module]
         sizes = served.modules[subspace_name]

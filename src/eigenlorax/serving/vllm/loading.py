@@ -79,7 +79,7 @@ def _prepare(environment: settings.Settings, model: nn.Module, vllm_config: Vllm
         return
     else:
         check_fits(model, Pack.from_pretrained(environment.pack, adapters=[]).info)
-    mode = "as coefficients in the model's bases" if environment.shared_basis else "as LoRAs, expanded on request"
+    mode = "as coefficients in the model's bases" if environment.shared_basis else "as LoRAs, on demand"
     hint = (
         ""
         if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING

@@ -33,7 +33,7 @@ def version_notes(
             continue
         rank, n_bytes = max_lora_rank(servable.version_rank(version)), history.latest.source_lora_bytes
         notes.append(
-            f"versions of the history {name!r} ({len(history):,}) are served expanded, by names such as {latest!r}. "
+            f"versions of the history {name!r} ({len(history):,}) are served on demand, by names such as {latest!r}. "
             f"The last one needs --max-lora-rank {rank} and {n_bytes:,} bytes in the cache."
         )
     return notes
