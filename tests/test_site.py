@@ -82,12 +82,12 @@ def test_the_glossary_explains_each_term_briefly():
 def test_a_page_explains_a_term_once_outside_headings_and_links():
     html = (
         '<h2 id="b">A <abbr title="rows">basis</abbr><a class="headerlink" href="#b">¶</a></h2><p><a href="x">the '
-        '<abbr title="rows">basis</abbr></a>, a <abbr title="rows">basis</abbr>, <abbr title="norm">energy</abbr>, and '
-        'a <abbr title="rows">basis</abbr></p>'
+        '<abbr title="rows">basis</abbr></a>, a <abbr title="rows">basis</abbr>, <a href="glossary.html#energy"><abbr '
+        'title="norm">energy</abbr></a>, <abbr title="norm">energy</abbr>, and a <abbr title="rows">basis</abbr></p>'
     )
     assert glossary_tooltips.on_page_content(html) == (
         '<h2 id="b">A basis<a class="headerlink" href="#b">¶</a></h2><p><a href="x">the basis</a>, a '
-        '<abbr title="rows">basis</abbr>, <abbr title="norm">energy</abbr>, and a basis</p>'
+        '<abbr title="rows">basis</abbr>, <a href="glossary.html#energy">energy</a>, energy, and a basis</p>'
     )
 
 

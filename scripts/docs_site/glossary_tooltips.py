@@ -28,17 +28,26 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Keep the first explanation of each term, outside headings and links: a line under each occurrence distracts."""
+    """Keep the first explanation of each term, outside headings and links: a line under each occurrence distracts.
+
+    A link to the glossary explains a term too.
+    """
     explained: set[str] = set()
-    depth = 0
+    enclosing: list[str] = []
 
     def keep_first(match: re.Match[str]) -> str:
-        nonlocal depth
         tag, term = match["tag"], match["term"]
         if tag:
-            depth += -1 if tag.startswith("</") else 1
+            if tag.startswith("</"):
+                enclosing.pop()
+            else:
+                enclosing.append(tag)
             return tag
-        if depth or term in explained:
+        if enclosing:
+            if "glossary.html#" in enclosing[-1]:
+                explained.add(term)
+            return term
+        if term in explained:
             return term
         explained.add(term)
         return match[0]
