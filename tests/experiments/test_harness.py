@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,19 @@ TASKS_CONFIG = {
         },
     },
 }
+
+
+def test_styles_and_coefficients_were_trained_for_as_many_steps():
+    """docs/images.md compares them: a record of a longer training would be a better result."""
+    steps = tomllib.loads((EXPERIMENTS / "configs" / "diffusion.toml").read_text("utf-8"))["lora"]["recipe"]["steps"]
+    found = {}
+    for stage in ("rates", "styles", "targets"):
+        for path in (EXPERIMENTS / "results" / "diffusion" / stage).glob("*.json"):
+            config = json.loads(path.read_text("utf-8"))["run_info"]["train_config"]
+            recipe = config.get("recipe") or config.get("lora", {}).get("recipe")
+            found |= {f"{stage}/{path.name}": recipe["steps"]} if recipe else {}
+    assert len(found) > 20
+    assert {name: number for name, number in found.items() if number != steps} == {}
 
 
 class TestTaskTables:
