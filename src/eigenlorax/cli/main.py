@@ -49,7 +49,7 @@ VERBS = (
 """Verbs in the order of the help. Each is a module of this package."""
 IO_ERROR, INTERRUPTED = 6, 130
 _PYDANTIC = re.compile("Input should be a valid (integer|number)")
-_OUTPUT = ": the results could not be printed. The verb itself may have succeeded."
+_OUTPUT = ": the results could not be printed. The command itself may have succeeded."
 
 
 class _InterruptError(Exception):
