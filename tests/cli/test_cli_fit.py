@@ -163,13 +163,24 @@ class TestABrokenAdapter:
         assert_refused(cli("fit", pair, "-o", pair.parent / "pack", "--skip-bad"), 3, "No adapter is left to fit")
         assert contents(pair.parent) == before
 
-    def test_without_a_config_it_is_passed_over_by_name(self, cli, pair):
+    def test_without_a_config_it_is_an_error(self, cli, pair):
         (pair / "beta" / CONFIG).unlink()
+        assert_refused(
+            cli("fit", pair, "-o", pair.parent / "pack", "-k", 3), 3, f"beta has no {CONFIG} beside {WEIGHTS}"
+        )
+        succeeded(cli("fit", pair, "-o", pair.parent / "pack", "-k", 3, "--skip-bad"))
+
+    def test_a_whole_model_is_passed_over_by_name(self, cli, pair):
+        (pair / "beta" / CONFIG).unlink()
+        (pair / "beta" / WEIGHTS).rename(pair / "beta/model.safetensors")
         done = succeeded(cli("fit", pair, "-o", pair.parent / "pack", "-k", 3))
-        assert done.err.startswith(f"note: {pair / 'beta'} was passed over: it holds {WEIGHTS} but no {CONFIG}.\n")
+        assert done.err.startswith(
+            f"note: {pair / 'beta'} was passed over: it holds model.safetensors but no {CONFIG}."
+        )
 
     def test_notes_come_before_an_error_too(self, cli, pair):
         (pair / "beta" / CONFIG).unlink()
+        (pair / "beta" / WEIGHTS).rename(pair / "beta/model.safetensors")
         done = cli("fit", pair, "-o", pair.parent / "pack", "-k", 30)
         assert_refused(done, 3, "-k 30")
         assert done.err.startswith(f"note: {pair / 'beta'} was passed over")

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import eigenlorax as ex
 from adapters import make_adapter, make_adapters
@@ -114,14 +116,29 @@ class TestInAParentFolder:
         (parent / "gone").symlink_to(tmp_path / "nowhere")
         assert [one.source.name for one in find_adapters(parent)] == ["alpha", "beta", "gamma"]
 
-    @pytest.mark.parametrize("file", ["adapter_model.safetensors", "model.safetensors", "adapter_model.bin"])
-    def test_weights_without_a_config_are_passed_over_by_name(self, parent, file):
-        (parent / "broken").mkdir()
-        (parent / "broken" / file).write_bytes(b"")
+    def test_a_whole_model_is_passed_over_by_name(self, parent):
+        (parent / "model").mkdir()
+        (parent / "model/model.safetensors").write_bytes(b"")
         with pytest.warns(
-            SkippedAdapterWarning, match=f"broken was passed over: it holds {file} but no adapter_config"
+            SkippedAdapterWarning, match="model was passed over: it holds model.safetensors but no adapt"
         ):
             assert len(find_adapters(parent)) == 2
+
+    @pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_model.bin"])
+    def test_an_adapter_without_its_config_is_an_error_that_can_be_skipped(self, parent, file):
+        (parent / "almost").mkdir()
+        (parent / "almost" / file).write_bytes(b"")
+        assert [one.source.name for one in find_adapters(parent)] == ["almost", "alpha", "beta"]
+        with pytest.raises(FormatError, match=f"almost has no adapter_config.json beside {file}"):
+            ex.fit(parent, n_components=2)
+        with pytest.warns(SkippedAdapterWarning, match="left out almost"):
+            assert ex.fit(parent, n_components=2, skip_bad=True).names == ["alpha", "beta"]
+
+    def test_a_whole_model_alone_is_said_to_be_one(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        save_file({"weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+        with pytest.raises(FormatError, match="It looks like the folder of a whole model"):
+            find_adapters(tmp_path)
 
     def test_a_pack_is_passed_over_by_name(self, parent):
         ex.fit(parent, n_components=2).save(parent / "pack")

@@ -215,8 +215,15 @@ class TestParents:
 
     def test_pass_over_what_is_none(self, parent):
         (parent / "alpha" / CONFIG).unlink()
-        with pytest.warns(SkippedAdapterWarning, match=f"disk://.*alpha was passed over: it holds {WEIGHTS} but no"):
+        (parent / "alpha" / WEIGHTS).rename(parent / "alpha/model.safetensors")
+        with pytest.warns(SkippedAdapterWarning, match="disk://.*alpha was passed over: it holds model.safetens.* but"):
             assert len(find_adapters(url(parent))) == 2
+
+    def test_one_without_its_config_is_an_error(self, parent):
+        (parent / "alpha" / CONFIG).unlink()
+        assert len(find_adapters(url(parent))) == 3
+        with pytest.raises(FormatError, match=f"disk://.*alpha has no {CONFIG} beside {WEIGHTS}"):
+            ex.fit(url(parent), n_components=2)
 
     def test_are_listed_anew(self, memory, parent):
         assert len(find_adapters(memory)) == 3

@@ -276,8 +276,10 @@ def working(action: str = "", seconds: float = 0.0) -> Iterator[Callable[[str, i
 
 def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
     """Return the rows of a pack's table."""
+    from ..codec.storage.traits import TRAITS
     from ..pack import purposes
 
+    is_coded = TRAITS[figures.dtype].is_coded
     weighting = figures.fit.weighting
     at_most = ", at most" if figures.bounds else ""
     return [
@@ -290,12 +292,12 @@ def summary_rows(figures: "Summary") -> list[tuple[str, str]]:
         *[("  kept out of the subspace", ", ".join(figures.fit.excluded_modules))] * bool(figures.fit.excluded_modules),
         ("fit", purposes.choice(figures) + (f"; weighting {weighting}" if weighting != "delta" else "")),
         ("limits", spelling.on_command_line(purposes.limits(figures))),
-        *_component_rows("components, down (lora_A)", figures.down),
-        *_component_rows("components, up (lora_B)", figures.up),
+        *_component_rows("components, down (lora_A)", figures.down, is_coded=is_coded),
+        *_component_rows("components, up (lora_B)", figures.up, is_coded=is_coded),
         *[("  augmented components", f"{figures.n_extra} on each side")] * bool(figures.n_extra),
         *[("  appended components", f"{figures.n_extended:,} in all")] * bool(figures.n_extended),
         *_error_rows(f"delta error{at_most}", figures.in_fit),
-        *_error_rows(f"delta error, projected adapters{at_most}", figures.projected),
+        *_error_rows(f"delta error, {'added' if is_coded else 'projected'} adapters{at_most}", figures.projected),
         *[("  of which upper bounds", f"{figures.bounds}: fitted again without their originals")]
         * bool(figures.bounds),
         *cost_rows(figures),
@@ -357,11 +359,14 @@ def _ranks(ranks: Sequence[int]) -> str:
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "none"
 
 
-def _component_rows(label: str, components: "Components") -> list[tuple[str, str]]:
+def _component_rows(label: str, components: "Components", *, is_coded: bool) -> list[tuple[str, str]]:
+    sizes = f"{components.min} / {components.median:g} / {components.max} (min / median / max)"
+    if is_coded:
+        # what the shared components lack, each adapter stores by itself
+        return [(f"shared {label}", sizes)]
     energy = f"energy {components.energy:.4f}"
     if components.shortfall:
         energy += f", of which the iterative solver misses at most {components.shortfall:.0e}"
-    sizes = f"{components.min} / {components.median:g} / {components.max} (min / median / max)"
     rows = [(label, f"{sizes}; {energy}")]
     if components.capped:
         names = ", ".join(components.capped[:2])

@@ -63,6 +63,10 @@ def _print_change(pack: str, change: "AdapterChange") -> None:
     rows = [_row("all modules", change.total), *(_row(module, each) for module, each in change.modules.items())]
     header = ("module", "change", "norm ratio", "new inputs", "new outputs")
     console.print_table(f"{change.before} → {change.after} in {pack}", header, rows, numbers=(1, 2, 3, 4))
+    console.say(
+        f"change: norm of the difference ÷ norm of {change.before}. norm ratio: norm of {change.after} ÷ that norm. "
+        f"new inputs, new outputs: part of {change.after} outside the input and output directions of {change.before}."
+    )
     if change.tensors:
         tensors = [(key, version_rows.distance(each)) for key, each in change.tensors.items()]
         console.print_table("", ("head or other tensor", "change"), tensors, numbers=(1,))

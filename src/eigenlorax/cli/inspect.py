@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core import keys
+from ..core import keys, printable
 from ..errors import FormatError, LossError, OptionError
 from ..formats import hub_client
 from . import arguments, console, verbs, version_rows
@@ -137,7 +137,7 @@ def _show_verified(target: str, folder: "PackFolder", originals: list[str], json
             f"error is {check.delta_error:.6f} ({worst})."
         )
     if verification.unknown:
-        console.note(f"no original was given for {', '.join(verification.unknown)}.")
+        console.note(f"no original was given for {printable.first_names(verification.unknown)}.")
     exceeding = [name for name, check in verification.adapters.items() if not check.holds]
     if exceeding:
         raise LossError(
@@ -249,5 +249,4 @@ def _figures(adapter: "Adapter", source: str) -> dict[str, Any]:
 
 
 def _listing(names: list[str]) -> str:
-    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return shown or "none"
+    return printable.first_names(names, 4) or "none"

@@ -82,3 +82,5 @@ def _print_log(title: str, entries: list["LogEntry"], metrics: list[str], *, is_
         **version_rows.metric_columns(records, metrics),
     }
     console.print_table(title, list(columns), list(zip(*columns.values(), strict=True)), numbers=range(len(columns)))
+    if not is_population:
+        console.say("to previous, to latest: norm of the difference ÷ norm of the previous or the latest version.")

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..core.printable import first_names
 from . import arguments, console, spelling, verbs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from ..serving.vllm.checking import Check, ServingMode
     from ..serving.vllm.plan import MemoryUse, Plan
@@ -121,13 +122,9 @@ def _group_by_reason(refused: "Mapping[str, str]") -> list[str]:
     for name, reason in refused.items():
         names_by_reason.setdefault(spelling.on_command_line(reason), []).append(name)
     return [
-        f"{f'each of {len(names):,} adapters' if len(names) > 1 else '1 adapter'} ({_first_names(names)}): {reason}."
+        f"{f'each of {len(names):,} adapters' if len(names) > 1 else '1 adapter'} ({first_names(names, 3)}): {reason}."
         for reason, names in sorted(names_by_reason.items(), key=lambda group: -len(group[1]))
     ]
-
-
-def _first_names(names: "Sequence[str]") -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def _print_plan(plan: "Plan") -> None:

@@ -1,6 +1,7 @@
 """Text from files, made safe to print: without control characters of terminals and Markdown."""
 
 import re
+from collections.abc import Sequence
 
 # C0 and C1 controls and DEL; marks that change the direction of text, or begin a line or paragraph; surrogates, which
 # cannot be encoded
@@ -17,6 +18,11 @@ def one_line(text: str) -> str:
 def multi_line(text: str) -> str:
     """Return `text` with each control character except line breaks and tabs replaced by its escape."""
     return _IN_LINES.sub(_escape, text)
+
+
+def first_names(names: Sequence[str], n: int = 5) -> str:
+    """Return the first `n` names with commas between them, and how many more there are."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
 
 
 def markdown_code(text: str) -> str:

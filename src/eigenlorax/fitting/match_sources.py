@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.adapter import Adapter
+from ..core.printable import first_names
 from ..core.progress import Progress
 from ..errors import FormatError, NonFiniteError, ShapeError, SkippedAdapterWarning
 from ..formats import checks, sources
@@ -75,7 +76,7 @@ def match_adapters(
         warnings.warn(f"{name} was passed over: {cause}", SkippedAdapterWarning, stacklevel=stacklevel)
     if unknown:
         warnings.warn(
-            f"left out, because their content is not in the pack: {', '.join(sorted(unknown))}.",
+            f"left out, because their content is not in the pack: {first_names(sorted(unknown))}.",
             SkippedAdapterWarning,
             stacklevel=stacklevel,
         )

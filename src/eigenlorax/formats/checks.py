@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import formats
-from ..core import dtypes, keys, limits
+from ..core import dtypes, keys, limits, printable
 from ..core import subspace as spaces
 from ..core.adapter import Adapter, ModuleSpec, delta_square
 from ..core.keys import Kind
@@ -202,7 +202,8 @@ def check_one_base(
     without_base = [each.owner for each in stated if each.base_model is None]
     if without_base and len(without_base) < len(stated):
         warnings.warn(
-            f"no base model is stated by {_shortened(without_base)}; assuming the base model of the other adapters.",
+            f"no base model is stated by {printable.first_names(without_base)}; assuming the base model of the other "
+            "adapters.",
             UnknownBaseWarning,
             stacklevel=3,
         )
@@ -415,8 +416,4 @@ def excluded(modules: Iterable[str], patterns: Sequence[str]) -> frozenset[str]:
 
 
 def _listing(names: Sequence[str]) -> str:
-    return _shortened([repr(name) for name in names])
-
-
-def _shortened(words: Sequence[str]) -> str:
-    return ", ".join(words[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
+    return printable.first_names([repr(name) for name in names])

@@ -36,6 +36,10 @@ REFERENCE_ADAPTERS = ("ref", "reference")
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 _EXPECTED = "Pass the output_dir of a Trainer, which has folders such as checkpoint-500."
+_OTHER_FOLDERS = (
+    f"{_EXPECTED} Versions in other folders are added by `Pack.append` in Python; adapters that were trained from one "
+    "adapter by `eigenlorax fit ADAPTERS --reference ADAPTER`."
+)
 # of a training record
 _TRAINING_METRICS = (
     *("epoch", "loss", "learning_rate"),
@@ -285,7 +289,7 @@ def _checkpoint_folders(path: Path) -> dict[int, Path]:
     if not folders:
         whole = path.resolve()
         is_checkpoint = checkpoint_step(whole) is not None
-        remedy = f"It is one checkpoint: pass its parent, {whole.parent}." if is_checkpoint else _EXPECTED
+        remedy = f"It is one checkpoint: pass its parent, {whole.parent}." if is_checkpoint else _OTHER_FOLDERS
         raise FormatError(f"{path} has no folder checkpoint-STEP. {remedy}")
     return dict(sorted(folders.items()))
 

@@ -140,10 +140,13 @@ def _expand(name: str | None, source: Source, revision: str | None, token: str |
     adapter_folders = {str(child.source) for child in adapters}
     for child in (child for child in children if str(child.source) not in adapter_folders):
         weights = [file for file in child.files() if file.endswith((".safetensors", ".bin"))]
-        if weights:
+        if {keys.ADAPTER_WEIGHTS, keys.ADAPTER_PICKLE} & set(weights):
+            # an adapter without its config: reading it raises the error
+            adapter_folders.add(str(child.source))
+        elif weights:
             reason = "is a pack" if folders.is_pack(child) else f"holds {weights[0]} but no {keys.ADAPTER_CONFIG}"
             warnings.warn(f"{child} was passed over: it {reason}.", SkippedAdapterWarning, stacklevel=2)
-    return [AdapterSource(None, child.source) for child in adapters] + [
+    return [AdapterSource(None, child.source) for child in children if str(child.source) in adapter_folders] + [
         AdapterSource(None, folder.at(file)) for file in loras
     ]
 
@@ -174,6 +177,8 @@ def _no_adapter(folder: Folder, children: Sequence[Folder], files: Sequence[str]
     deeper = [child for child in children[:_INSPECTED_CHILDREN] if any(map(folders.is_adapter, child.folders()))]
     hint = f" There are adapters one level deeper: try {deeper[0]}." if deeper else ""
     no_lora = f" None of its {len(files)} {keys.LORA_SUFFIX} files is a LoRA." if files else ""
+    if files and folder.is_file("config.json"):
+        no_lora += " It looks like the folder of a whole model."
     return FormatError(
         f"{folder} and the folders in it have neither {keys.ADAPTER_CONFIG} nor a LoRA in one file "
         f"({keys.LORA_SUFFIX}, as kohya or diffusers write it): no adapter was found.{no_lora}{hint}"

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 
 from ..codec.storage.coded import codes_digest
-from ..core import keys
+from ..core import keys, printable
 from ..errors import DuplicateAdapterWarning
 from .contents import PackContents
 from .packed_adapter import PackedAdapter
@@ -62,7 +62,9 @@ def warn_of_copies(copies: Mapping[str, str], records: Mapping[str, Record], *, 
         sentences[NAMED:] = [f"There are copies of {len(sentences) - NAMED} more adapters."]
     different = sorted(name for name, original in copies.items() if not _is_equal(records[name], records[original]))
     if different:
-        sentences.append(f"Only the updates are equal: heads or other tensors differ in {_shortened(different)}.")
+        sentences.append(
+            f"Only the updates are equal: heads or other tensors differ in {printable.first_names(different, NAMED)}."
+        )
     if sentences:
         warnings.warn(" ".join(sentences), DuplicateAdapterWarning, stacklevel=4)
 
@@ -75,11 +77,7 @@ def _is_equal(record: Record, original: Record) -> bool:
 
 
 def _sentence(names: list[str], original: str, as_references: bool) -> str:
-    listed = _shortened(names)
+    listed = printable.first_names(names, NAMED)
     if len(names) == 1:
         return f"{listed} has the same update as {original}{'; it is stored as a reference' * as_references}."
     return f"{listed} have the same update as {original}{'; they are stored as references' * as_references}."
-
-
-def _shortened(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
