@@ -25,6 +25,11 @@ def without(collection, place, factor=0.0):
     return found
 
 
+def square(width):
+    """Two modules whose sides have this dimension."""
+    return {f"layers.{layer}.query": (width, width) for layer in range(2)}
+
+
 def assert_plain(report, *others):
     """Nothing is said but the answer, the bytes, what does better, and `others`."""
     kinds = {finding.kind for finding in report.verdict.findings}
@@ -49,6 +54,16 @@ class TestShared:
         assert "`-k 12`" in the(report, "partly-shared").advice
         (point,) = (point for point in report.sizes if point.k == 12)
         assert point.left_out < 0.2 < report.left_out.errors.mean
+
+    @pytest.mark.parametrize(("width", "k"), [(16, 3), (24, 5)])
+    def test_in_more_directions_of_narrow_modules(self, width, k):
+        collection = of_one_subspace(60, noise=0.02, rank=2, k=k, shapes=square(width))
+        report = report_on(collection, k=1, left_out=12)
+        assert "share a subspace with more components than the pack has" in report.verdict.headline
+        assert int(re.search(r"`-k (\d+)`", the(report, "partly-shared").advice)[1]) in (k, k + 1)
+        made = adapters(collection)
+        coded = ex.report(ex.fit(made, max_error=0.5), made, left_out=12)
+        assert {"shared", "partly-shared"} & {finding.kind for finding in coded.verdict.findings}
 
     def test_by_three_quarters_or_less(self):
         """Half of each update's squared norm is in one subspace, half its own."""
@@ -132,6 +147,23 @@ class TestNotShared:
         )
         assert report.left_out.errors.mean > 0.98
         assert_plain(report)
+
+    @pytest.mark.parametrize(("width", "rank", "seed"), [(8, 2, 0), (16, 2, 1), (24, 4, 0)])
+    def test_at_no_k_even_if_all_components_hold_everything(self, width, rank, seed):
+        """A stack of more rows than dimensions: at k = width every adapter fits, as it would in random components."""
+        made = adapters(random(60, rank=rank, shapes=square(width), seed=seed))
+        coded = ex.report(ex.fit(made, max_error=0.1), made, left_out=12)
+        assert max(side.k for module in coded.modules for side in (module.down, module.up)) < width
+        whole = coded.sizes[-1]
+        assert (whole.k, whole.random, whole.left_out) == (
+            width,
+            pytest.approx(0, abs=1e-6),
+            pytest.approx(0, abs=1e-6),
+        )
+        assert whole.ratio > 1
+        for report in (coded, report_on(random(60, rank=rank, shapes=square(width), seed=seed), k=2, left_out=12)):
+            assert the(report, "not-shared").text.startswith("They do not share a subspace")
+            assert all(point.sharing == [] for point in report.sizes)
 
     def test_a_low_error_in_the_fit_is_called_compression(self):
         report = report_on(random(5), k=16)

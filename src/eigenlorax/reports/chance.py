@@ -163,5 +163,6 @@ def sharing(kept: Tensor, expected: Tensor, by_chance: Tensor, total: Tensor, su
     """
     share = (kept - expected) / (total - expected).clamp_min(torch.finfo(total.dtype).tiny)
     deviation = null.spread(by_chance, sums.draws)
-    shares_subspace: list[bool] = ((share >= HALF) & (kept - expected > SIGMAS * deviation)).tolist()
+    smallest = torch.maximum(SIGMAS * deviation, _ROUNDING * total)
+    shares_subspace: list[bool] = ((share >= HALF) & (kept - expected > smallest)).tolist()
     return shares_subspace

@@ -206,7 +206,7 @@ def _divided(evidence: _Evidence) -> _Answer | None:
 
 def _more_components(evidence: _Evidence) -> _Answer | None:
     """Answer if the adapters share a subspace with more components, in a pack still smaller than the LoRAs."""
-    point = _first_shared_size(evidence.report)
+    point = _first_shared_size(evidence)
     if point is None or point.ratio <= 1:
         return None
     return _Answer(
@@ -222,13 +222,16 @@ def _more_components(evidence: _Evidence) -> _Answer | None:
     )
 
 
-def _first_shared_size(report: ReportData) -> SizePoint | None:
-    """Return the smallest size above the pack's at which adapters left out are kept, beyond chance; None if none is."""
-    for point in larger_sizes(report):
-        chance = point.random or 1.0
-        if point.left_out is None or chance < CHANCE:
+def _first_shared_size(evidence: _Evidence) -> SizePoint | None:
+    """Return the smallest size above the pack's at which adapters left out are kept, beyond chance; None if none is.
+
+    In as many components as a module has dimensions, random ones keep everything as well.
+    """
+    for point in larger_sizes(evidence.report):
+        if point.left_out is None or point.random is None or point.random < CHANCE:
             continue
-        if spreads.beyond_chance(point.left_out, chance) >= SHARED:
+        is_significant = 2 * len(point.sharing) >= evidence.left_out.sampled
+        if is_significant and spreads.beyond_chance(point.left_out, point.random) >= SHARED:
             return point
     return None
 
