@@ -5,6 +5,7 @@ import inspect
 import re
 from typing import Any
 
+from eigenlorax.core import license as licences
 from eigenlorax.core import update_changes
 from eigenlorax.fitting import refit, verify
 from eigenlorax.merging import comparison
@@ -33,7 +34,7 @@ SECTIONS: dict[str, tuple[type, ...]] = {
         summary.FileBytes,
         record.Record,
     ),
-    "`eigenlorax inspect`": (history_figures.HistoryFigures, verify.Verified),
+    "`eigenlorax inspect`": (history_figures.HistoryFigures, licences.License, verify.Verified),
     "`eigenlorax refit`": (refit.Change,),
     "`eigenlorax merge`": (comparison.Comparison, comparison.SourceShare, comparison.PairRelation),
     "`eigenlorax train`": (training_record.TrainingResult, baselines.Baseline),

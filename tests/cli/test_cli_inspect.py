@@ -177,6 +177,7 @@ class TestAnAdapter:
             "heads": ["base_model.model.classifier.weight"],
             "head_bytes": 4 * 2 * 31,
             "carried_bytes": 0,
+            "license": None,
             "lora_bytes": FLOAT * 3 * WIDTHS,
             "metadata": {},
             "modules": 3,

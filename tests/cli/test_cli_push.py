@@ -55,6 +55,7 @@ class TestPush:
             "commit": commit,
             "url": f"{hub.url}/org/new/commit/{commit}",
             "pull_request": None,
+            "license": None,
         }
         assert main_of(hub, "org/new").names == ["alpha", "beta", "gamma"]
 
@@ -103,6 +104,45 @@ class TestPush:
         assert_refused(
             online("push", pack, "org/pack", **TOKEN), 5, "org/pack was changed on the Hub", "run the command again"
         )
+
+
+class TestLicences:
+    """Licences of adapters from the Hub, in the card of a pack that is pushed."""
+
+    @pytest.fixture
+    def collection(self, online, hub, tmp_path):
+        """A pack of an adapter from the Hub of Apache 2.0, and of one on disk that states nothing."""
+        (hub.repos["org/lora"]["main"] / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+        other = make_adapter(tmp_path / "other", seed=5)
+        json_of(online("fit", "org/lora", other, "-o", tmp_path / "two", "-k", "2", "--json"))
+        return tmp_path / "two"
+
+    def test_that_differ(self, online, hub, collection):
+        done = succeeded(online("push", collection, "org/two", **TOKEN))
+        assert "the model card states no licence" in done.err
+        assert "(apache-2.0 (1), not stated (1))" in " ".join(done.err.split())
+        text = (hub.repos["org/two"]["main"] / "README.md").read_text()
+        assert "\nlicense:" not in text
+        assert "| `apache-2.0` | 1 | `org--lora` |\n| not stated | 1 | `other` |" in text
+
+    def test_that_all_adapters_state(self, online, hub, collection):
+        options = ["--adapter", "org--lora", "--json"]
+        assert json_of(online("push", collection, "org/one", *options, **TOKEN))["license"] == "apache-2.0"
+        assert '\nlicense: "apache-2.0"\n' in (hub.repos["org/one"]["main"] / "README.md").read_text()
+        # from the Hub, as from disk
+        assert main_of(hub, "org/one")["org--lora"].license.id == "apache-2.0"
+        assert json_of(online("inspect", "org/one", "--json"))["licenses"] == {
+            "org--lora": {"id": "apache-2.0", "name": None, "link": None}
+        }
+
+    def test_that_are_overruled(self, online, hub, collection):
+        done = succeeded(online("push", collection, "org/two", "--license", "openrail++", **TOKEN))
+        assert "states no licence" not in done.err
+        assert '\nlicense: "openrail++"\n' in (hub.repos["org/two"]["main"] / "README.md").read_text()
+
+    def test_of_an_adapter_on_the_hub(self, online, collection):
+        assert json_of(online("inspect", "org/lora", "--json"))["license"]["id"] == "apache-2.0"
+        assert "apache-2.0" in succeeded(online("inspect", collection)).out
 
 
 class TestHistories:

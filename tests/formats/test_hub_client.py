@@ -55,7 +55,7 @@ class TestWhatIsFetched:
     def test_the_config_and_the_safetensors_of_an_id(self, online, hub):
         found = json_of(online("inspect", "org/one", "--json"))
         assert (found["adapter"], found["ranks"]) == ("org/one", [3])
-        assert hub.fetched == [CONFIG, WEIGHTS]
+        assert hub.fetched == ["README.md", CONFIG, WEIGHTS]
 
     @pytest.mark.parametrize("given", ["org/one@v2", "org/one@refs/pr/1"])
     def test_those_of_a_revision(self, online, hub, given):

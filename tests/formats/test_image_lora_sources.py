@@ -168,7 +168,6 @@ class TestOnTheHub:
         found = json_of(online("inspect", f"org/{name}", "--json"))
         assert (found["modules"], found["family"]) == (2, "Stable Diffusion 1")
         assert (FILE if name == "pixel" else "Ink%20v1.safetensors") in hub.fetched
-        assert "README.md" not in hub.fetched
 
     def test_two_files_are_two_loras(self, online, hub):
         assert_refused(online("inspect", "org/two"), 3, "org/two has 2 LoRA files", "hf://org/two/Ink v1.safetensors")

@@ -158,7 +158,10 @@ def _show_pack(target: str, folder: "PackFolder", json: bool) -> None:
     if json:
         references = {"references": listed.references} if listed.references else {}
         versions = {"histories": {name: asdict(each) for name, each in histories.items()}} if histories else {}
-        console.print_json({"pack": target, **console.summary_json(summary, listed.records), **references, **versions})
+        stated = {name: asdict(licence) for name, licence in listed.licenses.items() if licence is not None}
+        licenses = {"licenses": stated} if stated else {}
+        figures = console.summary_json(summary, listed.records)
+        console.print_json({"pack": target, **figures, **references, **licenses, **versions})
         return
     version_rows.print_pack(f"pack {target}", summary, histories)
     if listed.adapters:
@@ -169,7 +172,7 @@ def _show_pack(target: str, folder: "PackFolder", json: bool) -> None:
 
 def _print_adapters(listed: "Manifest") -> None:
     """Print the figures of each adapter of a pack."""
-    records, references = listed.records, listed.references
+    records, references, licenses = listed.records, listed.references, list(listed.licenses.values())
     # columns that are equal for all adapters are left out, so that the table fits 80 columns
     varied = len({record.modules for record in records.values()}) > 1
     carries = any(record.carried_bytes for record in records.values())
@@ -188,8 +191,11 @@ def _print_adapters(listed: "Manifest") -> None:
         ],
         **({"carried": [f"{record.carried_bytes:,}" for record in records.values()]} if carries else {}),
         "in fit": ["yes" if record.in_fit else "no" for record in records.values()],
+        **(
+            {"licence": [licence.title if licence is not None else "" for licence in licenses]} if any(licenses) else {}
+        ),
     }
-    numbers = [index for index, name in enumerate(columns) if name not in ("adapter", "rank", "in fit")]
+    numbers = [index for index, name in enumerate(columns) if name not in ("adapter", "rank", "in fit", "licence")]
     console.print_table("", list(columns), list(zip(*columns.values(), strict=True)), numbers=numbers)
 
 
@@ -204,6 +210,7 @@ def _show_adapter(target: str, adapter: "Adapter", json: bool) -> None:
             ("base model", figures["base_model"] or "not stated"),
             ("format", figures["format"]),
             *[("made for", figures["family"])] * bool(figures["family"]),
+            *([("licence", adapter.license.title)] if adapter.license is not None else []),
             ("modules", str(figures["modules"])),
             ("rank", ", ".join(map(str, figures["ranks"]))),
             ("scaling", ", ".join(f"{scaling:g}" for scaling in figures["scalings"])),
@@ -231,6 +238,7 @@ def _figures(adapter: "Adapter", source: str) -> dict[str, Any]:
         "revision": adapter.revision,
         "format": source_format(source, adapter),
         "family": checks.family(adapter),
+        "license": asdict(adapter.license) if adapter.license is not None else None,
         "metadata": dict(adapter.origin.metadata) if adapter.origin is not None else {},
         "modules": len(adapter.specs),
         "ranks": list(adapter.ranks),

@@ -40,7 +40,8 @@ def push(
         str | None,
         typer.Option(
             metavar="ID",
-            help="Licence that the model card states, such as apache-2.0. Each push writes the card again.",
+            help="Licence that the model card states, such as apache-2.0 (default: that of all adapters, if they state "
+            "the same one). Each push writes the card again.",
         ),
     ] = None,
     message: Annotated[str | None, typer.Option(metavar="TEXT", help="Commit message.")] = None,
@@ -50,12 +51,15 @@ def push(
     json: arguments.Json = False,
 ) -> None:
     """Upload a pack to the Hub in one commit. Adapters in the repository that the pack lacks are deleted there."""
+    from ..pack import licenses
     from ..pack.pack import Pack
 
     opened = Pack.open(pack)
     names = sorted(set(adapter)) if adapter else [*opened.names, *opened.histories]
     adapters = [name for name in names if name in opened.names]
     histories = [name for name in names if name in opened.histories]
+    adapter_licenses = {name: opened.licenses[name] for name in adapters}
+    stated = license or licenses.common(adapter_licenses, histories)
     with console.working():
         commit = opened.push_to_hub(
             repo,
@@ -76,11 +80,18 @@ def push(
                 "commit": commit.oid,
                 "url": commit.commit_url,
                 "pull_request": commit.pr_url,
+                "license": stated,
             }
         )
     else:
         rows = [("adapters", str(len(adapters))), *[("histories", str(len(histories)))] * bool(histories)]
-        rows.append(("commit", commit.commit_url))
+        rows += [("licence", stated or "not stated"), ("commit", commit.commit_url)]
         if commit.pr_url is not None:
             rows.append(("pull request", commit.pr_url))
         console.print_rows(f"pack {repo}", rows)
+    differing = licenses.describe(adapter_licenses)
+    if stated is None and differing is not None:
+        console.note(
+            f"the model card states no licence: those of the adapters differ or have no identifier ({differing}). "
+            "State one with --license."
+        )

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from ..errors import FormatError, ShapeError
 from . import dtypes
+from .license import License
 from .options import to_float
 from .origin import Origin
 
@@ -184,6 +185,7 @@ class Adapter:
         file_bytes: Size of the adapter's file.
         subspace: Fingerprint of the subspace that the adapter was trained in, if any.
         origin: The file that the adapter was read from, if that is not a PEFT file or has metadata to write again.
+        license: Licence that its source states, if any.
 
     Example:
         >>> eigenlorax.read_adapter("adapters/a")
@@ -201,6 +203,7 @@ class Adapter:
     file_bytes: int = 0
     subspace: str | None = None
     origin: Origin | None = None
+    license: License | None = None
 
     def __repr__(self) -> str:
         parts = [f"{self.name!r}", f"base_model={self.base_model!r}", f"modules={len(self.specs)}"]

@@ -24,6 +24,8 @@ INSIDE_PACK = "../.."
 MANIFEST = "subspace_config.json"
 ADAPTERS = "adapters"
 CARD = "README.md"
+# File with the licence of an adapter
+LICENSE = "LICENSE"
 REPORT_FIGURES = "report.json"
 REPORT_PAGE = "report.html"
 # Files that `fit` writes into a pack's folder and the manifest does not list

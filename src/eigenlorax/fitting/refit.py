@@ -300,7 +300,8 @@ def _compare(
             after = replace(after, source_dtype=before.source_dtype)
             alone = not originals and before.subspace in (None, pack.info.fingerprint) and in_components
             record = follow_record(before.record, record, squares, alone=alone, projected=not pack.is_coded)
-        members[name] = replace(after, record=record)
+        # an original may be a copy without its card
+        members[name] = replace(after, record=record, license=after.license or before.license)
         changes[name] = _change(before.record, record, squares, name in originals)
     progress("comparing adapters", len(pack.names), len(pack.names))
     return members, changes

@@ -97,7 +97,10 @@ def adapter_folder(
     # with a pack's manifest, an error can say that the repository is a pack
     folder = download(
         *repository,
-        [*(prefix + name for name in (keys.ADAPTER_CONFIG, keys.MANIFEST, *weights)), ALWAYS_THERE],
+        [
+            *(prefix + name for name in (keys.ADAPTER_CONFIG, keys.MANIFEST, keys.CARD, keys.LICENSE, *weights)),
+            ALWAYS_THERE,
+        ],
         token=token,
         cache_dir=cache_dir,
         local_files_only=local_files_only,

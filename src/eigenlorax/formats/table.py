@@ -1,7 +1,7 @@
 """Adapters as files: the table of formats, `read_adapter` and `write_adapter`."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from ..core.adapter import Adapter
 from ..core.options import suggestion
 from ..core.origin import Origin
 from ..errors import OptionError
-from . import folders, official, peft, urls
+from . import folders, licenses, official, peft, urls
+from .folders import AdapterLocation
 from .gguf import architectures
 from .gguf import reader as gguf_reader
 from .gguf import writer as gguf_writer
@@ -84,16 +85,26 @@ def read_adapter(
         >>> adapter.ranks, len(adapter.modules)
         ((3,), 3)
     """
-    if format == GGUF:
-        return gguf_reader.read(source, base_config=base_config, **options)
-    if format is not None:
-        return _format(format).read(source, **options)
+    read = _format(format).read if format is not None else None
     location = folders.locate(source, **{name: options[name] for name in _LOCATION_OPTIONS if name in options})
+    if read is None:
+        read = _reader(location)
+    if read is gguf_reader.read:
+        options["base_config"] = base_config
+    adapter = read(location, **options)
+    if adapter.license is None:
+        metadata = adapter.origin.metadata if adapter.origin is not None else {}
+        adapter = replace(adapter, license=licenses.find(location, metadata))
+    return adapter
+
+
+def _reader(location: AdapterLocation) -> Callable[..., Adapter]:
+    """Return the function that reads an adapter whose format was not passed."""
     if location.file is not None and location.file.lower().endswith(keys.GGUF_SUFFIX):
-        return gguf_reader.read(location, base_config=base_config, **options)
+        return gguf_reader.read
     if mlx_reader.is_adapter(location):
-        return mlx_reader.read(location, **options)
-    return (peft.read if location.file is None else reader.read)(location, **options)
+        return mlx_reader.read
+    return peft.read if location.file is None else reader.read
 
 
 def write_adapter(

@@ -240,6 +240,7 @@ def from_files(
         payload=payload,
         source_dtype=dtypes.parse(config.source_dtype),
         parent=entry.parent,
+        license=entry.license,
     )
 
 

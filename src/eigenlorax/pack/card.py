@@ -3,20 +3,17 @@
 import json
 
 from ..core import keys
+from ..core.license import License
 from ..core.printable import markdown_code
 from ..formats import hub_client
-from . import history_figures, purposes, summary
+from . import history_figures, licenses, purposes, summary
 from .manifest import Manifest
 from .summary import Errors, Summary
 
-_LICENCE = (
-    "",
-    "## Licence",
-    "",
-    "A pack is derived from its adapters, and they from their base model and their data: the licences of all of them "
-    "hold for it. The pack does not record them. Whoever publishes it should state a licence (`eigenlorax push "
-    "--license`), and name the authors and licences of the adapters.",
-)
+_MAX_LICENCES = 50
+"""Largest number of licences of the adapters that are listed."""
+_MAX_NAMES = 10
+"""Largest number of adapters that are named for each of them."""
 
 
 def render(listed: Manifest, repo_id: str | None = None, license: str | None = None) -> str:
@@ -25,7 +22,8 @@ def render(listed: Manifest, repo_id: str | None = None, license: str | None = N
     Args:
         listed: Manifest of the pack.
         repo_id: Repository from which the code loads the pack; None for the folder of the card.
-        license: Identifier of the licence on the Hub, such as "apache-2.0"; None to state none.
+        license: Identifier of the licence on the Hub, such as "apache-2.0". Default: that of all adapters, if they
+            state the same one.
     """
     figures = summary.summarize_manifest(listed)
     how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id)
@@ -34,11 +32,11 @@ def render(listed: Manifest, repo_id: str | None = None, license: str | None = N
     if listed.histories and not listed.adapters and not listed.subspace.modules:
         contents = _title_of_histories(figures)
     lines = [
-        *_front_matter(listed, figures.family, license),
+        *_front_matter(listed, figures.family, license or licenses.common(listed.licenses, listed.histories)),
         *contents,
         *_histories(listed),
         *how_to_use,
-        *_LICENCE,
+        *_licences(listed),
         "",
         form,
     ]
@@ -162,6 +160,43 @@ def _histories(listed: Manifest) -> list[str]:
             f"{sources} | {error} |"
         )
     return [*lines, ""]
+
+
+def _licences(listed: Manifest) -> list[str]:
+    """Return the section about licences, with those of the adapters."""
+    lines = [
+        "",
+        "## Licence",
+        "",
+        "A pack is derived from its adapters, and they from their base model and their data: the licences of all of "
+        "them hold for it. Whoever publishes it should state a licence (`eigenlorax push --license`), and name the "
+        "authors of the adapters.",
+        "",
+    ]
+    groups = licenses.by_license(listed.licenses)
+    if not groups.keys() - {None}:
+        return [*lines, "The pack records no licences of its adapters."]
+    lines += [
+        "### Licences of the adapters",
+        "",
+        "Their model cards or files stated these licences when the pack was made.",
+        "",
+        "| licence | adapters | names |",
+        "|---|---|---|",
+    ]
+    listed_groups = list(groups.items())
+    for licence, names in listed_groups[:_MAX_LICENCES]:
+        title = "not stated" if licence is None else _licence(licence)
+        shown = ", ".join(map(markdown_code, names[:_MAX_NAMES])) + ", …" * (len(names) > _MAX_NAMES)
+        lines.append(f"| {title} | {len(names):,} | {shown} |")
+    others = listed_groups[_MAX_LICENCES:]
+    if others:
+        lines.append(f"| {len(others):,} other licences | {sum(len(names) for _, names in others):,} | |")
+    return lines
+
+
+def _licence(licence: License) -> str:
+    return markdown_code(licence.title) + (f", {markdown_code(licence.link)}" if licence.link is not None else "")
 
 
 def _example(listed: Manifest) -> str:

@@ -15,6 +15,7 @@ from ..codec.storage.table import parse_storage, storage_by_name
 from ..codec.tensor_codes import References
 from ..core import atomic_files, keys
 from ..core.adapter import Adapter
+from ..core.license import License
 from ..core.subspace import Subspace
 from ..errors import AdapterNameError, OptionError
 from . import folder_tensors, version_adapters
@@ -187,6 +188,11 @@ class PackContents(Mapping[str, Adapter]):
     def source_hashes(self) -> dict[str, str]:
         """Hash of the content of each adapter's source, by name."""
         return {name: record.source_sha256 for name, record in self.records.items()}
+
+    @property
+    def licenses(self) -> dict[str, License | None]:
+        """Licence that the source of each adapter states, by name; None if it states none."""
+        return {name: self._adapters[name].license for name in self.names}
 
     @property
     def references(self) -> dict[str, str]:

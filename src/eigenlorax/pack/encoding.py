@@ -207,6 +207,7 @@ def pack_adapter(
         origin=adapter.origin,
         payload=encoded.payload,
         source_dtype=_widest_dtype([adapter.specs[module].dtype for module in coefficients]),
+        license=adapter.license,
     )
 
 

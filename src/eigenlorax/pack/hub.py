@@ -1,11 +1,11 @@
 """Packs on the Hub: the files that a download needs, and the files that a push replaces."""
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import keys
+from ..core.license import ID
 from ..errors import OptionError, PackDamagedError, PackMissingError
 from ..formats import hub_client
 from . import card, folder
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 _ADAPTER_FILES = (keys.ADAPTER_CONFIG, keys.ADAPTER_WEIGHTS, keys.SOURCE_CONFIG, keys.SOURCE_FILE, keys.CARRIED)
-_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
-"""Identifier of a licence in the metadata of a model card."""
 
 
 def fetch(
@@ -143,7 +141,8 @@ def push(
         message: Message of the commit. Default: the number of adapters.
         token: Access token, True for the stored one, False for none. Default: the stored one, if any.
         create_pr: Open a pull request to the main branch, instead of committing to it.
-        license: Identifier of the licence that the model card states, such as "apache-2.0". Default: none.
+        license: Identifier of the licence that the model card states, such as "apache-2.0". Default: that of
+            all adapters, if they state the same one.
 
     Returns:
         The commit.
@@ -151,7 +150,7 @@ def push(
     Raises:
         OptionError: The licence is no identifier.
     """
-    if license is not None and not _LICENSE.fullmatch(license):
+    if license is not None and not ID.fullmatch(license):
         raise OptionError(
             f"license (--license) is {license!r}; expected an identifier of the Hub, such as apache-2.0, mit or other."
         )

@@ -8,6 +8,7 @@ from ..codec.storage.sizes import ModuleSizes
 from ..core import atomic_files, keys
 from ..core.atomic_files import Files
 from ..core.json_dataclasses import JsonTypeError
+from ..core.license import License
 from ..errors import AdapterNameError
 from .history import History
 from .record import Record
@@ -199,17 +200,19 @@ class Entry:
         record: Bytes and errors of the adapter.
         files: sha256 of each of its files, by name.
         parent: Adapter whose codes this adapter has; None if it has its own codes.
+        license: Licence that its source states, if any.
     """
 
     record: Record
     files: dict[str, str]
     parent: str | None = None
+    license: License | None = None
 
     @classmethod
     def of(cls, packed: "PackedAdapter", files: Files) -> "Entry":
         """Return the entry of an adapter with these files."""
         digests = {file: atomic_files.digest(data) for file, data in sorted(files.items())}
-        return cls(packed.record, digests, packed.parent)
+        return cls(packed.record, digests, packed.parent, packed.license)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +264,11 @@ class Manifest:
     def records(self) -> dict[str, Record]:
         """Figures of every adapter, sorted by name."""
         return {name: self.adapters[name].record for name in sorted(self.adapters)}
+
+    @property
+    def licenses(self) -> dict[str, License | None]:
+        """Licence that the source of each adapter states, by name; None if it states none."""
+        return {name: self.adapters[name].license for name in sorted(self.adapters)}
 
     @property
     def references(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ..core import atomic_files, keys
 from ..core.json_dataclasses import JsonTypeError, from_json, reject_constant
 from ..errors import AdapterNameError, PackDamagedError, PackVersionError
 from ..version import __version__
-from . import history_json, manifest_checks, subspace_json
+from . import history_json, licenses, manifest_checks, subspace_json
 from .manifest import Entry, FitInfo, Manifest, SubspaceInfo
 from .record import Record
 from .shared_fields import most_common
@@ -54,6 +54,7 @@ def to_bytes(manifest: Manifest) -> bytes:
         "source_fields": manifest.source_fields,
         **_adapter_fields(manifest.adapters),
         "histories": history_json.to_json(manifest.histories),
+        **licenses.to_json(manifest.licenses),
     }
     body["digest"] = atomic_files.digest(_canonical(body))
     # without the blanks of the canonical form, which would be a third of the file
@@ -137,12 +138,15 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     if body.get("format") != _FORMAT or body["format_version"] < 1:
         raise JsonTypeError(f"format and format_version are {body.get('format')!r} and {body['format_version']}.")
     entries = _entries(body)
+    license_of = licenses.read(body.get("licenses", []), entries) if body["format_version"] >= 8 else {}
     manifest = replace(
         _without_adapters(body),
         basis=_basis(body),
         source_fields=from_json(dict, body.get("source_fields"), "source_fields") if _shares(body) else {},
         adapters={
-            keys.check_name(name): _entry(fields, f"adapters.{name}", body["format_version"])
+            keys.check_name(name): replace(
+                _entry(fields, f"adapters.{name}", body["format_version"]), license=license_of.get(name)
+            )
             for name, fields in entries.items()
         },
         histories=history_json.read(body.get("histories", ...), entries) if body["format_version"] >= 8 else {},

@@ -714,7 +714,8 @@ class Pack(VersionedContents):
             commit_message: Message of the commit. Default: a message with the number of adapters.
             token: Access token, True for the stored one, False for none. Default: the stored one, if any.
             create_pr: Open a pull request to the main branch, instead of committing to it.
-            license: Identifier of the licence that the model card states, such as "apache-2.0". Default: none.
+            license: Identifier of the licence that the model card states, such as "apache-2.0". Default: that of all
+                adapters, if their sources state the same one.
 
         Raises:
             AdapterNameError: The pack has no adapter of a name in `adapters`.

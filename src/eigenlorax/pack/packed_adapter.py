@@ -11,6 +11,7 @@ from ..codec.storage.coded import coefficient_metadata
 from ..core import narrowing, projection
 from ..core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec
 from ..core.coefficients import Coefficients
+from ..core.license import License
 from ..core.origin import Origin
 from ..core.subspace import Subspace
 from ..formats import peft
@@ -36,6 +37,7 @@ class PackedAdapter:
             coefficients must not keep it.
         source_dtype: Widest dtype of the source's LoRA factors; None if the pack does not record it.
         parent: Adapter of the pack whose file contains the codes of this adapter; None if its own file contains them.
+        license: Licence that the source states, if any.
     """
 
     name: str
@@ -50,6 +52,7 @@ class PackedAdapter:
     payload: Payload | None = None
     source_dtype: torch.dtype | None = None
     parent: str | None = None
+    license: License | None = None
 
     def with_parent(self, parent: str | None) -> "PackedAdapter":
         """Return the adapter with its codes in the file of another one, or in its own again if `parent` is None."""
@@ -102,4 +105,5 @@ def unpack(packed: PackedAdapter, subspace: Subspace, dtype: torch.dtype) -> Ada
         carried=packed.carried if not carried.specs else carried.carried,
         source_config=packed.source_config,
         origin=packed.origin,
+        license=packed.license,
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core import keys
 from ...core.adapter import Adapter, LazyMapping, LoRAFactors, ModuleSpec
 from ...errors import FormatError, ShapeError
-from .. import folders, lora_config
+from .. import folders, licenses, lora_config
 from ..folders import AdapterLocation
 from . import architectures, header, row_order
 from .architectures import BaseModel
@@ -82,6 +82,7 @@ def read(
         modules=LazyMapping(specs, partial(_factors, opened, modules, specs)),
         base_model=_base_name(opened.metadata),
         file_bytes=opened.file.size,
+        license=licenses.of_gguf(opened.metadata),
     )
     adapter = replace(adapter, source_config=_config(adapter, opened.metadata, path))
     return _with_carried_embedding(adapter, opened, modules, base)
