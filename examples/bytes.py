@@ -1,4 +1,4 @@
-"""So small, and no worse than that: packs for a size and for an error. On the demo's own adapters, offline.
+"""Packs for a size and for an error, on the demo's adapters, offline.
 
     pip install . && python examples/bytes.py          # writes bytes/
 
@@ -21,7 +21,7 @@ print(f"{summary.bytes.ratio_with_heads:.1f} times smaller, with heads; delta er
 for point in pack.frontier:
     print(f"  at most {point.error:.3f} would take about {point.bytes:,.0f} bytes")
 
-# one that the fit has not seen keeps the error, too
+# an adapter that the fit has not seen is stored within the same error
 record = pack.add(late)
 print(f"{late.name}: {record.delta_error:.3f} lost, {record.coefficient_bytes:,} bytes")
 pack.save(OUT / "pack", overwrite=True)

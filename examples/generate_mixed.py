@@ -1,6 +1,6 @@
-"""Generate with plain transformers and PEFT: one batch, whose rows ask different adapters of a pack.
+"""Generate text with transformers and PEFT in one batch whose rows use different adapters of a pack.
 
-    pip install "eigenlorax[peft]"
+    pip install ".[peft]"
     python examples/generate_mixed.py
 
 It runs offline, on a tiny Llama with random weights; put your own model, adapters and prompts in its place.
@@ -43,20 +43,20 @@ with tempfile.TemporaryDirectory() as folder:
         get_peft_model(base(), LORA).save_pretrained(root / "loras" / name)
     pack = ex.fit(root / "loras", n_components=12, warn_above=1.0).save(root / "pack")
 
-    # what each adapter says by itself: an ordinary LoRA again, in a batch of its own
+    # the text of each adapter alone: an ordinary LoRA, in a batch of its own
     loras = ex.Pack.open(pack).export(root / "exported")
     wanted = []
     for name, prompt in zip(names, prompts, strict=True):
         model = base() if name == "__base__" else PeftModel.from_pretrained(base(), loras[name])
         wanted.append(model.generate(input_ids=prompt[None], **GREEDY)[0].tolist())
 
-    # our method of PEFT: each adapter in a pack is a folder that PEFT loads
+    # EigenLoRAx in PEFT: each adapter in a pack is a folder that PEFT loads
     model = PeftModel.from_pretrained(base(), pack / "adapters" / "poet", adapter_name="poet")
     for name in ("lawyer", "coder", "nurse"):
         model.load_adapter(pack / "adapters" / name, adapter_name=name)
     by_peft = model.generate(input_ids=prompts, adapter_names=names, **GREEDY).tolist()
 
-    # the bank: any number of adapters on any model, added and removed while it serves
+    # the bank: any number of adapters on a model, which can be added and removed while it serves
     bank = ex.AdapterBank(base(), pack)
     by_bank = bank.generate(input_ids=prompts, adapter_names=names, **GREEDY).tolist()
 
@@ -64,4 +64,4 @@ for name, row in zip(names, by_bank, strict=True):
     print(f"{name:10s} {row[prompts.shape[1] :]}")
 for who, rows in {"PeftModel.generate": by_peft, "AdapterBank.generate": by_bank}.items():
     same = sum(got == alone for got, alone in zip(rows, wanted, strict=True))
-    print(f"{who}: {same} of {len(names)} rows are what their adapter says alone")
+    print(f"{who}: {same} of {len(names)} rows equal the text of their adapter alone")

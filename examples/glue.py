@@ -1,13 +1,13 @@
 """A GLUE task on coefficients, with the recipe of the EigenLoRAx paper's scripts (arXiv 2502.04700, Table 2).
 
-    pip install "eigenlorax[train]" datasets
+    pip install ".[train]" datasets
     eigenlorax fit loras-of-other-glue-tasks/ -o pack/ --n-components 32 --weighting factors
     python examples/glue.py pack/ mrpc --model FacebookAI/roberta-base
 
 The recipe: query and value of RoBERTa-base, k = 32, r = 8, weight decay 0.1, 6 % of warm-up, batches of 64, learning
-rate and epochs by task. The basis must not know the task itself: put LoRAs of the other tasks into the pack. Rows
-come from the Hub's GLUE, or from `--data`, a folder that `datasets` saved with the same columns. Evaluation is on the
-validation split, after the last epoch: none is chosen on it.
+rate and epochs by task. Fit the pack on LoRAs of the other tasks, without the task itself. Rows come from GLUE on the
+Hub, or from `--data`, a folder that `datasets` saved with the same columns. Evaluation is on the validation split after
+the last epoch; nothing is chosen on it.
 """
 
 import argparse
@@ -40,14 +40,16 @@ def arguments():
     parser.add_argument("--data", help="a folder of the task's rows, with the splits train and validation")
     parser.add_argument("--method", choices=["coefficients", "core", "lora"], default="coefficients")
     parser.add_argument("--epochs", type=float, help="(default: the recipe's)")
-    parser.add_argument("--learning-rate", type=float, help="(default: the recipe's; a LoRA wants about a tenth)")
+    parser.add_argument(
+        "--learning-rate", type=float, help="(default: the recipe's; about a tenth is better for a LoRA)"
+    )
     parser.add_argument("--max-length", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser.parse_args()
 
 
 def metric(task):
-    """What GLUE reports: correlation for CoLA (Matthews) and STS-B (Pearson), accuracy for the others."""
+    """Return the metric of GLUE: correlation for CoLA (Matthews) and STS-B (Pearson), accuracy for the others."""
 
     def measure(predictions):
         scores, labels = predictions

@@ -1,4 +1,4 @@
-"""A pack that grows: new adapters come, and what is there stays. On the demo's own adapters, offline.
+"""Add adapters to a pack without a change of the earlier ones, and fit it again; on the demo's adapters, offline.
 
     pip install . && python examples/grow.py          # writes grown/
 
@@ -15,7 +15,7 @@ OUT = Path("grown")
 
 
 def digests(pack: Path) -> dict[str, str]:
-    """sha256 of every file of the pack's adapters."""
+    """Return the sha256 of every file of the pack's adapters."""
     files = (path for path in (pack / "adapters").rglob("*") if path.is_file())
     return {str(path.relative_to(pack)): sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -25,13 +25,13 @@ first, late = adapters[:12], adapters[12:]
 ex.fit(first, n_components=16, warn_above=1.0).save(OUT / "pack", overwrite=True)
 before = digests(OUT / "pack")
 
-# what a projection alone would lose; nothing is saved
+# the error of a projection on the old components; nothing is saved
 alone = ex.Pack.open(OUT / "pack").add_all(late, warn_above=1.0)
 
 with ex.Pack.edit(OUT / "pack") as pack:
     extended = pack.add_all(late, extend=4, warn_above=1.0)
 for name, record in extended.items():
-    print(f"{name}: {alone[name].delta_error:.3f} lost by projection, {record.delta_error:.3f} with 4 more directions")
+    print(f"{name}: {alone[name].delta_error:.3f} lost by projection, {record.delta_error:.3f} with 4 more components")
 
 after = digests(OUT / "pack")
 print("files of earlier adapters that changed:", sum(after[path] != digest for path, digest in before.items()))

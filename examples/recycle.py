@@ -1,9 +1,9 @@
-"""Recycle a folder of LoRA adapters: fit a pack, take in one more adapter, give one back to PEFT.
+"""Store a folder of LoRA adapters: fit a pack, add one more adapter, and load an exported one with PEFT.
 
-    pip install "eigenlorax[demo]"
+    pip install ".[demo]"
     python examples/recycle.py
 
-It runs offline, on the adapters that the demo ships; put your own folders and base model in their place.
+It runs offline, on the demo's adapters; put your own folders and base model in their place.
 """
 
 import tempfile
@@ -30,7 +30,7 @@ with tempfile.TemporaryDirectory() as folder:
     print(f"clinc-travel was not in the fit, and loses {record.delta_error:.3f} of its update")
     print(f"LoRAs {pack.summary.bytes.lora:,} bytes; ratio {pack.summary.bytes.ratio:.2f} with the basis counted")
 
-    # any adapter back as an ordinary LoRA, and to work in PEFT
+    # export an adapter as an ordinary LoRA, and load it with PEFT
     lora = ex.Pack.open(Path(folder) / "pack").export(Path(folder) / "loras", ["banking77-a"])["banking77-a"]
     labels = demo.descriptions()["banking77-a"]["labels"]
     base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=len(labels))

@@ -1,4 +1,4 @@
-"""Does a collection of adapters share a subspace? The report of the demo's own, as a page, Markdown and JSON.
+"""Write the report on whether adapters share a subspace, for the demo's adapters, as a page, Markdown and JSON.
 
     pip install ".[demo]" && python examples/report.py          # writes report/
 

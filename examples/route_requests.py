@@ -1,9 +1,9 @@
 """Find the adapter of each request, or none, and answer all of them in one batch.
 
-    pip install "eigenlorax[demo,routing]"
+    pip install ".[demo,routing]"
     python examples/route_requests.py
 
-It runs offline, on adapters and sentences that the demo ships; put your own pack, base model and texts in their place.
+It runs offline, on adapters and sentences of the demo; put your own pack, base model and texts in their place.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from eigenlorax.train import demo
 
 # half of the sentences of a task to learn from, a quarter to calibrate on, a quarter to test
 LEARN, CALIBRATE, TEST = slice(0, None, 2), slice(1, None, 4), slice(3, None, 4)
-# one adapter a task; the sentences of two more tasks are requests that no adapter is for
+# one adapter per task; the sentences of two other tasks are requests that belong to no adapter
 ADAPTERS = ["banking77-a", "clinc-home", "clinc-kitchen-and-dining", "clinc-travel", "clinc-work", "sms-spam-a"]
 OTHER_TASKS = ["acl_arc", "hate_davidson"]
 about = demo.descriptions()
@@ -70,7 +70,7 @@ with tempfile.TemporaryDirectory() as folder:
         answer = about[route.adapter]["labels"][row.argmax()] if route.adapter else "(the base model)"
         print(f"{text:42s} {route.adapter or '-':14s} {answer:20s} {route.reason}")
 
-    # without one adapter a request: each token mixes the two adapters that fit it best, in each module
+    # a mixture instead of one adapter per request: in each module, each token mixes the two adapters that fit it best
     with bank.mixing(top=2), torch.inference_mode():
         mixed = model(**tokens).logits
-    print(f"mixture of two of {len(bank)} adapters a token: logits of the model's own head, {tuple(mixed.shape)}")
+    print(f"mixture of two of {len(bank)} adapters per token: logits of the model's own head, {tuple(mixed.shape)}")

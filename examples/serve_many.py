@@ -1,9 +1,9 @@
-"""Serve sixteen classifiers from one model: a batch whose rows ask different adapters, and changes while it serves.
+"""Serve sixteen classifiers from one model: a batch whose rows use different adapters, and changes while it serves.
 
-    pip install "eigenlorax[demo]"
+    pip install ".[demo]"
     python examples/serve_many.py
 
-It runs offline, on the adapters that the demo ships; put your own pack and base model in their place.
+It runs offline, on the demo's adapters; put your own pack and base model in their place.
 """
 
 import tempfile
@@ -31,11 +31,11 @@ requests = [
 
 
 def answers(bank, requests):
-    """One forward pass for all, each row with the adapter and the head that it asks for."""
+    """Answer all requests in one forward pass, each row with its own adapter and head."""
     tokens = tokenizer([text for _, text in requests], padding=True, return_tensors="pt")
     with torch.inference_mode():
         logits = bank(**tokens, adapter_names=[name for name, _ in requests]).logits
-    # adapters have different numbers of labels: what a row has no label for is -inf, and never the answer
+    # adapters have different numbers of labels; logits beyond those of an adapter are -inf
     return [labels[name][row.argmax()] for (name, _), row in zip(requests, logits, strict=True)]
 
 
@@ -46,7 +46,7 @@ with tempfile.TemporaryDirectory() as folder:
     for (name, text), answer in zip(requests, answers(bank, requests), strict=True):
         print(f"{name:12s} {text:60s} {answer}")
 
-    # adapters come and go while other threads ask
+    # change adapters while other threads send requests
     wanted, wrong = answers(bank, requests), []
 
     def ask():
@@ -63,5 +63,5 @@ with tempfile.TemporaryDirectory() as folder:
         thread.join()
     print(f"{len(bank)} adapters now; wrong answers meanwhile: {len(wrong)}")
 
-    # the model as it was
+    # remove the hooks of the bank from the model
     bank.unload()

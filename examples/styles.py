@@ -1,10 +1,10 @@
-"""Styles of an image model: from a folder of LoRA files to one pack in a pipeline, and back. Offline, in a minute.
+"""Store a folder of image styles (LoRA files) in one pack, load it into a pipeline, and export it: offline, a minute.
 
-    pip install '.[diffusers]' && python examples/styles.py          # writes styles-out/
+    pip install ".[diffusers]" && python examples/styles.py          # writes styles-out/
 
-The pipeline is a tiny Stable Diffusion of random weights, and so are the styles: what comes out is noise, but every
-step is that of a real one. There, `pipeline()` is `StableDiffusionPipeline.from_pretrained("…")`, and the folder of
-styles holds what you have downloaded, in whatever dialect.
+The pipeline is a tiny Stable Diffusion with random weights, and so are the styles: its images are noise, but every step
+is that of a real one. In your program, `pipeline()` is `StableDiffusionPipeline.from_pretrained("…")`, and the folder
+has LoRA files in any of the supported formats.
 """
 
 import json
@@ -24,7 +24,7 @@ SHARED, RANK, WIDTH = 10, 4, 32
 
 
 def pipeline() -> StableDiffusionPipeline:
-    """The same tiny pipeline each time."""
+    """Return a tiny pipeline, the same each time."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -53,7 +53,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """One that knows letters."""
+    """Return a tokenizer of single letters."""
     folder = OUT / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -64,8 +64,10 @@ def tokenizer() -> CLIPTokenizer:
 
 
 def write_style(pipe: StableDiffusionPipeline, name: str, seed: int) -> None:
-    """A LoRA of rank 4 on attention and on the text encoder, as diffusers saves one. Styles share ten directions in
-    every layer, as those of one subject do to some degree."""
+    """Write a LoRA of rank 4 on attention and on the text encoder, as diffusers saves one.
+
+    All styles share ten components in every layer.
+    """
     own, common = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
 
     def layers(model: nn.Module, prefix: str = "") -> dict[str, Tensor]:
@@ -87,7 +89,7 @@ def write_style(pipe: StableDiffusionPipeline, name: str, seed: int) -> None:
 
 
 def picture(pipe: StableDiffusionPipeline) -> Tensor:
-    """The latents of a picture; `.images` of a real pipeline."""
+    """Return the latents of an image; a real pipeline has `.images`."""
     noise = torch.Generator().manual_seed(0)
     found: Tensor = pipe("a cat", num_inference_steps=4, generator=noise, height=32, width=32, output_type="latent")[0]
     return found
@@ -97,7 +99,7 @@ def apart(one: Tensor, other: Tensor) -> str:
     return f"{float((one - other).abs().max()):.1e}"
 
 
-# PEFT and transformers have much to say of LoRAs that are loaded one after the other
+# diffusers and transformers warn of LoRAs that are loaded one after the other
 for library in ("diffusers", "transformers"):
     logging.getLogger(library).setLevel(logging.ERROR)
 pipe = pipeline()
@@ -105,7 +107,7 @@ for name, seed in STYLES.items():
     write_style(pipe, name, seed)
 
 # in the shell: eigenlorax fit styles-out/styles/*.safetensors -o styles-out/pack -k 10
-# as many components as these have in common; of styles by strangers something is lost, and `inspect` says how much
+# as many components as these styles share; styles of different authors lose something, and `inspect` prints how much
 ex.fit(OUT / "styles", n_components=SHARED).save(OUT / "pack", overwrite=True)
 pack = ex.Pack.open(OUT / "pack")
 summary = pack.summary
@@ -115,14 +117,14 @@ plain = picture(pipe)
 ex.load_into(pipe, pack)
 print("in the pipeline:", ", ".join(pipe.get_list_adapters()["unet"]))
 
-# beside the same file, as diffusers loads it
+# compare with the same file as diffusers loads it
 loras = pipeline()
 loras.load_lora_weights(OUT / "styles", weight_name="sketch.safetensors", adapter_name="sketch")
 pipe.set_adapters("sketch")
 sketch = picture(pipe)
 print(f"sketch: {apart(sketch, picture(loras))} from its own file, {apart(sketch, plain)} from no style")
 
-# several at once; and nothing is compiled again for others, other weights, or none
+# blend several styles; other styles, other weights, or none compile nothing again
 pipe.unet.compile(backend="eager")  # on a GPU: pipe.unet.compile()
 pipe.set_adapters(["toy", "sketch"], adapter_weights=[0.7, 0.5])
 blended = picture(pipe)
@@ -135,7 +137,7 @@ with torch._dynamo.config.patch(error_on_recompile=True):
     pipe.set_adapters(["toy", "sketch"], adapter_weights=[0.7, 0.5])
     print(f"toy and sketch again: {apart(picture(pipe), blended)} from the first time")
 
-# and back: for A1111 and ComfyUI; for load_lora_weights, format="diffusers"
+# export for A1111 and ComfyUI; format="diffusers" is for load_lora_weights
 written = pack.export(OUT / "loras", ["sketch"], format="kohya", overwrite=True)
 loras.delete_adapters("sketch")
 loras.load_lora_weights(OUT / "loras", weight_name="sketch.safetensors", adapter_name="sketch")

@@ -1,10 +1,10 @@
-"""Train a new task on coefficients alone, with transformers' Trainer, next to an ordinary LoRA.
+"""Train a new task on coefficients with transformers' Trainer, and compare with an ordinary LoRA.
 
-    pip install "eigenlorax[demo]" accelerate
+    pip install ".[demo]"
     python examples/train_classifier.py
 
-It runs offline: the basis is that of the demo's adapters without the ones for spam, and the task is to tell spam from
-other messages, from a handful of sentences. Put your own pack, model and rows in their place.
+It runs offline: the basis is that of the demo's adapters except those for spam, and the task is to detect spam, from a
+handful of sentences. Put your own pack, model and rows in their place.
 """
 
 import tempfile
@@ -39,7 +39,7 @@ for name, config in configs.items():
         options = TrainingArguments(
             folder,
             num_train_epochs=20,
-            learning_rate=1e-3,  # of the LoRA; coefficients have their own optimizer
+            learning_rate=1e-3,  # for the LoRA; coefficients have their own optimizer
             report_to=[],
             disable_tqdm=True,
             save_strategy="no",

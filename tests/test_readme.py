@@ -145,7 +145,7 @@ def test_the_example_of_generation(tmp_path):
     said = {line.split()[0]: line for line in lines[:6]}
     assert len(said) == len(set(said.values())) == 5, "adapters and the base model that say different things"
     assert lines[6:] == [
-        f"{who}.generate: 6 of 6 rows are what their adapter says alone" for who in ("PeftModel", "AdapterBank")
+        f"{who}.generate: 6 of 6 rows equal the text of their adapter alone" for who in ("PeftModel", "AdapterBank")
     ]
 
 
