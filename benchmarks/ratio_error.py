@@ -4,8 +4,8 @@
     python benchmarks/ratio_error.py --draw     # draws it again; the same matplotlib gives the same bytes
 
 One collection is 5 checkpoints of a run, stored as a history; the other 16 adapters that were trained separately, in a
-pack of an error bound. Beside each, every adapter alone: cut by SVD, and rounded, tuned to the same bound. Bytes are of
-tensors without heads, the basis counted; ratios are against LoRAs in 16 bits.
+pack of an error bound. Beside each, every adapter by itself: truncated by SVD and rounded, tuned to the same bound.
+Bytes are of tensors without heads, the basis counted; ratios are against LoRAs in 16 bits.
 """
 
 import argparse
@@ -33,8 +33,8 @@ PICTURE = ROOT / "docs" / "ratio-error.svg"
 ERRORS = (0.02, 0.03, 0.05, 0.1, 0.2, 0.3)
 STYLE = {"svg.hashsalt": "eigenlorax", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 LABELS = {
-    "versions": ("5 checkpoints of one run", "#0b6e4f"),
-    "separate": ("16 adapters trained separately", "#3d5a98"),
+    "versions": ("5 checkpoints of one run", "as a history", "#0b6e4f"),
+    "separate": ("16 adapters trained separately", "in a pack", "#3d5a98"),
 }
 
 Json = dict[str, Any]
@@ -50,7 +50,7 @@ def lora_bytes(adapters: Mapping[str, Adapter]) -> int:
 
 
 def alone(adapters: Mapping[str, Adapter], error: float) -> int:
-    """Return the bytes of the adapters, each cut and rounded to the error bound in the best way there is."""
+    """Return the bytes of the adapters, each truncated and rounded to the error bound in the best way there is."""
     first = next(iter(adapters.values()))
     modules = {
         module: pad_factors(
@@ -94,13 +94,18 @@ def draw(result: Json, target: Path) -> None:
     """Draw both collections; dashed, each adapter alone."""
     with mpl.rc_context(STYLE):
         figure, panel = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-        for name, (label, colour) in LABELS.items():
-            for method, line, said in (("ours", "o-", label), ("alone", "o--", f"{label}, each cut and rounded alone")):
+        for name, (label, stored, colour) in LABELS.items():
+            for method, line, said in (("ours", "o-", stored), ("alone", "o--", "each truncated and rounded")):
                 errors = [float(error) for error in result["points"][name]]
                 ratios = [result["lora"][name] / point[method] for point in result["points"][name].values()]
                 weight = 1.0 if method == "ours" else 0.45
-                panel.plot(errors, ratios, line, ms=4, lw=1.8, color=colour, alpha=weight, label=said)
-        panel.set(xscale="log", yscale="log", xlabel="error bound of each adapter, relative", ylabel="times smaller")
+                panel.plot(errors, ratios, line, ms=4, lw=1.8, color=colour, alpha=weight, label=f"{label}, {said}")
+        panel.set(
+            xscale="log",
+            yscale="log",
+            xlabel="error bound of each adapter, relative",
+            ylabel="times smaller than in 16 bits",
+        )
         panel.set_xticks(ERRORS, [f"{error:g}" for error in ERRORS])
         panel.set_yticks([2, 5, 10, 20, 50], ["2×", "5×", "10×", "20×", "50×"])
         panel.minorticks_off()
