@@ -67,7 +67,7 @@ class TestSteps:
                 clock[0] = 5.0
                 progress("training", 1, 100)
 
-        assert "note: training takes about 8 minutes more." in terminals.without_escapes(terminals.shown(work)[1])
+        assert "note: training: about 8 minutes left." in terminals.without_escapes(terminals.shown(work)[1])
 
 
 @pytest.mark.parametrize(

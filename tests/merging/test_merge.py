@@ -18,6 +18,7 @@ from eigenlorax.errors import (
     AdapterNameError,
     BaseModelError,
     FormatError,
+    LossWarning,
     ModuleNameError,
     OptionError,
     PackExistsError,
@@ -387,7 +388,8 @@ def test_a_merge_is_not_written_over_another_folder(tmp_path):
 def test_adapters_of_a_pack_are_merged_and_added(tmp_path):
     adapters = strangers()
     pack = ex.fit(adapters, n_components=CUT, dtype="float32")
-    merged = pack.merge([adapter.name for adapter in adapters], "tsv", rank=CUT)
+    with pytest.warns(LossWarning, match="error is above 0.1 for .* Merge their originals"):
+        merged = pack.merge([adapter.name for adapter in adapters], "tsv", rank=CUT)
     # of what the pack holds, in which a basis of so few components misses a part
     stored = [pack[adapter.name] for adapter in adapters]
     for module in MODULES:

@@ -166,6 +166,7 @@ class TestLabels:
             (("a", "b"), "c", "line 1: label 'c' is not one of the 2 classes: a, b"),
             (("a", "b"), 2, "label 2 is not one of the 2 classes"),
             (("0", "1"), -1, "label -1 is not one of the 2 classes"),
+            (("0", "1"), "spam", "classes: 0, 1. Name the classes in the order of the head: labels= (--labels A,B,"),
             (("1", "2"), 1, "label 1 is an integer, but the classes are texts: 1, 2"),
         ],
     )

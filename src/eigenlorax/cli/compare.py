@@ -163,7 +163,8 @@ def compare(
         prepared = method_comparison.prepare(pack, options, output, resume=resume)
     with console.working() as progress:
         times = comparison_duration.measure(prepared, progress)
-    console.note(" ".join([prepared.plan, *_announcements(prepared, times, quick=quick)]))
+    left_out = [name for name in DEFAULT_METHODS if name not in names] if methods is None else []
+    console.note(" ".join([prepared.plan, *_announcements(prepared, times, left_out, quick=quick)]))
     with console.working() as progress:
         comparison = method_comparison.run(prepared, progress)
     if json:
@@ -175,8 +176,10 @@ def compare(
         console.say(f"· {sentence}")
 
 
-def _announcements(prepared: "PreparedComparison", times: "Mapping[str, MethodTimes]", *, quick: bool) -> Iterator[str]:
-    """Yield sentences on how long the comparison takes, and on what --quick leaves out."""
+def _announcements(
+    prepared: "PreparedComparison", times: "Mapping[str, MethodTimes]", other_methods: Sequence[str], *, quick: bool
+) -> Iterator[str]:
+    """Yield sentences on how long the comparison takes, and on what --quick leaves out, such as other methods."""
     from ..train import comparison_duration
 
     seconds = comparison_duration.total_seconds(prepared, times)
@@ -184,7 +187,6 @@ def _announcements(prepared: "PreparedComparison", times: "Mapping[str, MethodTi
         yield f"They take about {durations.in_words(seconds)}, by the first steps of each method."
     left_out = "the choice of learning rates on your rows and the spread between seeds"
     if quick:
-        other_methods = [name for name in DEFAULT_METHODS if name not in prepared.options.methods]
         yield f"--quick leaves out {', '.join([*other_methods, left_out])}."
     elif seconds >= durations.WORTH_SAYING and times:
         quick_seconds = sum(

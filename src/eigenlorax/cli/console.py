@@ -264,7 +264,7 @@ def working(action: str = "", seconds: float = 0.0) -> Iterator[Callable[[str, i
                         bar.reset(idle, visible=is_idle, total=None)
                     if times.must_announce(seconds_left):
                         # by the console of the bar, which moves the bar down
-                        announcement = f" {stage} takes about {durations.in_words(seconds_left)} more."
+                        announcement = f" {stage}: about {durations.in_words(seconds_left)} left."
                         stderr.print(_styled(announcement, "note:", "yellow", stderr))
 
                 yield report

@@ -162,7 +162,10 @@ def _times(plan: "Plan", name: str) -> str:
 
 def _plan_sentences(plan: "Plan") -> list[str]:
     """Return sentences that explain the table."""
-    sentences = ["Slots and bases are on each GPU, adapters in memory in each worker, those in the cache once."]
+    sentences = [
+        "Slots and bases are on each GPU, adapters in memory in each worker, those in the cache once. Bases are in the "
+        "dtype of the model, without spectra."
+    ]
     unrestricted = plan.unrestricted_slot_bytes or 0
     if plan.expanded is not None and unrestricted > plan.expanded.slot_bytes:
         sentences.append(f"Without --lora-target-modules a slot on demand would take {unrestricted:,} bytes or more.")

@@ -275,8 +275,14 @@ def _read_checked(path: Path, sha256: str, limit: int) -> bytes:
 
 def _check_content(path: Path, sha256: str, read: Callable[[], bytes]) -> bytes:
     """Read a file or a part of it; `PackDamagedError` if it is missing, too large, or has another hash."""
-    is_version = path.parent.name == keys.VERSIONS
-    remedy = f"Restore the pack from a copy, or {'track the run into a new folder' if is_version else 'fit it again'}."
+    remedy = "Restore the pack from a copy, or fit it again."
+    if path.parent.name == keys.VERSIONS:
+        remedy = "Restore the pack from a copy, or track the run into a new folder."
+    elif path.parent.parent.name == keys.ADAPTERS:
+        remedy = (
+            "The other adapters are not affected: remove this one (`eigenlorax remove`) and add it again, or restore "
+            "the pack from a copy."
+        )
     try:
         data = read()
     except FileNotFoundError as error:

@@ -45,6 +45,7 @@ from .loss_warnings import RESIDUAL_REMEDY, check_warn_above, warn_of_losses
 from .manifest import Entry, FitInfo
 from .packed_adapter import PackedAdapter
 from .prune import remove_named
+from .purposes import STORAGE_ERROR
 from .record import Record
 from .versioned_contents import VersionedContents
 
@@ -387,6 +388,8 @@ class Pack(VersionedContents):
         """
         listed = name_list(names)
         adapters = [self.adapter(name) for name in listed]
+        stored = {name: self.records[name] for name in listed if name in self.records}
+        warn_of_losses(stored, STORAGE_ERROR, "Merge their originals, to merge all of them.")
         if options.get("head") in listed:
             # a version may be named as run@latest
             options["head"] = adapters[listed.index(options["head"])].name

@@ -218,6 +218,8 @@ class Labels:
                 encoded.append(numbers_by_name[cell])
             else:
                 hint = suggestion(cell, self.names)
+                if self.numbered:
+                    hint = " Name the classes in the order of the head: labels= (--labels A,B,…)."
                 raise FormatError(f"{label} is not one of the {len(self.names)} classes: {self._listing()}.{hint}")
         return encoded
 
