@@ -45,7 +45,7 @@ WIDEST = 1024
 """Largest width for lorashare, which finds all eigenvectors of d × d matrices for each number of components."""
 WIDE = "16 bits"
 """Key of baselines whose shared factors and cores are in 16 bits, as in papers and packages."""
-TOGETHER = {"rivals": COMBINATIONS, WIDE: ((16, 16),)}
+TOGETHER = {"baselines": COMBINATIONS, WIDE: ((16, 16),)}
 WHO = ("ours", *TOGETHER, *PACKAGES)
 Json = dict[str, Any]
 
@@ -145,7 +145,7 @@ def cells(collection: Collection, options: argparse.Namespace, scratch: Path, kn
         seconds = (time.perf_counter() - started) / len(absent)
         for index, error in enumerate(absent):
             points = {method: as_json(by_error[index]) for method, by_error in points_by_method.items()}
-            cell = {"who": who, "error": error, "beyond": options.beyond, "ways": points, "seconds": seconds}
+            cell = {"who": who, "error": error, "beyond": options.beyond, "methods": points, "seconds": seconds}
             yield f"{collection.name} | {who} | {error:g}", {"collection": collection.name, **shape, **cell}
     for key, measure in todo.items():
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The result of `bytes.py` in Markdown: bytes at each error, ours beside the best of all rivals, and which that is."""
+"""The result of `bytes.py` in Markdown: bytes at each error, ours and those of the best baseline."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,21 +9,23 @@ Json = dict[str, Any]
 
 UNMEASURED = "Not measured yet: `python benchmarks/bytes.py`."
 NAMES = {"vlora": "vlora-dev"}
-ALL, WIDE = "rivals", "16 bits"
-"""Rivals whose shared factors are in as many bits as serve them best, and those that have 16 there."""
+ALL, WIDE = "baselines", "16 bits"
+"""Baselines whose shared factors have as many bits as give the fewest bytes, and those that have 16 there."""
+LABELS = {"strangers": "trained separately"}
+"""Kinds of collections as they are shown, where the name in the result is another."""
 ENOUGH = 1.02
-"""How many times the best rival's bytes a pack may take: its manifest of spectra and the like is small."""
+"""How many times the best baseline's bytes a pack may take: its manifest of spectra and the like is small."""
 
 
 def markdown(result: Json) -> str:
-    """Everything: where, the ratios, and the rivals one by one."""
+    """Environment, ratios, and the best baseline of each cell."""
     if not result["cells"]:
         return UNMEASURED
-    return "\n\n".join(part for part in (environment(result), ratios(result), ways(result)) if part)
+    return "\n\n".join(part for part in (environment(result), ratios(result), best_baselines(result)) if part)
 
 
 def page(result: Json) -> str:
-    """The ratios alone, and those where rivals share in 16 bits."""
+    """The ratios alone, and those beside baselines that share bases in 16 bits."""
     if not result["cells"]:
         return UNMEASURED
     return "\n\n".join(part for part in (ratios(result), ratios_in_16_bits(result)) if part)
@@ -51,28 +53,34 @@ def collections(result: Json) -> list[str]:
     return sorted({cell["collection"] for cell in result["cells"].values()}, key=key)
 
 
+def label(collection: str) -> str:
+    """Name of a collection in a table."""
+    kind, comma, others = collection.partition(", ")
+    return f"{LABELS.get(kind, kind)}{comma}{others}"
+
+
 def errors(result: Json) -> list[float]:
     return sorted({cell["error"] for cell in result["cells"].values() if "error" in cell})
 
 
-def of_rivals(result: Json, collection: str, error: float, who: str = ALL) -> dict[str, Json]:
-    """The points of all rivals that hold the error, by their names."""
-    cell = result["cells"].get(f"{collection} | {who} | {error:g}", {"ways": {}})
-    found = dict(cell["ways"])
+def baseline_points(result: Json, collection: str, error: float, who: str = ALL) -> dict[str, Json]:
+    """The points of all baselines within the error, by method."""
+    cell = result["cells"].get(f"{collection} | {who} | {error:g}", {"methods": {}})
+    found = dict(cell["methods"])
     for package in ("lorashare", "vlora"):
         points = result["cells"].get(f"{collection} | {package}", {}).get("points", {})
         found[NAMES.get(package, package)] = points.get(f"{error:g}")
-    return {way: point for way, point in found.items() if point is not None}
+    return {method: point for method, point in found.items() if point is not None}
 
 
 def best(result: Json, collection: str, error: float, who: str = ALL) -> tuple[str, Json] | None:
-    """The rival of the fewest bytes."""
-    found = of_rivals(result, collection, error, who)
+    """The baseline of the fewest bytes."""
+    found = baseline_points(result, collection, error, who)
     return min(found.items(), key=lambda item: item[1]["bytes"], default=None)
 
 
 def ratio(result: Json, collection: str, error: float, who: str = ALL) -> float | None:
-    """Our bytes beside the best rival's; None where one of the two is not there."""
+    """Our bytes ÷ the best baseline's; None where one of the two is not there."""
     ours = result["cells"].get(f"{collection} | ours | {error:g}", {})
     found = best(result, collection, error, who)
     if found is None or "bytes" not in ours:
@@ -93,19 +101,19 @@ def beyond(result: Json) -> list[tuple[str, float, float]]:
 
 
 def ratios(result: Json) -> str:
-    """Our bytes ÷ those of the best rival, and how many times smaller than the LoRAs in 16 bits we are."""
+    """Our bytes ÷ those of the best baseline, and the ratio to the LoRAs in 16 bits."""
     title = (
-        "**Bytes of a pack ÷ those of the best rival**, by the error that no adapter exceeds; in brackets, how many "
-        f"times smaller the pack is than the LoRAs in 16 bits. ✗: above {ENOUGH}, or an adapter loses more."
+        "**Bytes of a pack ÷ those of the best baseline**, by the error bound of all adapters; in brackets, how many "
+        f"times smaller the pack is than the LoRAs in 16 bits. ✗: above {ENOUGH}, or an adapter exceeds its bound."
     )
     return _ratios(result, ALL, title) or UNMEASURED
 
 
 def ratios_in_16_bits(result: Json) -> str:
-    """The same beside rivals that share in 16 bits; nothing where none was measured."""
+    """The same beside baselines that share bases in 16 bits; empty where none was measured."""
     title = (
-        "**The same where rivals share as papers and packages do, in 16 bits**: joint diagonalisation, one basis, "
-        "lorashare, vlora-dev; and each adapter cut and rounded, to any bits, as before."
+        "**The same with shared bases in 16 bits, as in papers and packages**: joint diagonalisation, one basis, "
+        "lorashare, vlora-dev; and each adapter truncated and rounded to any bits, as before."
     )
     return _ratios(result, WIDE, title)
 
@@ -114,7 +122,7 @@ def _ratios(result: Json, who: str, title: str) -> str:
     rows = []
     columns = sorted({cell["error"] for cell in result["cells"].values() if cell["who"] == who})
     for collection in collections(result):
-        row = [collection]
+        row = [label(collection)]
         for error in columns:
             value = ratio(result, collection, error, who)
             ours = result["cells"].get(f"{collection} | ours | {error:g}", {})
@@ -128,23 +136,23 @@ def _ratios(result: Json, who: str, title: str) -> str:
     return f"{title}\n\n{table(('', *(f'{error:g}' for error in columns)), rows)}" if rows else ""
 
 
-def ways(result: Json) -> str:
-    """The best rival of each cell."""
+def best_baselines(result: Json) -> str:
+    """The best baseline of each cell."""
     rows = []
     for collection in collections(result):
         cells = [best(result, collection, error) for error in errors(result)]
         lora = next(cell["lora_bytes"] for cell in result["cells"].values() if cell["collection"] == collection)
-        rows.append([collection, *(_words(cell, lora) for cell in cells)])
+        rows.append([label(collection), *(_words(cell, lora) for cell in cells)])
     header = ("", *(f"{error:g}" for error in errors(result)))
-    title = "**The best rival, and how many times smaller than the LoRAs in 16 bits it is.**"
+    title = "**The best baseline, and how many times smaller than the LoRAs in 16 bits it is.**"
     return f"{title}\n\n{table(header, rows)}"
 
 
 def _words(found: tuple[str, Json] | None, lora: int) -> str:
     if found is None:
         return "–"
-    way, point = found
-    return f"{lora / max(point['bytes'], 1):.3g}× {way}{_settings(point['settings'])}"
+    method, point = found
+    return f"{lora / max(point['bytes'], 1):.3g}× {method}{_settings(point['settings'])}"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

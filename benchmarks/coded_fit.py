@@ -23,6 +23,7 @@ from typing import Any
 
 import profile_verbs
 from child import peak_bytes
+from run import measured_now
 
 import eigenlorax as ex
 from eigenlorax.cli.env import collect
@@ -49,7 +50,7 @@ def main() -> None:
         print(json.dumps(measure_case(arguments.folder, CASES[arguments.case])))
         return
     result = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"collections": {}}
-    result |= {"command": "python benchmarks/coded_fit.py", "environment": collect(), "error": ERROR}
+    result |= {"command": "python benchmarks/coded_fit.py", "environment": collect(), **measured_now(), "error": ERROR}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         for name in arguments.only:
             folder = Path(scratch) / name

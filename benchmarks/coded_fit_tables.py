@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from markdown_table import table
+from markdown_table import release, table
 
 Json = dict[str, Any]
 LABELS = {
@@ -39,7 +39,7 @@ def markdown(result: Json) -> str:
     where = result["environment"]
     return (
         f"{table(header, rows)}\n\n"
-        f"`{result['command']}`: error bound {result['error']:g}, components: 32 a side; medians, and all rounds in "
-        f"brackets; {where['processor']}, one thread a process, at a load of {min(loads):g} to {max(loads):g} on "
-        f"{where['cpus']} cores, torch {where['torch']}."
+        f"`{result['command']}`, {release(result)}: error bound {result['error']:g}, components: 32 a side; "
+        f"medians, and all rounds in brackets; {where['processor']}, one thread a process, at a "
+        f"load of {min(loads):g} to {max(loads):g} on {where['cpus']} cores, torch {where['torch']}."
     )

@@ -1,13 +1,13 @@
-"""Adapters that come one at a time: what the early ones lose, by four ways of taking in the next one.
+"""Adapters that come one at a time: errors of the early ones, by four methods of adding the next one.
 
-From the first adapter on, each step takes in one more, and measures every adapter so far against its original. The
-ways, each with at most `k` components a side:
+From the first adapter on, each step adds one more, and measures every adapter so far against its original. The
+methods, each with at most `k` components per side:
 
 project   the basis of the first adapter; the others are projected on it.
 extend L  `Pack.add(extend=L)`: at most L new directions a side for each, until there are k; or `without end`.
 merge     Share's merge and reproject (arXiv 2602.06043): all are rebuilt from their coefficients, k components are
           fitted to those and to the new one, and coefficients are found again: `refit`, with the new one's original.
-one shot  a fit of the originals of all so far, which a continual way does not have: the bound.
+one shot  a fit of the originals of all so far, which a continual method does not have: the bound.
 
     python benchmarks/continual.py            # minutes; writes results/continual.json and docs/results/continual.svg
     python benchmarks/table.py --write        # the tables in docs/growing.md
@@ -99,7 +99,7 @@ def one_shot(originals: Sequence[Adapter], k: int) -> Iterator[ex.Pack]:
         yield ex.fit(originals[:n], n_components=k, warn_above=1.0)
 
 
-WAYS: dict[str, Callable[[Sequence[Adapter], int], Iterator[ex.Pack]]] = {
+METHODS: dict[str, Callable[[Sequence[Adapter], int], Iterator[ex.Pack]]] = {
     "project": project,
     "extend 2": lambda originals, k: extend(originals, k, 2),
     "extend 4": lambda originals, k: extend(originals, k, 4),
@@ -125,10 +125,10 @@ def error(original: Adapter, other: Adapter) -> float:
     return (lost / total) ** 0.5
 
 
-def stream(originals: Sequence[Adapter], way: str, k: int) -> list[Step]:
-    """One way through a sequence of adapters."""
+def stream(originals: Sequence[Adapter], method: str, k: int) -> list[Step]:
+    """Add a sequence of adapters by one method."""
     found = []
-    for n, pack in enumerate(WAYS[way](originals, k), start=1):
+    for n, pack in enumerate(METHODS[method](originals, k), start=1):
         errors = [error(one, pack.adapter(one.name, torch.float64)) for one in originals[:n]]
         size = pack.summary.bytes
         found.append(
@@ -201,10 +201,12 @@ def picture(result: dict[str, Any], path: Path) -> None:
             one = result["collections"][name]
             for row, (field, label) in enumerate(shown.items()):
                 axis = axes[row][column]
-                for way, runs in one["ways"].items():
+                for method, runs in one["methods"].items():
                     values = [statistics.fmean(one) for one in zip(*(run[field] for run in runs), strict=True)]
-                    style = "--" if way == "one shot" else "-"
-                    axis.plot(range(1, len(values) + 1), values, style, color=COLOURS[way], label=way, linewidth=1.6)
+                    style = "--" if method == "one shot" else "-"
+                    axis.plot(
+                        range(1, len(values) + 1), values, style, color=COLOURS[method], label=method, linewidth=1.6
+                    )
                 axis.set_ylim(0, 1)
                 axis.set_title(f"{name.partition(' ')[0]}, k = {one['k']}: {label}", fontsize=9)
                 axis.grid(alpha=0.25)
@@ -234,11 +236,11 @@ def main() -> None:
             "collections": {},
         }
         for name, (adapters, k) in kinds.items():
-            ways = {
-                way: [columns(stream(ordered(adapters, order), way, k)) for order in range(options.orders)]
-                for way in WAYS
+            methods = {
+                method: [columns(stream(ordered(adapters, order), method, k)) for order in range(options.orders)]
+                for method in METHODS
             }
-            found["collections"][name] = {"k": k, "adapters": len(adapters), "ways": ways}
+            found["collections"][name] = {"k": k, "adapters": len(adapters), "methods": methods}
         RESULTS.write_text(json.dumps(found) + "\n", encoding="utf-8")
     picture(json.loads(RESULTS.read_text("utf-8")), PICTURE)
 

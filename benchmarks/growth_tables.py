@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import growth
-from markdown_table import table
+from markdown_table import release, table
 
 Json = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -75,8 +75,8 @@ def markdown(result: Json) -> str:
     return (
         "![Processor time and memory of fits, reports and opening as one size grows](benchmarks-growth-verbs.svg)\n\n"
         f"{table(header, rows)}\n\n"
-        f"Around {sizes}; medians of {rounds} rounds. `{result['command']}`; {where['processor']}, one thread, at a "
-        f"load of {min(loads):g} to {max(loads):g} on {where['cpus']} cores, torch {where['torch']}."
+        f"Around {sizes}; medians of {rounds} rounds. `{result['command']}`, {release(result)}; {where['processor']}, "
+        f"one thread, at a load of {min(loads):g} to {max(loads):g} on {where['cpus']} cores, torch {where['torch']}."
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from collection import Shape, make_up
+from run import measured_now
 
 import eigenlorax as ex
 from eigenlorax.cli.env import collect
@@ -171,7 +172,8 @@ def read(output: Path, base: Collection) -> Json:
     """Return the results so far, or empty ones."""
     if not output.is_file():
         command = f"python benchmarks/growth_verbs.py{' --quick' if base == QUICK else ''}"
-        return {"command": command, "base": asdict(base), "environment": collect(), "collections": {}}
+        started = {"command": command, "environment": collect(), **measured_now()}
+        return {**started, "base": asdict(base), "collections": {}}
     results: Json = json.loads(output.read_text("utf-8"))
     if results["base"] != asdict(base):
         raise SystemExit(f"{output} was measured from another collection, {results['base']}. Pass another --output.")

@@ -47,17 +47,21 @@ def environment(result: Json) -> str:
     where = first["comparable"]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(where["versions"].items()))
     commands = " and ".join(f"`{command}`" for command in dict.fromkeys(run["command"] for run in result["runs"]))
-    days = sorted({run["date"] for run in result["runs"]})
-    commits = sorted({run["commit"] for run in result["runs"]})
     quick = "**A smoke run at small sizes: its figures say nothing.** " if where["quick"] else ""
     threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     load = max(run["load_at_start"] for run in result["runs"])
     minutes = sum(case["process_seconds"] for case in result["cases"].values()) / 60
     return (
-        f"{quick}{commands} on {' and '.join(days)}, commit {', '.join(commits)}: {where['cpu']}, "
+        f"{quick}{commands} {when(result)}: {where['cpu']}, "
         f"{where['cores']} cores, load at the start {load:.1f}, {threads} a process, page cache warm, seed "
         f"{first['seed']}, {minutes:.1f} minutes; {packages}."
     )
+
+
+def when(result: Json) -> str:
+    """The days and commits of all runs."""
+    days, commits = (sorted({run[field] for run in result["runs"]}) for field in ("date", "commit"))
+    return f"on {' and '.join(days)}, commit {', '.join(commits)}"
 
 
 def beside(cases: Mapping[str, Sequence[Json]], other: str, ours: str) -> str:
@@ -218,7 +222,9 @@ def page(result: Json) -> str:
         for axis, methods in found.items()
         for method, curve in methods.items()
     ]
+    version = result["runs"][0]["comparable"]["versions"]["eigenlorax"]
     return (
         "![Seconds and memory of a fit as one size grows, by method](benchmarks-growth.svg)\n\n"
-        f"{table(('grows', '', 'exponent of seconds', 'exponent of memory'), rows)}"
+        f"{table(('grows', '', 'exponent of seconds', 'exponent of memory'), rows)}\n\n"
+        f"`python benchmarks/run.py` {when(result)}, eigenlorax {version}."
     )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from markdown_table import table
+from markdown_table import release, table
 
 Json = dict[str, Any]
 COLLECTIONS = ("demo", "planted", "llama")
@@ -28,8 +28,8 @@ def markdown(result: Json) -> str:
         f"{table(header, rows)}\n\n"
         f"Disk: {machine['read'] / 1e6:,.0f} MB/s of reading and {machine['write'] / 1e6:,.0f} MB/s of writing. "
         f"Products: {rates}.\n\n"
-        f"`{result['command']}`; {where['processor']}, one thread, at a load of {min(loads):g} to {max(loads):g} on "
-        f"{where['cpus']} cores, torch {where['torch']}."
+        f"`{result['command']}`, {release(result)}; {where['processor']}, one thread, at a load of {min(loads):g} to "
+        f"{max(loads):g} on {where['cpus']} cores, torch {where['torch']}."
     )
 
 

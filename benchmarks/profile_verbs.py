@@ -28,6 +28,7 @@ import large
 import report as report_benchmark
 import torch
 from profile_parts import OperationCount, PartTimes
+from run import measured_now
 from safetensors.torch import load_file, save_file
 
 import eigenlorax as ex
@@ -179,7 +180,7 @@ def measure(names: Sequence[str], layers: int, scratch: Path) -> None:
         ),
     }
     result = json.loads(RESULTS.read_text("utf-8")) if RESULTS.is_file() else {"collections": {}}
-    result |= {"command": "python benchmarks/profile_verbs.py", "environment": collect()}
+    result |= {"command": "python benchmarks/profile_verbs.py", "environment": collect(), **measured_now()}
     # figures of one table have the same limits
     if set(names) >= result["collections"].keys() or "machine" not in result:
         result["machine"] = machine_rates(scratch)

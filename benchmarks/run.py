@@ -81,8 +81,7 @@ def this_run(given: argparse.Namespace) -> Json:
     """What has to be known of a run to read its figures."""
     return {
         "command": command(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
+        **measured_now(),
         "load_at_start": os.getloadavg()[0],
         "page_cache": "warm: every file is read once before it is measured",
         "seed": SEED,
@@ -108,6 +107,11 @@ def shown(path: Path) -> str:
     """The path from the repository's root, if it is in there; else as it was given."""
     whole = path.resolve()
     return str(whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else whole.name
+
+
+def measured_now() -> Json:
+    """The day and the commit of a measurement."""
+    return {"date": datetime.now(UTC).date().isoformat(), "commit": commit()}
 
 
 def commit() -> str:

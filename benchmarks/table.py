@@ -218,8 +218,8 @@ def sdxl_table(sdxl: Json) -> str:
     )
     return (
         f"{n} LoRAs of rank {sdxl['rank']} on {sdxl['modules']} linear layers of SDXL's UNet, as files of "
-        f"{sdxl['file_bytes'] / n / 1e6:.0f} MB in float16, from files to a pack in memory. The numbers are made up: "
-        "bytes and times depend on shapes alone, and what real styles lose at such k does not.\n\n"
+        f"{sdxl['file_bytes'] / n / 1e6:.0f} MB in float16, from files to a pack in memory. The weights are random: "
+        "bytes and times depend on shapes alone, and the errors of real styles at such k do not.\n\n"
         f"{table(header, rows)}\n\n"
         f"`{sdxl['command']}`; {where['processor']}, one thread, torch {where['torch']}, "
         f"diffusers {where['diffusers']}, seed {sdxl['seed']}."
@@ -227,11 +227,11 @@ def sdxl_table(sdxl: Json) -> str:
 
 
 def continual_table(continual: Json) -> str:
-    """Errors after the last adapter has come, by collection and way of taking it in."""
+    """Errors after the last adapter has come, by collection and method of adding."""
     where, parts = continual["environment"], []
     for name, one in continual["collections"].items():
         rows = []
-        for way, runs in one["ways"].items():
+        for method, runs in one["methods"].items():
             last = [{field: values[-1] for field, values in run.items()} for run in runs]
             errors = [
                 f"{sum(step[field] for step in last) / len(last):.3f}"
@@ -239,13 +239,13 @@ def continual_table(continual: Json) -> str:
             ]
             widest = max(step["k"] for step in last)
             ratio = sum(step["lora_bytes"] / step["stored_bytes"] for step in last) / len(last)
-            rows.append([way, *errors, str(widest), f"{ratio:.2f}"])
-        header = ("", "first", "first 5", "all", "worst", "last", "recorded", "k", "ratio")
-        kind = {"demo": "The demo's adapters", "planted": "Made-up adapters that share 24 directions a side"}
+            rows.append([method, *errors, str(widest), f"{ratio:.2f}"])
+        header = ("method", "first", "first 5", "all", "worst", "last", "recorded", "k", "ratio")
+        kind = {"demo": "The demo's adapters", "planted": "Synthetic adapters that share 24 directions per side"}
         title = f"**{kind[name.partition(' ')[0]]}**, {one['adapters']} of them, at most k = {one['k']}:"
         parts.append(f"{title}\n\n{table(header, rows)}")
     orders = continual["orders"]
-    made = f"`{continual['command']}`; means over {orders} orders in which they come, seeds 0 to {orders - 1}"
+    made = f"`{continual['command']}`; means over {orders} orders of the adapters, seeds 0 to {orders - 1}"
     return "\n\n".join([*parts, f"{made}; {where['processor']}, torch {where['torch']}."])
 
 

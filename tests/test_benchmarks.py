@@ -132,7 +132,7 @@ def test_bytes_of_a_planted_collection_go_on_and_hold_the_error(tmp_path):
     options = ("--quick", "--collections", "shared, tiny, 10", "--output", output, "--errors", "0.3")
     first = run("bytes.py", *options, "--only", "ours")
     assert first.returncode == 0, first.stderr
-    second = run("bytes.py", *options, "--only", "ours", "rivals")
+    second = run("bytes.py", *options, "--only", "ours", "baselines")
     assert second.returncode == 0, second.stderr
     assert "ours" not in second.stderr
     found = json.loads(output.read_text("utf-8"))
@@ -142,13 +142,13 @@ def test_bytes_of_a_planted_collection_go_on_and_hold_the_error(tmp_path):
     assert 0 < ours["bytes"] < ours["file_bytes"]
     # 10 adapters of r = 4 in a module of 48 × 32, in 16 bits
     assert ours["lora_bytes"] == 10 * 2 * 4 * (48 + 32)
-    way, point = bytes_tables.best(found, name, 0.3)
+    method, point = bytes_tables.best(found, name, 0.3)
     assert point["worst"] <= 0.3
     ratio = ours["bytes"] / point["bytes"]
     assert bytes_tables.ratio(found, name, 0.3) == pytest.approx(ratio)
     table = bytes_tables.markdown(found)
     assert f"| {name} | {ratio:.2f}" in table
-    assert f"{ours['lora_bytes'] / point['bytes']:.3g}× {way}" in table
+    assert f"{ours['lora_bytes'] / point['bytes']:.3g}× {method}" in table
 
 
 class TestPlantedBytes:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from eigenlorax.train import demo
 
-from . import record, size_rivals, text, training
+from . import record, size_methods, text, training
 from .jobs import Job
 from .recycled import delta_error, set_factors
-from .size_rivals import PACK, Collection, Factors, Kept
+from .size_methods import PACK, Collection, Factors, Kept
 
 Json = dict[str, Any]
 
@@ -42,7 +42,7 @@ def sources(config: Json) -> Iterator[Job]:
 
 def at_every_size(config: Json, stage: str, adapters: Mapping[str, str], ratios: list[float]) -> Iterator[Job]:
     for ratio in ratios:
-        for method in size_rivals.WAYS:
+        for method in size_methods.METHODS:
             job = {
                 "collection": stage,
                 "adapters": dict(adapters),
@@ -66,7 +66,9 @@ def measured(config: Json) -> Json:
     collection = Collection({name: folder_of(config["collection"], name) for name in config["adapters"]})
     lora = 2 * sum(spec.numbers for adapter in collection.adapters.values() for spec in adapter.specs.values())
     pack = pack_of(collection, config["ratio"])
-    stored = pack if config["way"] == PACK else size_rivals.kept(config["way"], collection, config["ratio"], pack.bytes)
+    stored = (
+        pack if config["way"] == PACK else size_methods.kept(config["way"], collection, config["ratio"], pack.bytes)
+    )
     if stored is None:
         return {"test": {"lora_bytes": lora, "pack_bytes": pack.bytes, "bytes": None, "adapters": {}}}
     adapters = {}
@@ -100,7 +102,7 @@ def compared(original: Tensor, stored: Tensor, labels: Tensor) -> Json:
 
 def pack_of(collection: Collection, ratio: float) -> Kept:
     """Fit the pack of a ratio once. All other methods get as many bytes."""
-    return _once("pack", [digests(collection.folders), ratio], lambda: size_rivals.packed(collection, ratio))
+    return _once("pack", [digests(collection.folders), ratio], lambda: size_methods.packed(collection, ratio))
 
 
 def digests(folders: Mapping[str, Path]) -> Json:

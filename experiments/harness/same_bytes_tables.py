@@ -10,7 +10,7 @@ from eigenlorax.train import demo
 from . import records
 from .pages import table
 from .records import Json, percent
-from .size_rivals import PACK, WAYS
+from .size_methods import METHODS, PACK
 
 NAMES = {PACK: "**pack, `--ratio`**", "shared basis, float16": "pack, `-k`, float16", "vlora": "vlora-dev"}
 OUT_OF_REACH, NOT_RUN = "–", ""
@@ -98,7 +98,7 @@ def at_one_size(stage: str, ratio: float) -> str:
     """Write all methods in the bytes of one pack."""
     runs = by_way(stage)
     rows = [("as trained", "1", percent(before(stage)), "", "", "", "", "")]
-    for method in [method for method in WAYS if (ratio, method) in runs]:
+    for method in [method for method in METHODS if (ratio, method) in runs]:
         losses = losses_of(runs[ratio, method])
         if losses is None:
             rows.append((name_of(method), OUT_OF_REACH, *[""] * 6))
@@ -130,7 +130,7 @@ def at_every_size(stage: str, ratios: Sequence[float]) -> str:
         return f"{changed(losses.drop)}, {changed(losses.worst)}" if losses is not None else OUT_OF_REACH
 
     header = ("asked for", *(f"ratio {ratio:g}" for ratio in ratios))
-    rows = [(name_of(method), *(cell(ratio, method) for ratio in ratios)) for method in WAYS]
+    rows = [(name_of(method), *(cell(ratio, method) for ratio in ratios)) for method in METHODS]
     return f"{table(header, rows)}\n\nMean and worst change of accuracy, in points; empty: not run. {note(stage)}"
 
 
@@ -184,7 +184,7 @@ def in_short(ratio: float) -> str:
 
     return (
         f"Sixteen adapters in a pack {ours.ratio:.1f} times smaller: {describe(ours)} ({ours.name}), "
-        f"{percent(ours.agreement)} % of answers as before. The rival that loses least in as many bytes "
+        f"{percent(ours.agreement)} % of answers as before. The best baseline of the same size "
         f"({name_of(best)}, {nearest.ratio:.1f} times smaller): {describe(nearest)}, {percent(nearest.agreement)} %."
     )
 

@@ -12,9 +12,9 @@ import torch
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
-from harness import record, records, same_bytes, same_bytes_tables, size_rivals  # noqa: E402
+from harness import record, records, same_bytes, same_bytes_tables, size_methods  # noqa: E402
 from harness.recycled import delta_error  # noqa: E402
-from harness.size_rivals import DIAGONAL, FULL, SharedFactors  # noqa: E402
+from harness.size_methods import DIAGONAL, FULL, SharedFactors  # noqa: E402
 
 from adapters import make_adapter  # noqa: E402
 from eigenlorax.reports.analysis import per_adapter  # noqa: E402
@@ -28,7 +28,7 @@ LORA = 2 * N * RANK * sum(map(sum, MODULES.values()))
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
-    return size_rivals.Collection(
+    return size_methods.Collection(
         {
             f"a{n}": make_adapter(folder / f"a{n}", seed=n, rank=RANK, modules=MODULES, dtype=torch.float16)
             for n in range(N)
@@ -42,14 +42,14 @@ def errors(collection, kept):
 
 class TestWays:
     def test_a_pack_is_as_small_as_was_asked_for_and_loses_what_its_files_say(self, collection):
-        found = size_rivals.packed(collection, 6.0)
+        found = size_methods.packed(collection, 6.0)
         assert LORA / 6.5 < found.bytes <= LORA / 6
         assert 0 < max(errors(collection, found)) < 1
 
     @pytest.mark.parametrize("way", [per_adapter.CUT, per_adapter.BOTH])
     def test_alone_no_way_of_the_same_error_is_smaller_and_none_of_a_smaller_error_fits(self, collection, way):
         most = LORA // 5
-        found = size_rivals.kept(way, collection, 5.0, most)
+        found = size_methods.kept(way, collection, 5.0, most)
         lost, tables = errors(collection, found), per_adapter.tables(collection.modules)
         name = {per_adapter.CUT: per_adapter.CUT_BY_ENERGY}.get(way, way)
         # what the benchmark's own rival takes for that error, and for a little less
@@ -57,36 +57,36 @@ class TestWays:
         assert found.bytes <= most < per_adapter.at_error(tables, 0.97 * max(lost))[name].stored_bytes
 
     def test_rounding_alone_reaches_so_far_and_no_further(self, collection):
-        found = size_rivals.kept(per_adapter.ROUNDED, collection, 4.0, LORA // 4)
+        found = size_methods.kept(per_adapter.ROUNDED, collection, 4.0, LORA // 4)
         assert set(found.settings["bits"].values()) == {3, 4}
         assert found.bytes <= LORA / 4
-        assert size_rivals.kept(per_adapter.ROUNDED, collection, 18.0, LORA // 18) is None
+        assert size_methods.kept(per_adapter.ROUNDED, collection, 18.0, LORA // 18) is None
 
     @pytest.mark.parametrize("kind", [FULL, DIAGONAL])
     def test_joint_factors_lose_what_the_search_says_in_no_fewer_bytes(self, collection, kind):
         least = LORA // 6
-        found = size_rivals.kept(kind, collection, 6.0, least)
+        found = size_methods.kept(kind, collection, 6.0, least)
         together = SharedFactors(collection.modules, [range(N)], rounds=(20, 60))
         point = together.measure(kind, found.settings["k"])[tuple(found.settings["bits"])]
         assert max(errors(collection, found)) == pytest.approx(point.worst, rel=1e-5)
         assert found.bytes == point.stored_bytes >= least
 
     def test_a_shared_basis_in_floats(self, collection):
-        found = size_rivals.kept(size_rivals.SHARED, collection, 6.0, LORA // 6)
+        found = size_methods.kept(size_methods.SHARED, collection, 6.0, LORA // 6)
         assert found.bytes >= LORA // 6
         assert 0 < max(errors(collection, found)) < 1
 
-    @pytest.mark.parametrize("name", size_rivals.PACKAGES)
+    @pytest.mark.parametrize("name", size_methods.PACKAGES)
     def test_packages_that_are_installed(self, collection, name):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-        found = size_rivals.kept(name, collection, 3.0, LORA // 3)
+        found = size_methods.kept(name, collection, 3.0, LORA // 3)
         assert found.bytes >= LORA // 3
         assert all(math.isfinite(error) and error < 1.1 for error in errors(collection, found))
 
     @pytest.mark.parametrize(("least", "k"), [(1, 1), (30, 3), (31, 4), (1000, 9)])
     def test_the_fewest_components_that_are_not_below_a_size(self, least, k):
-        assert size_rivals._fewest(lambda k: 10 * k, least, 9) == k
+        assert size_methods._fewest(lambda k: 10 * k, least, 9) == k
 
 
 class TestAnswers:
@@ -101,7 +101,7 @@ class TestAnswers:
 
     def test_every_way_at_every_size_is_a_run(self):
         made = list(same_bytes.shipped(CONFIG))
-        assert len(made) == len({job.name for job in made}) == len(CONFIG["demo"]["ratios"]) * len(size_rivals.WAYS)
+        assert len(made) == len({job.name for job in made}) == len(CONFIG["demo"]["ratios"]) * len(size_methods.METHODS)
         assert made[0].name == "bytes/demo/18--pack"
         assert made[0].config["adapters"]["banking77-b"] == "banking77"
         assert len(next(same_bytes.sources(CONFIG)).config["adapters"]) == 24
@@ -134,8 +134,8 @@ class TestTables:
         monkeypatch.setattr(record, "RESULTS", tmp_path)
         records.of.cache_clear()
         for ratio in CONFIG["demo"]["ratios"]:
-            for way in size_rivals.WAYS:
-                drops = {"sms-spam-a": 1, "banking77-a": -2} if way == size_rivals.PACK else {"acl-arc-a": 8}
+            for way in size_methods.METHODS:
+                drops = {"sms-spam-a": 1, "banking77-a": -2} if way == size_methods.PACK else {"acl-arc-a": 8}
                 planted("demo", ratio, way, {} if way == per_adapter.ROUNDED else drops)
         yield tmp_path
         records.of.cache_clear()

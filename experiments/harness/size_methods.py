@@ -81,11 +81,11 @@ class Collection:
 
 
 def kept(method: str, collection: Collection, ratio: float, pack_bytes: int) -> Kept | None:
-    """Store the collection by one of the `WAYS`, in about as many bytes as the pack of that ratio.
+    """Store the collection by one of the `METHODS`, in about as many bytes as the pack of that ratio.
 
     Returns None if the method does not reach the size.
     """
-    return WAYS[method](collection, ratio, pack_bytes)
+    return METHODS[method](collection, ratio, pack_bytes)
 
 
 def packed(collection: Collection, ratio: float, _: int = 0) -> Kept:
@@ -307,7 +307,7 @@ def _fewest(size: Callable[[int], int], least: int, most: int) -> int:
     return high
 
 
-WAYS: Mapping[str, Callable[[Collection, float, int], Kept | None]] = {
+METHODS: Mapping[str, Callable[[Collection, float, int], Kept | None]] = {
     PACK: packed,
     per_adapter.CUT: alone((16,), cut=True),
     per_adapter.ROUNDED: alone(tuple(bits for bits in per_adapter.BITS if bits < 16), cut=False),
