@@ -166,8 +166,8 @@ def lora_groups(
         model (`nn.Module`):
             The result of `get_peft_model` for a `LoraConfig`.
         lr (`float`):
-            Learning rate of the factors. The default was the best of three for `SOAP`; AdamW needs about half of it
-            (docs/tuner.md).
+            Learning rate of the factors. With `SOAP`, 0.008 to 0.012 was best in the experiments, and AdamW needed
+            0.002 to 0.012 (docs/tuner.md).
         head_lr (`float`):
             Learning rate of the other parameters.
 
