@@ -293,7 +293,8 @@ def svd_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     # r may exceed the width of a side, and then the product has fewer singular values than rows
     roots, missing = sigma.sqrt()[..., None], down.shape[-2] - sigma.shape[-1]
     scaled = roots * (right @ q_down.mT), roots * (left.mT @ q_up.mT)
-    down, up = (torch.nn.functional.pad(rows, (0, 0, 0, missing)) for rows in scaled)
+    zeros = (rows.new_zeros(*rows.shape[:-2], missing, rows.shape[-1]) for rows in scaled)
+    down, up = (torch.cat(pair, dim=-2) for pair in zip(scaled, zeros, strict=True))
     return down, up
 
 
