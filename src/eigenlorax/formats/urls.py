@@ -118,14 +118,8 @@ class RemoteFile:
         """Return the bytes of ranges (begin, end)."""
         with _driver_errors(self.url):
             driver, path = _driver(self.url, self.token)
-            # drivers that are not asynchronous read megabytes ahead by default
-            options = {} if driver.async_impl else {"cache_type": "none"}
-            begins, ends = [begin for begin, _ in requests], [end for _, end in requests]
             try:
-                responses = driver.cat_ranges([path] * len(requests), begins, ends, **options)
-                for response in responses:
-                    if isinstance(response, Exception):
-                        raise response
+                responses = _responses(driver, path, requests)
             except FileNotFoundError as error:
                 raise UrlError(f"{self.url} no longer exists; it existed at the first request.") from error
         for (begin, end), response in zip(requests, responses, strict=True):
@@ -255,6 +249,19 @@ def _driver_errors(url: str) -> Iterator[None]:
     except Exception as error:
         # drivers raise exceptions of their own libraries, which share no base class
         raise UrlError(f"{url} could not be read: {reason(error).rstrip('.')} ({type(error).__name__}).") from error
+
+
+def _responses(driver: Any, path: str, requests: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return what a driver reads of ranges (begin, end), all at once if it is asynchronous."""
+    if not driver.async_impl:
+        # by default, they read megabytes ahead
+        return [driver.cat_file(path, begin, end, cache_type="none") for begin, end in requests]
+    begins, ends = [begin for begin, _ in requests], [end for _, end in requests]
+    responses: list[Any] = driver.cat_ranges([path] * len(requests), begins, ends)
+    for response in responses:
+        if isinstance(response, Exception):
+            raise response
+    return responses
 
 
 def _package(url: str) -> str:
