@@ -148,8 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command in ("POST", "PUT") and self._served_beside_models(path):
             return
         if not _ABOUT_MODELS.match(path):
-            # what else the library wants to know
-            self._answer(404, b"")
+            # what else the library wants to know; an older one looks for the organisation as a model too
+            self._answer(404, b"", {"X-Error-Code": "RepoNotFound"} if path.startswith("/api/models/") else None)
             return
         token = self.headers.get("authorization")
         self.hub.requests.append((self.command, path, token))

@@ -57,7 +57,7 @@ def assert_same_updates(found, wanted, rtol=1e-5):
 
 def loaded(pipe, path):
     """Outputs and updates of a pipeline with a file loaded by diffusers, which is then taken out again."""
-    pipe.load_lora_weights(str(path))
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
     try:
         return image_models.outputs(pipe), image_models.deltas(pipe)
     finally:
@@ -271,7 +271,7 @@ class TestFlux:
         }
         truth = planted(modules, seed=3)
         path = write_adapter(truth, tmp_path / "f", format="kohya")
-        found = FluxLoraLoaderMixin.lora_state_dict(str(path))
+        found = FluxLoraLoaderMixin.lora_state_dict(path.parent, weight_name=path.name)
         x = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         for module, factors in truth.modules.items():
             wanted = factors.scaling * factors.up.double() @ (factors.down.double() @ x)
@@ -370,7 +370,9 @@ class TestWhatAFileSays:
         pipe, other = (image_models.tiny_pipeline("sd") for _ in range(2))
         shapes = modules_of(pipe)
         text = [name for name in shapes if name.startswith("text_encoder.") and ".self_attn." in name]
-        truth = planted({name: shapes[name] for name in [*list(shapes)[::9], *text[:3]]}, seed=2)
+        # diffusers before 0.40 scales a file without alphas wrongly if ranks differ
+        wanted = {name: shapes[name] for name in [*list(shapes)[::9], *text[:3]]}
+        truth = planted(wanted, seed=2, mixed=out == "diffusers")
         magnitudes = {}
         for component, model in image_models.components(other).items():
             for name, module in model.named_modules():
