@@ -225,6 +225,6 @@ def page(result: Json) -> str:
     version = result["runs"][0]["comparable"]["versions"]["eigenlorax"]
     return (
         "![Seconds and memory of a fit as one size grows, by method](benchmarks-growth.svg)\n\n"
-        f"{table(('grows', '', 'exponent of seconds', 'exponent of memory'), rows)}\n\n"
+        f"{table(('grows', 'method', 'exponent of seconds', 'exponent of memory'), rows)}\n\n"
         f"`python benchmarks/run.py` {when(result)}, eigenlorax {version}."
     )

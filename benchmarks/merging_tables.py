@@ -14,7 +14,7 @@ def markdown(merging: Json, references: Json) -> str:
     """Return both tables, with the commands that measured them."""
     methods = merging["methods"]
     rows = [row for method, measured in methods.items() for row in _method_rows(_NAMES[method], measured)]
-    header = ("method", "module", "ours, s", "full matrices, s", "", "difference")
+    header = ("method", "module", "ours, s", "full matrices, s", "ratio", "difference")
     peaks = [max(each[peak] for each in methods.values()) for peak in ("peak_mib", "full_peak_mib")]
     where = merging["environment"]
     others = [
@@ -34,7 +34,7 @@ def markdown(merging: Json, references: Json) -> str:
         "Llama-3.1-8B, processor time of one thread, the comparison with random adapters included; relative difference "
         f"of the results. Peak memory {peaks[0]:.0f} MiB, with full matrices {peaks[1]:,.0f} MiB. "
         f"`{merging['command']}`; {where['processor']}, torch {where['torch']}.\n\n"
-        f"{table(('program', *header[1:3], 'theirs, s', '', 'difference'), others)}\n\n"
+        f"{table(('program', *header[1:3], 'theirs, s', 'ratio', 'difference'), others)}\n\n"
         f"{references['adapters']} adapters; theirs from the product of the factors to the cut. "
         f"mergekit {references['mergekit']}. `{references['command']}`."
     )

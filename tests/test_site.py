@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from docs_site import changelog_page, glossary_tooltips, json_reference
+from docs_site import accessible_pages, changelog_page, glossary_tooltips, json_reference
 
 import eigenlorax
 from eigenlorax.cli import command_line
@@ -113,3 +113,16 @@ def test_a_page_defines_at_most_one_term_that_the_glossary_lacks(page):
 def test_a_diagram_is_what_its_script_draws(name):
     drawn = runpy.run_path(str(ROOT / f"scripts/docs_site/{name}_diagram.py"))["draw"]()
     assert (DOCS / f"concepts/{name}.svg").read_text("utf-8") == drawn
+
+
+def test_cells_without_a_header_are_headers_of_rows():
+    body = '<tbody>\n<tr>\n<td>a</td>\n<td align="right">1</td>\n</tr>\n</tbody>\n</table>'
+    with_names = f"<table>\n<thead>\n<tr>\n<th></th>\n<th>k</th>\n</tr>\n</thead>\n{body}"
+    without = f"<table>\n<thead>\n<tr>\n<th>name</th>\n<th>k</th>\n</tr>\n</thead>\n{body}"
+    expected = with_names.replace("<td>a</td>", '<th scope="row">a</th>')
+    assert accessible_pages.on_page_content(without + with_names + without) == without + expected + without
+
+
+def test_the_search_dialog_has_a_name():
+    dialog = '<div class="md-search" data-md-component="search" role="dialog">'
+    assert accessible_pages.on_post_page(dialog) == dialog.replace('">', '" aria-label="Search">')

@@ -22,7 +22,7 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
         "tasks-by-task": lambda: text_tables.by_task_table(config),
         "tasks-short": lambda: short_table(config),
         "tasks-ablation": lambda: ablation_table(config),
-        "tasks-goals": lambda: table(("hypothesis", "measured", ""), list(goals(config))),
+        "tasks-goals": lambda: table(("hypothesis", "measured", "outcome"), list(goals(config))),
     }
 
 
@@ -83,7 +83,7 @@ def short_table(config: Json) -> str:
                 rows.append([str(epochs), text_tables.label(config, name), points(mean), *cells])
     labels = [f"share of {config['methods'][lora]['label']} after {whole}" for lora in (LORA, SOAP_LORA)]
     return (
-        f"{table(('epochs', '', 'mean score', *labels), rows)}\n\nMean over all targets, "
+        f"{table(('epochs', 'method', 'mean score', *labels), rows)}\n\nMean over all targets, "
         f"{len(config['targets']['seeds'])} seeds; rates are those that were chosen for {whole} epochs. "
         f"{records.source_line(stage(config, 'short'))}"
     )

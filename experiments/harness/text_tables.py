@@ -94,7 +94,7 @@ def rates_table(config: Json) -> str:
     most = max(len(row) for row in rows)
     rows = [[*row, *[""] * (most - len(row))] for row in rows]
     return (
-        f"{table(('', 'rate: score', *[''] * (most - 2)), rows)}\n\nRate and mean score on {tasks}, seed "
+        f"{table(('method', *['rate: score'] * (most - 1)), rows)}\n\nRate and mean score on {tasks}, seed "
         f"{config['development']['seed']}. In bold, the best, which was chosen. "
         f"{records.source_line(stage(config, 'rates'))}"
     )

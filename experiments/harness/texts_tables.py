@@ -23,7 +23,7 @@ def blocks(config: Json) -> Mapping[str, Callable[[], str]]:
     return {
         "texts-targets": lambda: targets_table(config),
         "texts-generation": lambda: generation_table(config),
-        "texts-goals": lambda: table(("hypothesis", "measured", ""), list(goals(config))),
+        "texts-goals": lambda: table(("hypothesis", "measured", "outcome"), list(goals(config))),
     }
 
 
