@@ -9,6 +9,7 @@ from ..formats import hub_client
 from . import history_figures, licenses, purposes, summary
 from .manifest import Manifest
 from .summary import Errors, Summary
+from .tasks import Task
 
 _MAX_LICENCES = 50
 """Largest number of licences of the adapters that are listed."""
@@ -16,7 +17,7 @@ _MAX_NAMES = 10
 """Largest number of adapters that are named for each of them."""
 
 
-def render(listed: Manifest, repo_id: str | None = None, license: str | None = None) -> str:
+def render(listed: Manifest, repo_id: str | None = None, license: str | None = None, task: Task | None = None) -> str:
     """Return the model card: front matter, contents and errors of the pack, and code that loads it.
 
     Args:
@@ -24,15 +25,16 @@ def render(listed: Manifest, repo_id: str | None = None, license: str | None = N
         repo_id: Repository from which the code loads the pack; None for the folder of the card.
         license: Identifier of the licence on the Hub, such as "apache-2.0". Default: that of all adapters, if they
             state the same one.
+        task: Task of all adapters; None if it is unknown.
     """
     figures = summary.summarize_manifest(listed)
-    how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id)
+    how_to_use = _use_in_pipelines(listed, repo_id) if figures.family else _use(listed, repo_id, task)
     form = f"Format: `{keys.MANIFEST}`, version {keys.FORMAT_VERSION}."
     contents = [*_figures(figures), *_adapters(listed)]
     if listed.histories and not listed.adapters and not listed.subspace.modules:
         contents = _title_of_histories(figures)
     lines = [
-        *_front_matter(listed, figures.family, license or licenses.common(listed.licenses, listed.histories)),
+        *_front_matter(listed, figures.family, license or licenses.common(listed.licenses, listed.histories), task),
         *contents,
         *_histories(listed),
         *how_to_use,
@@ -43,7 +45,7 @@ def render(listed: Manifest, repo_id: str | None = None, license: str | None = N
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(listed: Manifest, family: str | None, license: str | None) -> list[str]:
+def _front_matter(listed: Manifest, family: str | None, license: str | None, task: Task | None) -> list[str]:
     kinds = ["diffusers", "text-to-image"] if family else ["peft"]
     lines = ["---", "library_name: eigenlorax", "tags:", *(f"- {tag}" for tag in ("eigenlorax", "lora", *kinds))]
     # the Hub rejects a card whose base_model is a path
@@ -54,6 +56,8 @@ def _front_matter(listed: Manifest, family: str | None, license: str | None) -> 
         lines.append(f"license: {json.dumps(license)}")
     if family:
         lines.append("pipeline_tag: text-to-image")
+    elif task is not None and task.pipeline_tag is not None:
+        lines.append(f"pipeline_tag: {task.pipeline_tag}")
     return [*lines, "---", ""]
 
 
@@ -206,8 +210,13 @@ def _example(listed: Manifest) -> str:
     return next(iter(listed.histories)) + keys.VERSION_MARK + keys.LATEST
 
 
-def _use(listed: Manifest, repo_id: str | None) -> list[str]:
+def _use(listed: Manifest, repo_id: str | None, task: Task | None) -> list[str]:
     name = _example(listed)
+    base = json.dumps(listed.base_model) if listed.base_model else '"BASE"'
+    model_class = "AutoModelForCausalLM" if task is None else task.model_class
+    has_head = name in listed.adapters and listed.adapters[name].record.head_bytes > 0
+    n_labels = f', num_labels=len(list(pack.adapter("{name}").heads.values())[-1])' if has_head and task else ""
+    other_classes = "" if task is not None else "  # or the class of the adapter's task"
     folder = f"loras/{keys.file_name(name)}"
     opened = f'ex.Pack.from_pretrained("{repo_id}")' if repo_id else 'ex.Pack.open(".")'
     return [
@@ -221,10 +230,12 @@ def _use(listed: Manifest, repo_id: str | None) -> list[str]:
         "```python",
         "import eigenlorax as ex",
         "from peft import PeftModel",
+        f"from transformers import {model_class}{other_classes}",
         "",
         f"pack = {opened}",
         f'folder = ex.write_adapter(pack.adapter("{name}"), "{folder}")',
-        "model = PeftModel.from_pretrained(base_model, folder)",
+        f"base = {model_class}.from_pretrained({base}{n_labels})",
+        "model = PeftModel.from_pretrained(base, folder)",
         "```",
     ]
 

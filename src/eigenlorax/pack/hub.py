@@ -8,7 +8,7 @@ from ..core import keys
 from ..core.license import ID
 from ..errors import OptionError, PackDamagedError, PackMissingError
 from ..formats import hub_client
-from . import card, folder
+from . import card, folder, tasks
 from .folder import PackFolder
 from .manifest import Manifest
 
@@ -154,12 +154,13 @@ def push(
         raise OptionError(
             f"license (--license) is {license!r}; expected an identifier of the Hub, such as apache-2.0, mit or other."
         )
-    listed = folder.open_pack(path).manifest
+    opened = folder.open_pack(path)
+    listed, task = opened.manifest, tasks.common(opened)
     files = [keys.MANIFEST, *listed.subspace_files, *sorted(listed.version_files)]
     files += [f"{keys.ADAPTERS}/{name}/{file}" for name, entry in listed.adapters.items() for file in entry.files]
 
     def contents(repo: str) -> dict[str, Path | bytes]:
-        text = card.render(listed, repo, license).encode("utf-8", errors="replace")
+        text = card.render(listed, repo, license, task).encode("utf-8", errors="replace")
         return {**{file: path / file for file in files}, keys.CARD: text}
 
     return hub_client.commit(
