@@ -238,7 +238,7 @@ class TestGroupsOfALoRA:
         copied = copy.deepcopy(model)
         factors = [p for name, p in copied.named_parameters() if "lora_" in name]
         head = [p for name, p in copied.named_parameters() if p.requires_grad and "lora_" not in name]
-        by_hand = SOAP([{"params": factors, "lr": 6e-3}, {"params": head, "lr": 2e-2, "max_side": 0}])
+        by_hand = SOAP([{"params": factors, "lr": 1e-2}, {"params": head, "lr": 2e-2, "max_side": 0}])
         ids, labels = torch.arange(12).reshape(3, 4), torch.tensor([0, 1, 0])
         for network, optimizer in ((model, SOAP(lora_groups(model))), (copied, by_hand)):
             for _ in range(3):

@@ -22,7 +22,7 @@ LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
     "vblora": (3e-3, 1e-2, 3e-2),
     "lora-xs": (1e-2, 3e-2, 9e-2),
     "init": (1e-3, 3e-3, 9e-3),
-    "lora-soap": (2e-3, 6e-3, 2e-2),
+    "lora-soap": (3e-3, 1e-2, 3e-2),
     "full": (5e-5, 1.5e-4, 5e-4),
     "head": (6e-2, 2e-1, 6e-1),
 }
