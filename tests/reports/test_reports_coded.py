@@ -7,8 +7,9 @@ from reported import adapters as named_adapters
 
 import eigenlorax as ex
 import made
+from eigenlorax.codec import encoder
 from eigenlorax.core.adapter import LoRAFactors, from_factors
-from eigenlorax.reports import numbers
+from eigenlorax.reports import frontier, numbers
 from eigenlorax.reports.render import page
 from planted import factors_in, orthonormal, random_collection, shared_collection
 
@@ -140,6 +141,56 @@ class TestPackForStorage:
         assert "`--max-error" in report.verdict.findings[0].advice
 
 
+def perturbed(n, *, own=0.1, rank=4, shapes):
+    """Adapters that differ from one by `own` of its norm."""
+    common = made.random(1, rank=rank, shapes=shapes, seed=5)[0]
+    factors = [
+        {
+            module: LoRAFactors(f.down + own * other[module].down, f.up + own * other[module].up, f.scaling)
+            for module, f in common.items()
+        }
+        for other in made.random(n, rank=rank, shapes=shapes, seed=9)
+    ]
+    return named_adapters(factors)
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    return perturbed(80, rank=8, shapes={f"layers.{layer}.query": (64, 64) for layer in range(3)})
+
+
+class TestAdaptersThatDifferByAboutTheError:
+    """Below it each has a residual, above it none: the bytes fall by four between errors of 0.1 and 0.15."""
+
+    @pytest.mark.parametrize("error", [0.1, 0.15])
+    def test_a_stricter_bound_takes_more_than_the_pack_and_a_looser_one_less(self, adapters, error):
+        pack = ex.fit(adapters, max_error=error)
+        report = ex.report(pack, adapters, left_out=2)
+        own = report.frontier.points[0]
+        coded = [point for point in report.frontier.points if point.way == "codec"]
+        assert coded
+        for point in coded:
+            assert (point.stored_bytes > own.stored_bytes) == (point.worst < own.worst)
+            assert not own.worst / 1.05 < point.worst < own.worst * 1.05
+        for point in pack.frontier:
+            if point.error != own.worst:
+                assert (point.bytes > own.stored_bytes) == (point.error < own.worst)
+        assert "These estimates can be wrong by a factor of two" in report.verdict.findings[0].advice
+        assert "would take" not in " ".join(finding.text for finding in report.verdict.findings)
+
+    @pytest.mark.parametrize("error", [0.1, 0.2])
+    def test_estimates_of_a_fit_are_wrong_by_a_factor_of_two_at_most(self, adapters, error):
+        pack = ex.fit(adapters, max_error=error)
+        assert encoder.is_steep(pack.frontier)
+        for point in pack.frontier:
+            taken = ex.fit(adapters, max_error=point.error).summary.bytes.pack
+            assert taken / 2 < point.bytes < 2 * taken
+
+    def test_a_pack_by_components_hears_how_rough_estimates_are(self, adapters):
+        report = ex.report(ex.fit(adapters, n_components=2, warn_above=1.0), adapters, left_out=2)
+        assert "(an estimate that can be wrong by a factor of two)" in str(report.verdict)
+
+
 @pytest.mark.parametrize("make", [made.random, made.of_one_subspace], ids=["alone", "shared"])
 @pytest.mark.parametrize("error", [0.05, 0.2, 0.4])
 def test_estimated_bytes_of_the_codec_are_near_those_of_its_fits(make, error):
@@ -147,5 +198,6 @@ def test_estimated_bytes_of_the_codec_are_near_those_of_its_fits(make, error):
     adapters = [from_factors(f"a{n:02}", one, base_model="org/base") for n, one in enumerate(factors)]
     report = ex.report(ex.fit(adapters, n_components=3, warn_above=1.0), adapters, left_out=1)
     (point,) = (point for point in report.frontier.points if (point.way, point.worst) == ("codec", error))
+    assert not frontier.is_rough(report.frontier)
     # headers of files are not estimated
     assert point.stored_bytes == pytest.approx(ex.fit(adapters, max_error=error).summary.bytes.pack, rel=0.03, abs=300)

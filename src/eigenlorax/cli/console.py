@@ -393,6 +393,8 @@ def format_error(error: float) -> str:
 
 def print_frontier(pack: "Pack") -> None:
     """Print the sizes that other error bounds would give, and the pack's own, heads included."""
+    from ..codec.encoder import is_steep
+
     sizes = pack.summary.bytes
     size = sizes.pack + sizes.heads
     nearest = min(pack.frontier, key=lambda point: abs(point.bytes - size))
@@ -406,6 +408,11 @@ def print_frontier(pack: "Pack") -> None:
         for point in sorted(pack.frontier, key=lambda point: point.error)
     ]
     print_table("", ("", "delta error at most", "bytes", "ratio"), rows, numbers=(1, 2, 3))
+    if is_steep(pack.frontier):
+        note(
+            "these estimates can be wrong by a factor of two: the bytes change fast, because adapters differ from each "
+            "other by about such an error."
+        )
 
 
 def summary_json(figures: "Summary", records: Mapping[str, Any]) -> dict[str, Any]:

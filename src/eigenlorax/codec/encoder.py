@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -43,6 +44,13 @@ SMALLEST_TRIED, LARGEST_TRIED = 1e-6, 0.999
 """Errors between which the bytes of the collection are estimated."""
 COMPARED_MODULES = 4
 """Number of modules by which adapters are compared for clusters, and plans for the whole collection."""
+STEEP = 2.0
+"""Slope of bytes over error, in logarithms of both, from which estimates can be wrong by a factor of two.
+
+The rate of a Gaussian source has this slope at an error of 0.6, and a smaller one at smaller errors.
+"""
+MAX_STEEP_ERROR = 0.5
+"""Error above which bytes fall steeply for every collection."""
 MIN_SAVING = 0.97
 """Share of bytes below which more clusters are taken: a pack of several clusters is harder to add to."""
 
@@ -112,6 +120,20 @@ class RatePoint:
 
     error: float
     bytes: int
+
+
+def is_steep(points: Sequence[RatePoint]) -> bool:
+    """Return whether the bytes fall fast somewhere on a curve of two points or more, so that estimates are rough.
+
+    That is where adapters differ from what they have in common by about the error bound: below it each needs a
+    residual, above it none does. An estimate interpolates between the two.
+    """
+    ordered = sorted((point for point in points if point.bytes > 0), key=lambda point: point.error)
+    return any(
+        math.log(point.bytes / later.bytes) > STEEP * math.log(later.error / point.error)
+        for point, later in pairwise(ordered)
+        if later.error <= MAX_STEEP_ERROR
+    )
 
 
 class CollectionEncoder:

@@ -337,10 +337,18 @@ def _frontier(collection_encoder: CollectionEncoder, error: float, size: int, ou
     """
     candidates = {factor * error for factor in FRONTIER_FACTORS}
     bounds = {bound for bound in candidates if MIN_FRONTIER_ERROR <= bound <= MAX_FRONTIER_ERROR} | {error}
-    estimates = {point.error: point.bytes for point in collection_encoder.frontier(sorted(bounds))}
-    # the estimates are off by about the same factor at all errors
-    correction = size / max(estimates[error], 1.0)
-    points = [RatePoint(bound, round(outside + correction * estimate)) for bound, estimate in estimates.items()]
+    estimates = collection_encoder.frontier(sorted(bounds))
+    (own,) = (point.bytes for point in estimates if point.error == error)
+    # estimates are off by about the same factor at all errors, but where the curve is steep only near this one
+    correction, is_steep = size / max(own, 1.0), encoder.is_steep(estimates)
+    points = []
+    for point in estimates:
+        share = max(1 - abs(math.log2(point.error / error)), 0.0) if is_steep else 1.0
+        corrected = correction**share * point.bytes
+        if (corrected > size) != (point.error < error):
+            # a stricter bound takes more bytes than this pack, and a looser one fewer
+            corrected = correction * point.bytes
+        points.append(RatePoint(point.error, round(outside + corrected)))
     return [
         point
         for index, point in enumerate(points)

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
+from ..codec.encoder import RatePoint, is_steep
 from ..core.adapter import LazyMapping
 from ..core.batch import ModuleBatch, pad_factors
 from ..core.progress import Progress
@@ -28,7 +29,9 @@ ERRORS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7)
 WORST = 0.8
 """Maximum worst error of a point; points with a larger one are left out."""
 ESTIMATED = 1e-5, 0.5
-"""Range of error bounds in which estimates of the codec's bytes are accurate to a few per cent."""
+"""Range of error bounds in which estimates of the codec's bytes are accurate to a few per cent, or `is_rough`."""
+_OWN_BOUND = 1.05
+"""Factor between the error of a coded pack and a bound up to which bytes are not estimated: the pack's are known."""
 PACK, FIT, CODEC, BOUND = "pack", "fit", "codec", "bound"
 SHARING_METHODS = {
     SHARED_BASIS: "one shared basis",
@@ -105,6 +108,8 @@ def frontier(
         FrontierPoint(CODEC, "", round(scale * point.bytes), point.error, point.error)
         for point in reversed(codec_bytes.rate_points(shapes, packed, originals, bounds, progress))
     ]
+    if pack.is_coded:
+        coded = _consistent(coded, of_pack)
     least = [
         FrontierPoint(BOUND, "", round(scale * stored_bytes), error, error)
         for error, stored_bytes in reversed(_least_bytes(modules, shapes, originals, bounds))
@@ -139,6 +144,33 @@ def coded_within(frontier: Frontier | None, error: float) -> FrontierPoint | Non
     )
 
 
+def _consistent(coded: Sequence[FrontierPoint], of_pack: FrontierPoint) -> list[FrontierPoint]:
+    """Return the estimates that agree with a coded pack: more bytes at clearly smaller errors, fewer at larger ones."""
+    return [
+        point
+        for point in coded
+        if (point.worst * _OWN_BOUND < of_pack.worst and point.stored_bytes > of_pack.stored_bytes)
+        or (point.worst > of_pack.worst * _OWN_BOUND and point.stored_bytes < of_pack.stored_bytes)
+    ]
+
+
+def is_rough(frontier: Frontier, *, is_coded: bool = False) -> bool:
+    """Return whether estimates of the codec's bytes can be wrong by a factor of two.
+
+    Args:
+        frontier: Bytes against the worst error.
+        is_coded: True if the pack is coded, so that it is a point of the codec's curve.
+    """
+    points = [*coded_points(frontier), *frontier.points[: int(is_coded)]]
+    return is_steep([RatePoint(point.worst, point.stored_bytes) for point in points])
+
+
+def estimated_size(frontier: Frontier, coded: FrontierPoint) -> str:
+    """Return the estimated bytes of a point in words, and how far the estimate can be wrong."""
+    caution = " (an estimate that can be wrong by a factor of two)" if is_rough(frontier) else ""
+    return f"about {numbers.size(coded.stored_bytes)}{caution}"
+
+
 def at_equal_error(frontier: Frontier) -> str:
     """Return sentences that compare the pack, the codec and the smallest baseline at the pack's worst error."""
     pack, baseline, coded = frontier.points[0], cheapest(frontier), coded_within(frontier, frontier.points[0].worst)
@@ -152,7 +184,7 @@ def at_equal_error(frontier: Frontier) -> str:
             f"The pack takes {numbers.size(pack.stored_bytes)}.",
         ]
     if coded is not None and coded.stored_bytes < _MUCH_SMALLER * pack.stored_bytes:
-        sentences.append(f"{option(coded)} would take about {numbers.size(coded.stored_bytes)}.")
+        sentences.append(f"{option(coded)} would take {estimated_size(frontier, coded)}.")
     return " ".join([*sentences, *on_bound(frontier)])
 
 

@@ -3,7 +3,7 @@
 from ..codec.storage.table import CODED
 from .comparison_data import FrontierPoint, SizePoint
 from .data import Finding, ReportData
-from .frontier import coded_points, coded_within, on_bound, option
+from .frontier import coded_points, coded_within, estimated_size, is_rough, on_bound, option
 from .numbers import error, plural, ratio, size
 
 LARGE_ERROR = 0.5
@@ -51,11 +51,16 @@ def storage_finding(report: ReportData) -> Finding:
     if report.in_fit is not None and worst is not None:
         errors = f" The mean error of an adapter is {error(report.in_fit.mean)}, the largest {error(worst)}."
     bounds = [f"{option(point)} takes about {size(point.stored_bytes)}" for point in _other_bounds(report, worst)]
+    caution = (
+        " These estimates can be wrong by a factor of two: adapters differ from each other by about such an error."
+    )
+    if report.frontier is None or not is_rough(report.frontier, is_coded=is_coded(report)):
+        caution = ""
     least = "".join(f" {text}" for text in on_bound(report.frontier)) if report.frontier is not None else ""
     return Finding(
         "bytes",
         f"The pack takes {size(pack_bytes(report))}, {_than_loras(report)}.{heads}{errors}{least}",
-        f"With another error bound, {' and '.join(bounds)}." if bounds else "",
+        f"With another error bound, {' and '.join(bounds)}.{caution}" if bounds else "",
         good=gain.ratio > 1 and (worst is None or worst <= LARGE_ERROR),
     )
 
@@ -83,8 +88,8 @@ def for_storage(report: ReportData, bound: float = SMALL_ERROR) -> str:
         return ""
     smaller = ratio(report.frontier.lora_float16 / point.stored_bytes)
     return (
-        f"For storage, fit with {option(point)}: about {size(point.stored_bytes)}, {smaller} smaller than the LoRAs "
-        "in 16 bits."
+        f"For storage, fit with {option(point)}: {estimated_size(report.frontier, point)}, {smaller} smaller than the "
+        "LoRAs in 16 bits."
     )
 
 
