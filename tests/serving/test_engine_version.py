@@ -1,5 +1,6 @@
 """What the plugin says of releases of vLLM that it was not run with."""
 
+import logging
 import re
 from pathlib import Path
 
@@ -55,8 +56,25 @@ def test_a_vllm_without_what_the_plugin_extends_ends_with_the_version_to_install
     assert "It was run with vLLM 0.32: install vllm==0.32.*" in error
 
 
+@pytest.fixture
+def logged(monkeypatch):
+    """The messages of the plugin.
+
+    vLLM sets up its log at the first engine of a process: with the stdout of that moment, and without the handlers that
+    pytest added before. Filters of a logger stay.
+    """
+    messages = []
+
+    def note(record):
+        messages.append(record.getMessage())
+        return True
+
+    monkeypatch.setattr(logging.getLogger("vllm.plugins.eigenlorax"), "filters", [note])
+    return messages
+
+
 @pytest.mark.slow
-def test_an_engine_warns_once_and_serves(vllm, tmp_path, monkeypatch, capfd):
+def test_an_engine_warns_once_and_serves(vllm, tmp_path, monkeypatch, logged):
     import eigenlorax
     from families import FAMILIES, made_adapters
     from offline import with_engine
@@ -67,5 +85,6 @@ def test_an_engine_warns_once_and_serves(vllm, tmp_path, monkeypatch, capfd):
     for releases, n in (((0, 31),), 1), (engine_version.RELEASES, 0):
         monkeypatch.setattr(engine_version, "RELEASES", releases)
         with_engine(lambda llm: None, base, tmp_path / "pack")
-        printed = "".join(capfd.readouterr())
-        assert printed.count(f"eigenlorax: vLLM {vllm.__version__} is newer than the releases") == n
+        warning = f"eigenlorax: vLLM {vllm.__version__} is newer than the releases"
+        assert [message.startswith(warning) for message in logged].count(True) == n
+        logged.clear()

@@ -97,7 +97,7 @@ def test_an_adapter_that_is_replaced_while_the_engine_runs_answers_anew(pack, ma
         adapters = Adapters(pack)
         before = greedy(llm, [PROMPTS[0] * 40], [adapters["a0"]])
         with ex.Pack.edit(pack) as edited:
-            edited.remove("a0")
+            edited.remove("a0", "a1")
             edited.add(made / "adapters" / "a1", name="a0")
         return before + greedy(llm, [PROMPTS[0] * 40], [adapters["a0"]])
 

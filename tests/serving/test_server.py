@@ -25,6 +25,8 @@ pytestmark = pytest.mark.slow
 N, CLIENTS, REQUESTS = 50, 8, 200
 FAMILY = FAMILIES["llama"]
 BASE = "base"
+# for an adapter with the update of one in the pack, whose answers are known
+copies = pytest.mark.filterwarnings("ignore::eigenlorax.errors.DuplicateAdapterWarning")
 
 
 def prompt(i):
@@ -51,9 +53,9 @@ def wanted(made):
     return dict(zip(names, answers, strict=True))
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["expanded", "shared"])
+@pytest.fixture(scope="module", params=[False, True], ids=["on demand", "shared basis"])
 def server(request, made, tmp_path_factory):
-    """With room for few adapters, so that they are evicted all the time. `made / "adapters"` has one more than it."""
+    """With room for few adapters, so that they are evicted all the time."""
     place = tmp_path_factory.mktemp("server")
     pack = shutil.copytree(made / "pack", place / "pack")
     env = {"EIGENLORAX_CACHE": str(place / "cache")}
@@ -95,6 +97,7 @@ def test_many_clients_at_once_get_what_they_asked_for(server, wanted):
     assert [i for i, answer in answers if answer != wanted[f"a{i}"]] == []
 
 
+@copies
 def test_an_adapter_that_comes_while_it_runs_is_found_and_replaced_once_unloaded(server, made, tmp_path, wanted):
     assert server.status("new") == 404
     with ex.Pack.edit(server.pack) as pack:
@@ -108,14 +111,16 @@ def test_an_adapter_that_comes_while_it_runs_is_found_and_replaced_once_unloaded
     assert server.greedy("new", prompt(5)) == wanted["a5"]
 
 
+@copies
 def test_one_that_cannot_be_served_is_said_in_the_log_once(server, made, tmp_path):
-    source = shutil.copytree(made / "adapters" / "a4", tmp_path / "biased")
+    source = shutil.copytree(made / "adapters" / "a4", tmp_path / "blocks")
     config = source / "adapter_config.json"
-    config.write_text(config.read_text().replace('"r":', '"use_dora": true, "r":'))
+    config.write_text(config.read_text().replace('"r":', '"use_bdlora": true, "r":'))
     with ex.Pack.edit(server.pack) as pack:
         pack.add(source)
-    assert [server.status("biased") for _ in range(3)] == [404] * 3
-    assert server.said.count("adapter 'biased' cannot be served: vLLM does not support DoRA.") == 1
+    assert [server.status("blocks") for _ in range(3)] == [404] * 3
+    refusal = "adapter 'blocks' cannot be served: vLLM does not support block-diagonal LoRA (use_bdlora)."
+    assert server.said.count(refusal) == 1
 
 
 def test_a_changed_pack_is_served_after_a_restart_and_a_full_cache_serves_what_it_has(made, wanted, tmp_path):

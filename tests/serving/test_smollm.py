@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eigenlorax as ex
 import smollm
+from eigenlorax.serving.vllm import Adapters
 from offline import greedy, peft_greedy, with_engine
 
 pytestmark = [
@@ -98,7 +99,7 @@ def test_what_was_trained_is_said(tokenizer, wanted):
 @pytest.mark.parametrize("shared", [False, True], ids=["on demand", "shared basis"])
 def test_vllm_says_it_too(base, pack, prompts, wanted, shared):
     def ask(llm):
-        adapters = ex.vllm.Adapters(pack.path)
+        adapters = Adapters(pack.path)
         return greedy(llm, prompts, [adapters[name] if name is not None else None for name, _ in ASKED])
 
     assert with_engine(ask, base, pack.path, shared=shared) == wanted
