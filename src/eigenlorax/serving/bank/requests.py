@@ -114,7 +114,7 @@ def _replace_forward(model: nn.Module, requests: list[Request], original: Any) -
 
         @wraps(class_forward)
         def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return run(class_forward.__get__(self), args, kwargs)
+            return run(class_forward, (self, *args), kwargs)
 
         replacement: Any = method
         # a bound method, so that a copy of the model runs its own
