@@ -114,7 +114,7 @@ def load_model(model: str, revision: str | None, labels: Labels | None, tokenize
         check_is_decoder(model, load_config(model, revision))
     with _loading(model) as network:
         if labels is None:
-            loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, adapter_kwargs=network, **network)
+            loaded = AutoModelForCausalLM.from_pretrained(model, revision=revision, **network)
         else:
             loaded = AutoModelForSequenceClassification.from_pretrained(
                 model,
@@ -123,8 +123,6 @@ def load_model(model: str, revision: str | None, labels: Labels | None, tokenize
                 label2id={name: number for number, name in enumerate(labels.names)},
                 # replace an existing head for other classes
                 ignore_mismatched_sizes=True,
-                # from_pretrained searches the repository for an adapter, with these options only
-                adapter_kwargs=network,
                 **network,
             )
     if loaded.config.pad_token_id is None:
@@ -147,7 +145,7 @@ def load_base_model(model: str, revision: str | None) -> Any:
     from transformers import AutoModel
 
     with _loading(model) as network:
-        return AutoModel.from_pretrained(model, revision=revision, adapter_kwargs=network, **network)
+        return AutoModel.from_pretrained(model, revision=revision, **network)
 
 
 def check_is_decoder(model: str, config: Any) -> None:
