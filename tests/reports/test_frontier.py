@@ -9,7 +9,7 @@ from synthetic import report
 import eigenlorax as ex
 from eigenlorax.core.adapter import from_factors
 from eigenlorax.core.batch import pad_factors
-from eigenlorax.reports import frontier
+from eigenlorax.reports import findings, frontier
 from eigenlorax.reports.analysis import per_adapter
 from eigenlorax.reports.analysis.shared_basis import SHARED_BASIS
 from eigenlorax.reports.comparison_data import Frontier, FrontierPoint
@@ -80,6 +80,37 @@ def test_where_much_is_shared_a_shared_basis_is_best_and_the_verdict_knows_other
     assert best.stored_bytes < alone.frontier.points[0].stored_bytes
     told = [one.text for one in alone.verdict.findings if one.kind == "baseline"]
     assert frontier.at_equal_error(alone.frontier) in told
+
+
+def compared(*points):
+    """A report of which the frontier has these points."""
+    full = report(6)
+    made = [FrontierPoint(method, "", size, error, error) for method, size, error in points]
+    changed = dataclasses.replace(full, frontier=dataclasses.replace(full.frontier, points=made))
+    return [
+        finding for finding in findings.collect(changed, changed.verdict.findings[0]) if "best other" in finding.text
+    ]
+
+
+@pytest.mark.parametrize(
+    ("points", "good"),
+    [
+        ([("pack", 114_000, 0.1), ("rounded", 342_000, 0.09)], True),
+        ([("pack", 114_000, 0.1), ("rounded", 342_000, 0.09), ("codec", 80_000, 0.1)], None),
+        ([("pack", 114_000, 0.1), ("rounded", 90_000, 0.09), ("codec", 80_000, 0.1)], False),
+    ],
+    ids=["smallest", "the codec is smaller", "another is smaller"],
+)
+def test_a_pack_that_is_smaller_than_other_methods_is_not_marked_against_itself(points, good):
+    (finding,) = compared(*points)
+    assert finding.good is good
+
+
+def test_bytes_at_a_smaller_error_say_so():
+    (finding,) = compared(("pack", 300_000, 0.793), ("rounded", 50_000, 0.7), ("codec", 116_000, 0.5))
+    assert finding.text.endswith("`--max-error 0.5` (`max_error=0.5`) would take about 116.0 kB, at a smaller error.")
+    (finding,) = compared(("pack", 300_000, 0.5), ("rounded", 50_000, 0.5), ("codec", 116_000, 0.5))
+    assert finding.text.endswith("would take about 116.0 kB.")
 
 
 def test_a_large_collection_is_tried_on_some_modules(monkeypatch):

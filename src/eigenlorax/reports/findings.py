@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from ..codec.storage.table import storage_by_name
 from . import history_findings, size_advice
-from .comparison_data import Baseline
+from .comparison_data import Baseline, Frontier
 from .data import Finding, ReportData
-from .frontier import at_equal_error, cheapest, coded_within
+from .frontier import at_equal_error, cheapest, coded_within, other_methods
 from .numbers import error, estimate, plural, ratio, share, share_estimate
 from .size_advice import LARGE_ERROR, is_coded, is_for_storage
 
@@ -289,11 +289,21 @@ def _baselines(report: ReportData) -> list[Finding]:
             )
             break
     if report.frontier is not None:
-        own, best = report.frontier.points[0], cheapest(report.frontier)
-        coded = coded_within(report.frontier, own.worst)
-        if any(point is not None and point.stored_bytes < own.stored_bytes for point in (best, coded)):
-            findings.append(Finding("baseline", at_equal_error(report.frontier), good=False))
+        findings += _frontier(report, report.frontier)
     return findings
+
+
+def _frontier(report: ReportData, frontier: Frontier) -> list[Finding]:
+    """Compare the pack with other methods at its worst error: in its favour if it is the smallest."""
+    own, best, coded = frontier.points[0], cheapest(frontier), coded_within(frontier, frontier.points[0].worst)
+    # the main finding on a pack for storage has the Gaussian bound
+    text = other_methods(frontier) if is_for_storage(report) else at_equal_error(frontier)
+    if best is not None and best.stored_bytes < own.stored_bytes:
+        return [Finding("baseline", text, good=False)]
+    if coded is not None and coded.stored_bytes < own.stored_bytes:
+        # the codec is smaller than the pack, which is smaller than everything else
+        return [Finding("baseline", text)]
+    return [Finding("baseline", text, good=True)] if best is not None and best.stored_bytes > own.stored_bytes else []
 
 
 def _mean_error(baseline: Baseline) -> str:

@@ -172,6 +172,11 @@ def estimated_size(frontier: Frontier, coded: FrontierPoint) -> str:
 
 
 def at_equal_error(frontier: Frontier) -> str:
+    """Return sentences that compare the pack with other methods and the Gaussian bound at the pack's worst error."""
+    return " ".join([other_methods(frontier), *on_bound(frontier)])
+
+
+def other_methods(frontier: Frontier) -> str:
     """Return sentences that compare the pack, the codec and the smallest baseline at the pack's worst error."""
     pack, baseline, coded = frontier.points[0], cheapest(frontier), coded_within(frontier, frontier.points[0].worst)
     at_error = f"the pack's worst error of {numbers.error(pack.worst)}"
@@ -184,8 +189,9 @@ def at_equal_error(frontier: Frontier) -> str:
             f"The pack takes {numbers.size(pack.stored_bytes)}.",
         ]
     if coded is not None and coded.stored_bytes < _MUCH_SMALLER * pack.stored_bytes:
-        sentences.append(f"{option(coded)} would take {estimated_size(frontier, coded)}.")
-    return " ".join([*sentences, *on_bound(frontier)])
+        smaller_error = ", at a smaller error" if coded.worst * _OWN_BOUND < pack.worst else ""
+        sentences.append(f"{option(coded)} would take {estimated_size(frontier, coded)}{smaller_error}.")
+    return " ".join(sentences)
 
 
 def on_bound(frontier: Frontier) -> list[str]:
