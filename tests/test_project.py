@@ -199,7 +199,7 @@ class TestSupportPage:
     def test_what_extras_for_users_bring_is_there(self):
         named = {name for name, *_ in self.rows()}
         extras = PROJECT["optional-dependencies"]
-        for extra in ("peft", "train", "diffusers", "metrics", "report", "search", "trl", "ray", "vllm"):
+        for extra in ("peft", "train", "diffusers", "metrics", "report", "search", "gguf", "trl", "ray", "vllm"):
             packages = {Requirement(line).name for line in extras[extra]} - {"eigenlorax", "pyyaml"}
             assert packages <= named
 
