@@ -108,11 +108,12 @@ def curve(report: Report) -> list[CurvePoint]:
     measured = report.frontier
     # a fit has a trained adapter, so that there is something to store
     assert measured is not None
+    # bytes near the pack's own error are not estimated: those of the pack are known
+    known = {FIRST_ERROR: measured.points[0].stored_bytes}
+    estimated = {p.worst: p.stored_bytes for p in measured.points if p.way == CODEC and p.worst in ERRORS}
     points = [
-        CurvePoint(point.worst, point.stored_bytes, measured.lora_float16 / point.stored_bytes)
-        for point in measured.points
-        # one point has the pack's own error, which is nearly that of another
-        if point.way == CODEC and point.worst in ERRORS
+        CurvePoint(max_error, stored_bytes, measured.lora_float16 / stored_bytes)
+        for max_error, stored_bytes in {**estimated, **known}.items()
     ]
     return sorted(points, key=lambda point: point.max_error)
 
