@@ -1,8 +1,7 @@
 """Findings beside the main answer: starts, groups, large errors, bytes, and better baselines, each with advice."""
 
-from collections.abc import Sequence
-
 from ..codec.storage.table import storage_by_name
+from ..core.printable import first_names
 from . import history_findings, size_advice
 from .comparison_data import Baseline, Frontier
 from .data import Finding, ReportData
@@ -116,14 +115,10 @@ def _clusters(report: ReportData, main: Finding) -> list[Finding]:
             "clusters",
             f"They form {len(clusters)} groups, of {sizes} adapters: the mean overlap within a group is at most "
             f"{share(inside)}, with the other groups at most {share(outside)}{by_chance}. "
-            f"{'; '.join(_first_names(cluster.adapters) for cluster in clusters)}.",
+            f"{'; '.join(first_names(cluster.adapters, 4) for cluster in clusters)}.",
             advice,
         )
     ]
-
-
-def _first_names(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "")
 
 
 def _outliers(report: ReportData, main: Finding) -> list[Finding]:
