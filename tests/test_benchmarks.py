@@ -258,7 +258,7 @@ def planted_growth():
     for n in (1, 2, 4, 8, 16):
         rounds = [{"seconds": n**2 * f, "peak_bytes": n * 2**20, "load": 1.0} for f in (0.99, 1.0, 1.01)]
         collections[f"N={n}"] = {"sizes": {**base, "adapters": n}, "verbs": {"report": rounds}}
-    environment = {"processor": "a processor", "cpus": "2", "torch": "2"}
+    environment = {"eigenlorax": "1.2.3", "processor": "a processor", "cpus": "2", "torch": "2"}
     return {"command": "a command", "base": base, "environment": environment, "collections": collections}
 
 

@@ -191,6 +191,24 @@ class TestAdaptersThatDifferByAboutTheError:
         assert "(an estimate that can be wrong by a factor of two)" in str(report.verdict)
 
 
+@pytest.mark.parametrize(
+    ("points", "is_steep"),
+    [
+        # bytes ~ error ** -3 and error ** -1
+        ([(0.1, 8000), (0.2, 1000)], True),
+        ([(0.1, 2000), (0.2, 1000)], False),
+        # as an altered report may have them
+        ([(0.0, 2000), (0.1, 1000)], False),
+        ([(-0.1, 2000), (0.0, 1500), (0.1, 1000)], False),
+        ([(5e-324, 2000), (0.1, 1000)], False),
+        ([(0.1, 2000), (0.1, 1000)], True),
+        ([(0.1, 0), (0.2, 1000)], False),
+    ],
+)
+def test_a_curve_is_steep_where_bytes_fall_faster_than_the_square_of_the_error(points, is_steep):
+    assert encoder.is_steep([encoder.RatePoint(*point) for point in points]) is is_steep
+
+
 @pytest.mark.parametrize("make", [made.random, made.of_one_subspace], ids=["alone", "shared"])
 @pytest.mark.parametrize("error", [0.05, 0.2, 0.4])
 def test_estimated_bytes_of_the_codec_are_near_those_of_its_fits(make, error):

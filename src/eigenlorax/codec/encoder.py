@@ -126,11 +126,12 @@ def is_steep(points: Sequence[RatePoint]) -> bool:
     """Return whether the bytes fall fast somewhere on a curve of two points or more, so that estimates are rough.
 
     That is where adapters differ from what they have in common by about the error bound: below it each needs a
-    residual, above it none does. An estimate interpolates between the two.
+    residual, above it none does. An estimate interpolates between the two. Points without bytes or error are left out.
     """
-    ordered = sorted((point for point in points if point.bytes > 0), key=lambda point: point.error)
+    positive = [point for point in points if point.bytes > 0 and point.error > 0]
+    ordered = sorted(positive, key=lambda point: point.error)
     return any(
-        math.log(point.bytes / later.bytes) > STEEP * math.log(later.error / point.error)
+        math.log(point.bytes / later.bytes) > STEEP * (math.log(later.error) - math.log(point.error))
         for point, later in pairwise(ordered)
         if later.error <= MAX_STEEP_ERROR
     )
