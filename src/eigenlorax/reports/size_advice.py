@@ -10,6 +10,8 @@ LARGE_ERROR = 0.5
 """Delta error above which an adapter is listed with a large error."""
 SMALL_ERROR = 0.1
 """Delta error up to which a pack keeps its adapters well."""
+_NO_ERROR = 1e-3
+"""Delta error below which adapters are held completely."""
 _OTHER_BOUND = 1.3
 """Smallest factor between the pack's error and another error bound that is mentioned."""
 
@@ -135,6 +137,10 @@ def on_losses(report: ReportData) -> str:
     if point is None:
         return coded
     smaller = f"{ratio(point.ratio)} smaller" if point.ratio > 1 else "no smaller"
+    if point.worst < _NO_ERROR and point is report.sizes[-1]:
+        width = max(side.dimension for module in report.modules for side in (module.down, module.up))
+        whole = f"Only all {point.k:,} components{', the whole width,' if point.k >= width else ''} hold them"
+        return f"{whole}: such a pack is {smaller} than the LoRAs. {coded}"
     return (
         f"`n_components={point.k}` (`-k {point.k}`) would bring every adapter of the fit to {error(point.worst)} or "
         f"less, in a pack {smaller} than the LoRAs. {coded}"
