@@ -101,7 +101,7 @@ def test_verdict_notes_and_groups():
     assert "Excluded modules: classifier.dense" in said
     assert "broken-one was left out: NaN in encoder.layer.3.attention.self.query" in said
     assert "group 1: sst2-000, mnli-genre-001, org--intent-classifier-002" in said
-    assert "perplexity: recycled" in tables(text)["On the task: causal-lm"][0][0]
+    assert "perplexity: stored" in tables(text)["On the task: causal-lm"][0][0]
 
 
 def test_names_are_text():

@@ -85,6 +85,13 @@ class TestShared:
         assert "any adapter would mostly fit (" in report.verdict.headline
         assert the(report, "unknown").advice == "Fit with fewer components to find out."
 
+    @pytest.mark.parametrize("strangers", [0, 12, 20])
+    def test_a_limit_for_many_adapters_is_stated_only_if_they_share(self, strangers):
+        shared = of_one_subspace(25 - strangers, noise=0.05)
+        report = report_on([*shared, *random(strangers, seed=4)], k=6, left_out=25)
+        assert report.bytes.ratio > 1
+        assert ("in the limit of many adapters" in the(report, "bytes").text) == (strangers == 0)
+
     def test_by_some_and_not_by_others(self):
         report = report_on([*of_one_subspace(9, noise=0.05), *random(3, seed=4)])
         finding = the(report, "partly-shared")
@@ -165,6 +172,14 @@ class TestNotShared:
             assert the(report, "not-shared").text.startswith("They do not share a subspace")
             assert all(point.sharing == [] for point in report.sizes)
 
+    def test_the_whole_width_is_no_number_of_components_to_advise(self):
+        report = report_on(random(60, rank=2, shapes=square(16)), k=2, left_out=4)
+        advice = the(report, "loss").advice
+        assert advice.startswith(
+            "Only all 16 components, the whole width, hold them: such a pack is no smaller than the LoRAs. For storage"
+        )
+        assert "or less" not in advice
+
     def test_a_low_error_in_the_fit_is_called_compression(self):
         report = report_on(random(5), k=16)
         assert report.in_fit.mean < 0.3
@@ -209,6 +224,7 @@ class TestMean:
         expected = 0.7**2 / (0.7 + 0.3 / 9)
         assert report.similarity.mean_energy == pytest.approx(expected, abs=0.01)
         assert f"explains {report.similarity.mean_energy:.3f}" in finding.text
+        assert "`eigenlorax merge ADAPTER… -o mean/`" in finding.advice
         baselines = {one.key: one for one in report.baselines}
         assert baselines["mean-scaled"].errors.mean < 0.6
 

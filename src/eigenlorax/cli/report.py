@@ -148,7 +148,7 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]FILE",
-            help="Evaluate the original and the recycled adapters on these rows, for one adapter or all. Can be "
+            help="Evaluate the original and the stored adapters on these rows, for one adapter or all. Can be "
             "repeated.",
         ),
     ] = None,

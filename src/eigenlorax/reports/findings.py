@@ -90,7 +90,7 @@ def _mean(report: ReportData) -> list[Finding]:
             f"They have a strong common mean: the mean of the others explains "
             f"{share_estimate(similarity.mean_energy, similarity.mean_energy_error)} of an "
             f"adapter's squared norm (mean cosine between updates {similarity.mean_cosine:.2f}).",
-            "Compare the pack with the mean adapter on your task.",
+            "Compare the pack with the mean adapter on your task: `eigenlorax merge ADAPTER… -o mean/` makes it.",
         )
     ]
 
@@ -187,7 +187,7 @@ def _task(report: ReportData) -> list[Finding]:
             Finding(
                 "task",
                 f"On {plural(len(accuracies), 'labelled task')}, accuracy is {original:.3f} with the original adapters "
-                f"and {recycled:.3f} with the recycled ones, on average.",
+                f"and {recycled:.3f} with the stored ones, on average.",
                 good=recycled >= original - _ACCURACY_TOLERANCE,
             )
         )
@@ -197,7 +197,7 @@ def _task(report: ReportData) -> list[Finding]:
         findings.append(
             Finding(
                 "task",
-                f"Original and recycled adapters have equal predictions for {share(agreement)} of the rows or tokens; "
+                f"Original and stored adapters have equal predictions for {share(agreement)} of the rows or tokens; "
                 f"the mean KL divergence is {error(kl)} nats.",
                 good=agreement >= _GOOD_AGREEMENT,
             )
@@ -245,8 +245,8 @@ def _bytes(report: ReportData, main: Finding) -> Finding:
     return Finding(
         "bytes",
         f"{cost}The pack is {ratio(gain.ratio)} smaller than the LoRAs with the basis counted"
-        # other adapters would not fit the basis of adapters that share nothing
-        f"{'' if main.kind == 'not-shared' else outlook}.",
+        # other adapters would not fit the basis of adapters that share nothing, or little
+        f"{'' if main.kind in ('not-shared', 'partly-shared') else outlook}.",
         good=True if in_fit is None or in_fit.mean <= LARGE_ERROR else None,
     )
 

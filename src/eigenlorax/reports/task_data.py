@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Evaluation:
     """Scores of one adapter on a file of rows.
 
-    Compared are the original adapter, its reconstruction from the pack ("recycled"), and the base model with the
-    adapter's head but no update ("without").
+    Compared are the original adapter, its reconstruction from the pack ("stored", in field names "recycled"), and
+    the base model with the adapter's head but no update ("without").
 
     Attributes:
         name: Name of the adapter.
@@ -18,9 +18,9 @@ class Evaluation:
         tokens: Number of predicted tokens, for language models.
         labelled: True if the rows have labels.
         original_accuracy, recycled_accuracy, without_accuracy: Accuracies; None without labels.
-        agreement: Share of rows, or of predicted tokens, with equal predictions of original and recycled adapter.
+        agreement: Share of rows, or of predicted tokens, with equal predictions of the original and the stored adapter.
         without_agreement: The same for the original adapter and no update.
-        kl: Mean KL divergence of the recycled from the original prediction, in nats per row or token.
+        kl: Mean KL divergence of the stored from the original prediction, in nats per row or token.
         without_kl: The same for no update.
         original_perplexity, recycled_perplexity, without_perplexity: Perplexities, for language models.
     """

@@ -114,7 +114,7 @@ _MEAN = Kind("stroke", "best multiple of the mean adapter")
 _BASELINE = Kind("bar quiet", "mean error, other method")
 _THIS_PACK = Kind("bar", "mean error, this pack")
 _WORST = Kind("stroke", "worst adapter")
-_RECYCLED = Kind("bar", "recycled")
+_RECYCLED = Kind("bar", "stored")
 _ORIGINAL = Kind("stroke", "original")
 _WITHOUT = Kind("diamond", "no update")
 

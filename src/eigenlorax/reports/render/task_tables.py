@@ -12,7 +12,7 @@ from .table import Field, Table, make_table
 
 
 def evaluations(report: ReportData) -> dict[str, Table]:
-    """Return the scores of the original and the recycled adapters, and without an update, by task."""
+    """Return the scores of the original and the stored adapters, and without an update, by task."""
     return {task: _scores(group) for task, group in by_task(report).items()}
 
 
@@ -32,7 +32,7 @@ def _scores(evaluations: Sequence[Evaluation]) -> Table:
         Field("tokens", lambda e: e.tokens, numbers.count),
         Field("accuracy: original", lambda e: e.original_accuracy, numbers.share),
         Field(
-            "accuracy: recycled", lambda e: e.recycled_accuracy, numbers.share, "accuracy of the reconstructed adapter"
+            "accuracy: stored", lambda e: e.recycled_accuracy, numbers.share, "accuracy of the reconstructed adapter"
         ),
         Field(
             "accuracy: no update",
@@ -42,7 +42,7 @@ def _scores(evaluations: Sequence[Evaluation]) -> Table:
         ),
         Field("perplexity: original", lambda e: e.original_perplexity, numbers.plain),
         Field(
-            "perplexity: recycled",
+            "perplexity: stored",
             lambda e: e.recycled_perplexity,
             numbers.plain,
             "perplexity of the reconstructed adapter",
@@ -52,7 +52,7 @@ def _scores(evaluations: Sequence[Evaluation]) -> Table:
             "agreement",
             lambda e: e.agreement,
             numbers.share,
-            "share of equal predictions of the original and the recycled adapter",
+            "share of equal predictions of the original and the stored adapter",
         ),
         Field(
             "agreement: no update",
@@ -64,7 +64,7 @@ def _scores(evaluations: Sequence[Evaluation]) -> Table:
             "KL",
             lambda e: e.kl,
             numbers.error,
-            "divergence of the recycled from the original predictions, nats per row or token",
+            "divergence of the stored from the original predictions, nats per row or token",
         ),
         Field(
             "KL: no update", lambda e: e.without_kl, numbers.error, "the same for the original adapter and no update"
