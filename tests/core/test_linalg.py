@@ -186,3 +186,19 @@ def test_graded_root_has_the_digits_of_rows_that_differ_by_many_decades():
     grams = torch.stack([rows @ rows.mT, torch.diag(sizes.roll(1) * torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))])
     root = linalg.graded_root(grams)
     torch.testing.assert_close(root.mT @ root, grams, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "padding"),
+    [((2, 3, 4), -2, (0, 0, 0, 5)), ((2, 3, 4), -1, (0, 5)), ((2, 0, 4), -2, (0, 0, 0, 5)), ((0, 4), -1, (0, 5))],
+)
+def test_zeros_are_appended_as_pad_does(shape, dim, padding):
+    tensor = normal(*shape) if all(shape) else torch.zeros(shape, dtype=torch.float64)
+    torch.testing.assert_close(linalg.append_zeros(tensor, 5, dim), torch.nn.functional.pad(tensor, padding))
+
+
+@pytest.mark.parametrize(("dim", "shape"), [(-2, (1, 8, 0)), (-1, (1, 5, 3))])
+def test_zeros_are_appended_where_another_dimension_is_empty(dim, shape):
+    """A core of no components has rows of no width: `pad` of torch 2.6 fails there."""
+    tensor = torch.zeros(1, 5, 0)
+    assert linalg.append_zeros(tensor, 3, dim).shape == shape

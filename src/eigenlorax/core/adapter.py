@@ -9,11 +9,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..errors import FormatError, ShapeError
 from . import dtypes
 from .license import License
+from .linalg import append_zeros
 from .options import to_float
 from .origin import Origin
 
@@ -249,7 +249,7 @@ def padded(factors: LoRAFactors, rank: int) -> LoRAFactors:
     missing = rank - len(factors.down)
     if missing <= 0:
         return factors
-    return replace(factors, down=pad(factors.down, (0, 0, 0, missing)), up=pad(factors.up, (0, missing)))
+    return replace(factors, down=append_zeros(factors.down, missing), up=append_zeros(factors.up, missing, dim=-1))
 
 
 def factor_grams(factors: LoRAFactors) -> tuple[Tensor, Tensor]:

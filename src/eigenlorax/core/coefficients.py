@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..errors import ShapeError
+from .linalg import append_zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,6 @@ def pad_coefficients(coefficients: Coefficients, k_down: int, k_up: int) -> Coef
     # `down` grows by columns and `up` by rows: their component axes
     return replace(
         coefficients,
-        down=torch.nn.functional.pad(coefficients.down, (0, more_down)),
-        up=torch.nn.functional.pad(coefficients.up, (0, 0, 0, more_up)),
+        down=append_zeros(coefficients.down, more_down, dim=-1),
+        up=append_zeros(coefficients.up, more_up),
     )

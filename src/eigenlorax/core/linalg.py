@@ -292,10 +292,14 @@ def svd_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     left, sigma, right = torch.linalg.svd(r_up @ r_down.mT, full_matrices=False)
     # r may exceed the width of a side, and then the product has fewer singular values than rows
     roots, missing = sigma.sqrt()[..., None], down.shape[-2] - sigma.shape[-1]
-    scaled = roots * (right @ q_down.mT), roots * (left.mT @ q_up.mT)
-    zeros = (rows.new_zeros(*rows.shape[:-2], missing, rows.shape[-1]) for rows in scaled)
-    down, up = (torch.cat(pair, dim=-2) for pair in zip(scaled, zeros, strict=True))
-    return down, up
+    return append_zeros(roots * (right @ q_down.mT), missing), append_zeros(roots * (left.mT @ q_up.mT), missing)
+
+
+def append_zeros(tensor: Tensor, n: int, dim: int = -2) -> Tensor:
+    """Append n zeros along a dimension. Another may be 0, which `torch.nn.functional.pad` of torch 2.6 refuses."""
+    shape = list(tensor.shape)
+    shape[dim] = n
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=dim)
 
 
 def mixing_matrix(r: int) -> Tensor:

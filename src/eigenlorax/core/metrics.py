@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from . import linalg, projection
 from .adapter import LoRAFactors, delta_square
@@ -99,8 +98,8 @@ def module_error(
 def _pad_rows(rows: Tensor, rank: int) -> Tensor:
     """Return rows (…, r, n) with zeros for a rank of at least `rank`, which change no product."""
     missing = rank - rows.shape[-2]
-    # `pad` copies also where nothing is missing
-    return pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
+    # a copy would be made also where nothing is missing
+    return linalg.append_zeros(rows, missing) if missing > 0 else rows
 
 
 def _update_difference_square(left: LoRAFactors, right: LoRAFactors) -> float:

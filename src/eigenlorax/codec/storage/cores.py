@@ -14,6 +14,7 @@ from ...core import dtypes, keys, projection
 from ...core.basis import Basis
 from ...core.batch import ModuleBatch, svd_balanced
 from ...core.coefficients import CoefficientBatch, Coefficients
+from ...core.linalg import append_zeros
 from ...core.projection import DualComponents
 from ...core.subspace import ModuleBases, Subspace
 from ...errors import OptionError
@@ -185,4 +186,4 @@ class DiagonalCoreStorage(CoreStorage):
 
 def _pad_rank(down: Tensor, up: Tensor, n_zeros: int) -> tuple[Tensor, Tensor]:
     """Append zero rows to `down`, (n, r, k), and as many zero columns to `up`, (n, k, r)."""
-    return torch.nn.functional.pad(down, (0, 0, 0, n_zeros)), torch.nn.functional.pad(up, (0, n_zeros))
+    return append_zeros(down, n_zeros), append_zeros(up, n_zeros, dim=-1)
