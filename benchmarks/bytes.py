@@ -3,7 +3,7 @@
     python benchmarks/bytes.py                     # hours; writes results/bytes.json as it goes, and goes on there
     python benchmarks/bytes.py --collections demo --errors .1 .2
     python benchmarks/bytes.py --quick             # a smoke run, to standard output
-    python benchmarks/table.py --write             # the tables in docs/bytes.md and README.md
+    python benchmarks/table.py --write             # the tables in docs/bytes-results.md and README.md
 
 For each collection and each error X: the fewest bytes of each baseline (`tuned_baselines.py`, and lorashare and
 vlora-dev where they are installed), each tuned so that the worst adapter's delta error is X at most; and those of

@@ -2,7 +2,7 @@
 
     git worktree add ../before e3f87bd1
     python benchmarks/file_bytes.py --zoo zoo --before ../before/src     # minutes; writes results/file_bytes.json
-    python benchmarks/table.py --write                                   # the table in docs/bytes.md
+    python benchmarks/table.py --write                                   # the table in docs/bytes-results.md
 
 Every file counts: the manifest, the card, configs, headers and tensors. Packs are fitted by `eigenlorax fit`.
 """

@@ -73,11 +73,11 @@ def main() -> int:
         ),
         (docs / "find.md", "results"): find_tables.markdown(json.loads(FIND.read_text(encoding="utf-8"))),
         (docs / "histories.md", "results"): history_tables.page(histories),
-        (docs / "bytes.md", "bytes"): bytes_tables.page(stored),
-        (docs / "bytes.md", "file-bytes"): file_bytes_tables.markdown(
+        (docs / "bytes-results.md", "bytes"): bytes_tables.page(stored),
+        (docs / "bytes-results.md", "file-bytes"): file_bytes_tables.markdown(
             json.loads(FILE_BYTES.read_text(encoding="utf-8"))
         ),
-        (docs / "bytes.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
+        (docs / "bytes-results.md", "cores"): cores_table(json.loads(CORES.read_text(encoding="utf-8"))),
         (docs / "get-started" / "is-it-for-you.md", "sharing"): sharing_table(demo),
         (ROOT / "README.md", "results"): figures_table(run, demo),
         (docs / "training-memory.md", "memory"): training_memory_tables.markdown(
