@@ -58,6 +58,7 @@ def test_trl_s_sft_trainer_takes_the_config(gpt2_pack, tmp_path):
 
 
 LAUNCHED = """
+import os
 import sys
 sys.path.insert(0, sys.argv[3])
 import torch
@@ -86,6 +87,8 @@ if accelerator.is_main_process:
     accelerator.unwrap_model(model).save_pretrained(sys.argv[2])
 accelerator.wait_for_everyone()
 accelerator.end_training()
+# a thread of gloo that still runs would abort the process at its regular exit
+os._exit(0)
 """
 
 

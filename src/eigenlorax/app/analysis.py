@@ -1,4 +1,4 @@
-"""What the page computes: the report of adapters, the sizes of packs to choose from, and the chosen pack as a file."""
+"""The computations behind the page: report, sizes of packs to choose from, and the chosen pack as a file."""
 
 import shutil
 import warnings

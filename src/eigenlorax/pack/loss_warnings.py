@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 from ..core.options import to_float
+from ..core.printable import first_names
 from ..errors import LossWarning, OptionError
 from .record import Record
 
@@ -68,8 +69,7 @@ def describe_losses(records: Mapping[str, Record], share: float) -> str:
 
 
 def _named(records: Mapping[str, Record], names: Sequence[str]) -> str:
-    listed = ", ".join(f"{name} ({_error_text(records[name])})" for name in names[:5])
-    return listed + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return first_names([f"{name} ({_error_text(records[name])})" for name in names])
 
 
 def _error_text(record: Record) -> str:

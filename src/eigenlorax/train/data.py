@@ -5,7 +5,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -181,9 +181,11 @@ class Labels:
 
     Attributes:
         names: Name of each class, in the order of the head's outputs.
+        origin: File whose texts are the names; None if they were passed or are numbers.
     """
 
     names: tuple[str, ...]
+    origin: Path | None = field(default=None, compare=False)
 
     @property
     def numbered(self) -> bool:
@@ -220,6 +222,8 @@ class Labels:
                 hint = suggestion(cell, self.names)
                 if self.numbered:
                     hint = " Name the classes in the order of the head: labels= (--labels A,B,…)."
+                elif self.origin is not None:
+                    hint += f" The classes are the labels in {self.origin}."
                 raise FormatError(f"{label} is not one of the {len(self.names)} classes: {self._listing()}.{hint}")
         return encoded
 
@@ -247,7 +251,7 @@ def infer_labels(table: Table, columns: Columns) -> Labels:
     elif all(isinstance(cell, int) or _is_csv_number(table, cell) for cell in cells):
         labels = _labels_from_integers(table, [int(cell) for cell in cells])
     elif all(isinstance(cell, str) for cell in cells):
-        labels = Labels(tuple(sorted({str(cell) for cell in cells})))
+        labels = Labels(tuple(sorted({str(cell) for cell in cells})), table.path)
     else:
         raise FormatError(f"{table.path}: some labels are integers and some are texts. Use one type for all.")
     if len(labels.names) < 2:
