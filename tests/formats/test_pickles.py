@@ -1,5 +1,6 @@
 """Pickled adapters whose tensors are not what they seem: each is refused by name, before its numbers are touched."""
 
+import pickle
 import zipfile
 
 import pytest
@@ -52,7 +53,13 @@ def pickled(folder, key, tensor, **options):
 def test_what_is_no_plain_array_is_named(tmp_path, key, odd):
     make, message = ODD[odd]
     folder = pickled(tmp_path / "a", key, make())
-    with pytest.raises(FormatError, match=f"adapter_model.bin: tensor '{key}' {message}"):
+    expected = f"adapter_model.bin: tensor '{key}' {message}"
+    try:
+        torch.load(folder / "adapter_model.bin", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch 2.15 itself refuses nested tensors
+        expected = "adapter_model.bin cannot be read as plain tensors"
+    with pytest.raises(FormatError, match=expected):
         ex.read_adapter(folder, allow_pickle=True)
 
 

@@ -1,6 +1,7 @@
 """Reports as files: JSON that is read again, suffixes, and the report that lies in a pack."""
 
 import dataclasses
+import inspect
 import json
 import re
 import shutil
@@ -111,8 +112,8 @@ class TestJson:
     def test_the_docstring_describes_every_field(self, of):
         # the reference of the site renders it
         assert f"\n::: {of.__module__}.{of.__name__}\n" in REFERENCE.read_text("utf-8")
-        described = of.__doc__.partition("Attributes:\n")[2]
-        listed = re.findall(r"^ {8}(\w+(?:, \w+)*): ", described, flags=re.MULTILINE)
+        described = inspect.getdoc(of).partition("Attributes:\n")[2]
+        listed = re.findall(r"^ {4}(\w+(?:, \w+)*): ", described, flags=re.MULTILINE)
         assert [name for names in listed for name in names.split(", ")] == [one.name for one in dataclasses.fields(of)]
 
     @pytest.mark.parametrize(
