@@ -109,11 +109,11 @@ def curve(report: Report) -> list[CurvePoint]:
     # a fit has a trained adapter, so that there is something to store
     assert measured is not None
     # bytes near the pack's own error are not estimated: those of the pack are known
-    known = {FIRST_ERROR: measured.points[0].stored_bytes}
+    exact = {FIRST_ERROR: measured.points[0].stored_bytes}
     estimated = {p.worst: p.stored_bytes for p in measured.points if p.way == CODEC and p.worst in ERRORS}
     points = [
         CurvePoint(max_error, stored_bytes, measured.lora_float16 / stored_bytes)
-        for max_error, stored_bytes in {**estimated, **known}.items()
+        for max_error, stored_bytes in {**estimated, **exact}.items()
     ]
     return sorted(points, key=lambda point: point.max_error)
 

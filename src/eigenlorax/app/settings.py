@@ -1,4 +1,4 @@
-"""What the page accepts, and from whom."""
+"""Settings of the page: limits of its input, and the addresses that may use it."""
 
 import ipaddress
 import os
@@ -14,7 +14,7 @@ MAX_UPLOAD = 500_000_000
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the page accepts.
+    """Limits of the page's input.
 
     Attributes:
         workspace: Existing folder for uploads and packs of all users.

@@ -1,4 +1,4 @@
-"""What vLLM's LoRA needs of a model: an architecture that has it, and a GPU for experts. Nothing here imports vLLM.
+"""Requirements of vLLM's LoRA: an architecture that supports it, and a GPU for experts. Nothing here imports vLLM.
 
 The architectures without LoRA are those of vLLM 0.32, whose class for such a model lacks its interface `SupportsLoRA`:
 `--enable-lora` ends the server with "does not support LoRA yet". `tests/serving/test_lora_support.py` compares them
