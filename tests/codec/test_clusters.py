@@ -1,5 +1,7 @@
 """Groups of adapters: planted ones are found, and used where that saves bytes; where there are none, none are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_encoder import size
@@ -74,6 +76,15 @@ def test_clusters_save_bytes(monkeypatch, groups, options):
         assert apart.aim < 0.9 * together.aim
     else:
         assert size(apart) < 0.9 * size(together)
+
+
+@pytest.mark.parametrize("related", [15, 25])
+def test_unrelated_adapters_are_a_group_apart_from_related_ones(related):
+    """In one pack, the two take the bytes of two packs."""
+    adapters = shared(related, noise=0.02), random_collection(20)
+    mixed = ex.fit([*adapters[0], *(replace(one, name=f"other-{one.name}") for one in adapters[1])], max_error=0.1)
+    assert mixed.notes == [NOTE.format(2)]
+    assert size(mixed) < 1.02 * sum(size(ex.fit(each, max_error=0.1)) for each in adapters)
 
 
 def test_an_adapter_has_nothing_on_the_bases_of_others():

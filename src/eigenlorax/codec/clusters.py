@@ -2,7 +2,8 @@
 
 Two updates are similar as far as the rows of one are in the span of the other's, on both sides, weighted by singular
 values. Candidates come from spectral clustering of these similarities (Ng, Jordan and Weiss 2001, "On Spectral
-Clustering"), and are kept if adapters are more similar within groups than across.
+Clustering"), and are kept if adapters are more similar within groups than across. One group may hold those that are
+similar to none.
 """
 
 from collections.abc import Sequence
@@ -114,15 +115,19 @@ def _k_means(rows: Float[Tensor, "s c"], count: int) -> Int[Tensor, " s"]:
 
 
 def _are_separate(affinity: Float[Tensor, "s s"], groups: Int[Tensor, " s"]) -> bool:
-    """Return whether adapters of each group are clearly more similar to each other than to those of other groups."""
+    """Return whether adapters of each group are clearly more similar to each other than to those of other groups.
+
+    One group may be an exception: the adapters that are similar to none.
+    """
     same = groups[:, None] == groups[None]
     across = float(affinity[~same].mean())
+    n_unrelated = 0
     for number in sorted(set(groups.tolist())):
         in_group = groups == number
         size = int(in_group.sum())
-        if float(affinity[in_group][:, in_group].sum()) / (size * (size - 1)) < MIN_CONTRAST * across:
-            return False
-    return True
+        within = float(affinity[in_group][:, in_group].sum()) / (size * (size - 1))
+        n_unrelated += within < MIN_CONTRAST * across
+    return n_unrelated <= 1
 
 
 def _number_by_appearance(labels: Sequence[int]) -> list[int]:
