@@ -121,7 +121,7 @@ class TestTrack:
         assert "Since later steps were appended, remove those versions first" in done.err
         weights.write_bytes(whole)
         done = succeeded(cli("track", folder / "run", "-o", folder / "new", "--lossless"))
-        assert "steps 20. To append any that was not pruned, remove the later versions" in done.err
+        assert "steps 20. They were pruned, or not there when later ones were appended." in done.err
         succeeded(cli("remove", folder / "new", "run@30", "run@40"))
         succeeded(cli("track", folder / "run", "-o", folder / "new", "--lossless"))
         assert ex.Pack.open(folder / "new").histories["run"].labels == [str(step) for step in STEPS]
@@ -129,7 +129,7 @@ class TestTrack:
     def test_pruned_versions_are_not_appended_again(self, cli, folder):
         succeeded(cli("prune", folder / "history", "run", "--keep-last", 1))
         done = succeeded(cli("track", folder / "run", "-o", folder / "history", "--lossless"))
-        assert "before its latest version, so that they were left out: steps 10, 20, 30." in done.err
+        assert "left out, because the history continues after them: steps 10, 20, 30." in done.err
         write_states(make_run(folder / "run", (*STEPS, 50)), max_steps=50)
         tracked = json_of(cli("track", folder / "run", "-o", folder / "history", "--lossless", "--json"))
         assert tracked["earlier_steps"] == [10, 20, 30]

@@ -150,7 +150,7 @@ class TestNotShared:
             f"For storage, fit with `--max-error 0.1` (`max_error=0.1`): about {numbers.size(coded.stored_bytes)}, "
         )
         assert finding.advice.endswith(
-            "no basis for training or for serving from a shared basis: a later adapter will not fit."
+            "These adapters give no basis for new ones, neither for training nor for serving from a shared basis."
         )
         assert report.left_out.errors.mean > 0.98
         assert_plain(report)
@@ -176,7 +176,7 @@ class TestNotShared:
         report = report_on(random(60, rank=2, shapes=square(16)), k=2, left_out=4)
         advice = the(report, "loss").advice
         assert advice.startswith(
-            "Only all 16 components, the whole width, hold them: such a pack is no smaller than the LoRAs. For storage"
+            "All 16 components, the whole width, hold them up to rounding, in a pack no smaller than the LoRAs. For storage"
         )
         assert "or less" not in advice
 

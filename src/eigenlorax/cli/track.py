@@ -169,8 +169,8 @@ def _print_earlier(tracked: "Tracked") -> None:
     if steps := tracked.earlier_steps:
         shown = ", ".join(map(str, steps[:6])) + ", …" * (len(steps) > 6)
         console.note(
-            f"not in the history, and before its latest version, so that they were left out: steps {shown}. "
-            "To append any that was not pruned, remove the later versions (eigenlorax remove), and run this again."
+            f"left out, because the history continues after them: steps {shown}. They were pruned, or not there when "
+            "later ones were appended. To append one, remove the later versions (eigenlorax remove), and run this again."
         )
 
 

@@ -139,8 +139,8 @@ def on_losses(report: ReportData) -> str:
     smaller = f"{ratio(point.ratio)} smaller" if point.ratio > 1 else "no smaller"
     if point.worst < _NO_ERROR and point is report.sizes[-1]:
         width = max(side.dimension for module in report.modules for side in (module.down, module.up))
-        whole = f"Only all {point.k:,} components{', the whole width,' if point.k >= width else ''} hold them"
-        return f"{whole}: such a pack is {smaller} than the LoRAs. {coded}"
+        whole = f"All {point.k:,} components{', the whole width,' if point.k >= width else ''} hold them up to rounding"
+        return f"{whole}, in a pack {smaller} than the LoRAs. {coded}"
     return (
         f"`n_components={point.k}` (`-k {point.k}`) would bring every adapter of the fit to {error(point.worst)} or "
         f"less, in a pack {smaller} than the LoRAs. {coded}"

@@ -301,7 +301,7 @@ def _not_shared(evidence: _Evidence) -> _Answer:
             f"The components of the others keep {_kept(evidence.left_out)} of its squared norm beyond chance: too "
             "little for a shared subspace."
         )
-    later = "They give no basis for training or for serving from a shared basis: a later adapter will not fit."
+    later = "These adapters give no basis for new ones, neither for training nor for serving from a shared basis."
     return _Answer(
         f"{evidence.subject} do not share a subspace: {evidence.measured}.",
         Finding(
