@@ -9,7 +9,7 @@ import eigenlorax as ex
 import reference
 from adapters import MODULES, make_adapter, make_adapters
 from eigenlorax.core.adapter import LoRAFactors, from_factors
-from eigenlorax.errors import LossWarning, OptionError, SkippedAdapterWarning
+from eigenlorax.errors import FormatError, LossWarning, OptionError, SkippedAdapterWarning
 from eigenlorax.fitting import refit_errors
 from eigenlorax.pack import loss_warnings
 from outcomes import contents
@@ -79,6 +79,12 @@ class TestFromOriginals:
         with pytest.warns(SkippedAdapterWarning, match="left out, because their content is not in the pack: other"):
             found = ex.refit(pack, [tmp_path / "in" / "a", other])
         assert {name: change.from_original for name, change in found.changes.items()} == {"a": True, "b": False}
+
+    @pytest.mark.filterwarnings("ignore:left out, because")
+    def test_files_of_others_alone_are_an_error(self, tmp_path):
+        pack = ex.fit(make_adapters(tmp_path / "in", "a b"), n_components=4)
+        with pytest.raises(FormatError, match="none of the adapters that were passed is in the pack"):
+            ex.refit(pack, [make_adapter(tmp_path / "other", seed=77)])
 
 
 class TestFromThePack:

@@ -176,7 +176,7 @@ class TestNotShared:
         report = report_on(random(60, rank=2, shapes=square(16)), k=2, left_out=4)
         advice = the(report, "loss").advice
         assert advice.startswith(
-            "All 16 components, the whole width, hold them up to rounding, in a pack no smaller than the LoRAs. For storage"
+            "All 16 components, the whole width, hold them up to rounding, in a pack no smaller than the LoRAs. For "
         )
         assert "or less" not in advice
 

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
+import tiny
 import trainable
 from eigenlorax.errors import FormatError, MissingExtraError, OptionError, RowsWarning
-from eigenlorax.train import data, examples
+from eigenlorax.train import data, examples, models
 from eigenlorax.train.options import Columns
 
 ROWS = [{"text": "good, w1", "label": "yes"}, {"text": 'a "b"\nc', "label": "no"}, {"text": "ü", "label": "yes"}]
@@ -258,6 +259,16 @@ class TestExamples:
         assert examples.max_tokens("causal-lm", asked, self.gpt2, config) == found
         with pytest.raises(OptionError, match="max_length 33 is more than the 32 tokens"):
             examples.max_tokens("causal-lm", 33, self.gpt2, config)
+
+    def test_a_folder_without_a_tokenizer(self, tmp_path):
+        tiny.make_bert().save_pretrained(tmp_path / "model")
+        with pytest.raises(FormatError, match=r"model has no tokenizer, such as tokenizer.json. Save it there: token"):
+            models.load_tokenizer(str(tmp_path / "model"), None)
+
+    def test_a_tokenizer_with_more_tokens_than_the_model(self):
+        config = type("Config", (), {"max_position_embeddings": 40, "vocab_size": 2})()
+        with pytest.raises(FormatError, match=r"the tokenizer has \d+ tokens, and the model 2 embeddings"):
+            examples.max_tokens("causal-lm", None, self.gpt2, config)
 
     def test_a_tokenizer_that_cannot_pad(self):
         tokenizer = trainable.make_tokenizer(end="[SEP]")

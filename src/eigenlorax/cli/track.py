@@ -170,7 +170,8 @@ def _print_earlier(tracked: "Tracked") -> None:
         shown = ", ".join(map(str, steps[:6])) + ", …" * (len(steps) > 6)
         console.note(
             f"left out, because the history continues after them: steps {shown}. They were pruned, or not there when "
-            "later ones were appended. To append one, remove the later versions (eigenlorax remove), and run this again."
+            "later ones were appended. To append one, remove the later versions (eigenlorax remove), and run this "
+            "again."
         )
 
 

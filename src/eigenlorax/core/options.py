@@ -96,9 +96,15 @@ def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
 def suggestion(value: Any, names: Iterable[str]) -> str:
     """Return " Did you mean …?" with the name in `names` that is spelled most like `value`; "" where none is close."""
     # the case of letters should not hide the intended name
-    folded = {name.casefold(): name for name in names}
-    closest = difflib.get_close_matches(str(value).casefold(), folded, n=1)
+    given, folded = str(value).casefold(), {name.casefold(): name for name in names}
+    # "v07" is "v007" rather than "v097"
+    padded = [name for name in folded if "0" in given + name and _without_zeros(name) == _without_zeros(given)]
+    closest = sorted(padded) or difflib.get_close_matches(given, folded, n=1)
     return f" Did you mean {folded[closest[0]]!r}?" if closest else ""
+
+
+def _without_zeros(name: str) -> str:
+    return name.replace("0", "")
 
 
 def suggest_keywords(**other_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -31,6 +31,15 @@ class MatchedAdapters:
     unread: Mapping[str, str]
 
 
+def check_any_original(adapters: Mapping[str, Adapter]) -> None:
+    """Raise `FormatError` if no source that was passed is an original of the pack."""
+    if not adapters:
+        raise FormatError(
+            "none of the adapters that were passed is in the pack, compared by content. Pass the files that the pack "
+            "was fitted from."
+        )
+
+
 def match_adapters(
     hashes: Mapping[str, str],
     adapter_sources: Sources,

@@ -24,7 +24,7 @@ from ..pack.pack import Pack
 from ..pack.packed_adapter import PackedAdapter
 from ..pack.record import Record
 from .fit import fit
-from .match_sources import match_adapters
+from .match_sources import check_any_original, match_adapters
 from .options import is_entropy_coded
 from .purpose_defaults import Dtype
 from .refit_errors import UpdateSquares, compare_updates, follow_record
@@ -135,6 +135,7 @@ def refit(
     Raises:
         OptionError: The pack has no adapter, or options contradict each other.
         FormatError, ShapeError, NonFiniteError: An adapter cannot be fitted.
+        FormatError: None of `adapters` is in the pack.
 
     Example:
         >>> import eigenlorax
@@ -152,6 +153,7 @@ def refit(
     originals: Mapping[str, Adapter] = {}
     if adapters is not None:
         originals = match_adapters(pack.source_hashes, adapters, report, options, 3).adapters
+        check_any_original(originals)
     elif options:
         raise OptionError(
             f"{', '.join(sorted(options))}: options of reading apply to originals, and no adapters were passed. "

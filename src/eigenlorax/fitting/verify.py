@@ -10,12 +10,11 @@ import torch
 from ..core import linalg
 from ..core.adapter import Adapter, LoRAFactors
 from ..core.progress import Progress
-from ..errors import FormatError
 from ..formats.sources import Sources
 from ..pack.history import VersionRecord
 from ..pack.outside_tensors import carried_tensors, error_bound
 from ..pack.pack import Pack
-from .match_sources import match_adapters
+from .match_sources import check_any_original, match_adapters
 
 RELATIVE_TOLERANCE = 1e-4
 """Maximum relative difference from a recorded error that is attributed to rounding of sums."""
@@ -103,11 +102,7 @@ def verify(pack: Pack, adapters: Sources, *, progress: Progress | None = None, *
     versions = {history.full_name(record): record for history in pack.histories.values() for record in history.versions}
     hashes = {**pack.source_hashes, **{name: record.source_sha256 for name, record in versions.items()}}
     originals = match_adapters(hashes, adapters, report, options, 3).adapters
-    if not originals:
-        raise FormatError(
-            "none of the adapters that were passed is in the pack, compared by content. Pass the files that the pack "
-            "was fitted from."
-        )
+    check_any_original(originals)
     verified = {}
     # versions in their order, so that each is decoded once
     known = [name for name in hashes if name in originals]

@@ -158,7 +158,7 @@ def base_for(config: BaseConfig | None) -> BaseModel:
     if config is None:
         raise OptionError(
             "GGUF files name tensors as llama.cpp does, which depends on the base model: pass the folder with its "
-            "config.json (--base-config DIR; base_config= in Python). Its weights are not needed."
+            "config.json, base_config= (--base-config DIR). Its weights are not needed."
         )
     return architectures.base_model(config)
 

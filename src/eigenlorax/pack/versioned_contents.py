@@ -187,8 +187,7 @@ class VersionedContents(WritableContents):
         if not record.lossless:
             raise OptionError(
                 f"Version {history.full_name(record)!r} is stored within an error bound of {record.max_error:g}, and "
-                f"cannot be restored bit for bit: only versions of `eigenlorax track --lossless` or append(…, "
-                f"lossless=True) can. {remedy}"
+                f"cannot be restored bit for bit: only versions appended with lossless=True (--lossless) can. {remedy}"
             )
         source_format = formats.format_of(record.origin)
         if formats.writable(source_format).suffix:

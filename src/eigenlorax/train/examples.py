@@ -29,7 +29,15 @@ def max_tokens(task: str, max_length: int | None, tokenizer: Any, model_config: 
 
     Raises:
         OptionError: `max_length` exceeds the model's limit.
+        FormatError: The tokenizer has more tokens than the model has embeddings.
     """
+    n_embeddings = getattr(model_config, "vocab_size", None)
+    # without added tokens, which some tokenizers have and never use
+    if n_embeddings and tokenizer.vocab_size > n_embeddings:
+        raise FormatError(
+            f"the tokenizer has {tokenizer.vocab_size:,} tokens, and the model {n_embeddings:,} embeddings. Save the "
+            "model's own tokenizer in its folder."
+        )
     limits = [tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None)]
     model_limit = min(limit for limit in limits if limit)
     if max_length is not None and max_length > model_limit:

@@ -17,6 +17,7 @@ from . import examples
 from .data import Labels
 
 _INSTALL = "pip install 'eigenlorax[train]'"
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken")
 
 
 def check_installed() -> None:
@@ -71,6 +72,12 @@ def load_tokenizer(model: str, revision: str | None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = Path(model)
+    # transformers may make a tokenizer without any words
+    if (folder / "config.json").is_file() and not any(any(folder.glob(name)) for name in _TOKENIZER_FILES):
+        raise FormatError(
+            f"{model} has no tokenizer, such as tokenizer.json. Save it there: tokenizer.save_pretrained({model!r})."
+        )
     with _loading(model) as network:
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, **network)
     examples.prepare_tokenizer(tokenizer)
