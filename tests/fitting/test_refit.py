@@ -142,6 +142,14 @@ class TestFromThePack:
         assert f"up to {worst:.4f}" in note
         assert ex.refit(pack, originals, max_error=0.1).pack.notes == []
 
+    def test_a_pack_of_floats_for_an_error_says_it_too(self):
+        """Its adapters' errors are known, not bounded, where they are in the old basis alone."""
+        pack = ex.fit(shared_collection(12, noise=0.1)[0], purpose="serving")
+        refitted = ex.refit(pack, warn_above=1.0).pack
+        worst = max(record.delta_error for record in refitted.records.values())
+        assert worst > 0.1
+        assert f"up to {worst:.4f}" in " ".join(refitted.notes)
+
     def test_a_bound_stays_one_when_it_is_fitted_again_and_goes_with_the_original(self, tmp_path):
         originals = random_collection(4)
         pack = ex.fit(originals, n_components=6)

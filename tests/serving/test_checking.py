@@ -36,6 +36,16 @@ def test_the_same_model_by_another_owner_is_not():
     assert check(make_pack({Q: (17, 11)}), "pack", shapes("mirror/base")).notes == []
 
 
+def test_adapters_of_which_the_pack_holds_little_are_named():
+    pack = ex.refit(make_pack({Q: (17, 11)}), n_components=1, warn_above=1.0).pack
+    named = [name for name, record in pack.records.items() if record.delta_error > 0.5]
+    (note,) = check(pack, "pack", shapes()).notes
+    assert note.startswith("The delta error is")
+    assert note.endswith("An error of 1 is that of no adapter at all.")
+    assert named
+    assert all(name in note for name in named)
+
+
 def test_experts_are_served_expanded_alone_and_count_as_the_pack_has_them():
     found = check(make_pack({Q: (17, 11), GATE: (13, 11)}), "pack", shapes(experts=("model.layers.0.mlp.experts",)))
     assert found.not_held == [GATE]

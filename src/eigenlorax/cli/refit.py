@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..core.options import parse_byte_count
+from ..core.printable import first_names
 from ..errors import WARN_ABOVE
 from . import arguments, console, durations, verbs
 
@@ -194,7 +195,7 @@ def _print_tables(old: "Pack", refitted: "Refit", output: Path, seconds: float) 
     console.print_rows(
         f"pack {output}",
         [
-            ("got worse" + (", or may have" if any_bound else ""), ", ".join(refitted.worse) or "none"),
+            ("got worse" + (", or may have" if any_bound else ""), first_names(refitted.worse) or "none"),
             ("basis bytes", f"{before.basis:,} before, {after.basis:,} after"),
             ("compression ratio", f"{before.ratio:.2f} before, {after.ratio:.2f} after, basis included"),
             ("seconds", f"{seconds:.1f}"),

@@ -220,7 +220,7 @@ def _becomes_coded(fit_options: Mapping[str, Any]) -> bool:
 def _bound_note(refitted: Pack) -> str | None:
     """Return what an error bound is not a bound of, for adapters that were refitted without their originals."""
     bound = refitted.fit_info.max_error
-    worst = max((record.delta_error for record in refitted.records.values() if record.bound), default=0.0)
+    worst = max((record.delta_error for record in refitted.records.values()), default=0.0)
     if bound is None or worst <= bound:
         return None
     return (

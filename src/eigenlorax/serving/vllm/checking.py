@@ -12,9 +12,9 @@ import torch
 
 from ...core import keys, module_names
 from ...core.options import check_choice, to_int
-from ...errors import ModuleNameError, OptionError, ShapeError
+from ...errors import WARN_ABOVE, ModuleNameError, OptionError, ShapeError
 from ...formats import checks
-from ...pack import basis_adapters
+from ...pack import basis_adapters, loss_warnings
 from ...pack.basis_adapters import check_has_basis, check_within
 from ...pack.manifest import SubspaceInfo
 from ...pack.pack import Pack
@@ -177,6 +177,7 @@ def check(
         plan=plan,
         notes=[
             *_name_notes(pack, shapes, match),
+            *_loss_notes(pack),
             *_notes(shapes, match, totals, options, has_histories=bool(pack.histories)),
             *version_notes(pack, lambda modules: _model_names(modules, shapes, pack.base_model), match.no_lora),
         ],
@@ -407,6 +408,13 @@ def _name_notes(pack: Pack, shapes: Shapes, match: _ModuleMatch) -> list[str]:
         f"{renamed[0]!r} and {len(renamed) - 1} more modules of the pack have other names in {shapes.model}. vLLM's "
         "own tables rename the modules of some models; for other models the server does not start."
     ]
+
+
+def _loss_notes(pack: Pack) -> list[str]:
+    """Return a note that names the adapters of which the pack holds little."""
+    if not loss_warnings.lossy(pack.records, WARN_ABOVE):
+        return []
+    return [f"{loss_warnings.describe_losses(pack.records, WARN_ABOVE)} An error of 1 is that of no adapter at all."]
 
 
 def _notes(
