@@ -41,7 +41,7 @@ def test_adapters_of_which_the_pack_holds_little_are_named():
     named = [name for name, record in pack.records.items() if record.delta_error > 0.5]
     (note,) = check(pack, "pack", shapes()).notes
     assert note.startswith("The delta error is")
-    assert note.endswith("An error of 1 is that of no adapter at all.")
+    assert note.endswith("An update of zeros has an error of 1.")
     assert named
     assert all(name in note for name in named)
 

@@ -81,7 +81,7 @@ class TestReading:
             ("a.csv", "", "the first line has to name the columns"),
             ("a.csv", "text,text\na,b\n", "each once"),
             ("a.csv", "text,label\n", "has no rows"),
-            ("a.csv", "text,label\na,b\na\n", "line 3: fields: 1, where the first line names 2"),
+            ("a.csv", "text,label\na,b\na\n", "line 3: the number of fields is 1; the first line names 2"),
             ("a.csv", 'text\n"a"b\n', "line 2 is not CSV"),
         ],
     )

@@ -141,7 +141,7 @@ def _show_verified(target: str, folder: "PackFolder", originals: list[str], json
     exceeding = [name for name, check in verification.adapters.items() if not check.holds]
     if exceeding:
         raise LossError(
-            f"the measured error exceeds the pack's record or the requested bound for "
+            "the measured error exceeds the pack's record or the requested bound for "
             f"{printable.first_names(exceeding)}. Fit the pack again from the originals."
         )
 

@@ -98,13 +98,9 @@ def suggestion(value: Any, names: Iterable[str]) -> str:
     # the case of letters should not hide the intended name
     given, folded = str(value).casefold(), {name.casefold(): name for name in names}
     # "v07" is "v007" rather than "v097"
-    padded = [name for name in folded if "0" in given + name and _without_zeros(name) == _without_zeros(given)]
-    closest = sorted(padded) or difflib.get_close_matches(given, folded, n=1)
+    padded = sorted(name for name in folded if name.replace("0", "") == given.replace("0", ""))
+    closest = padded or difflib.get_close_matches(given, folded, n=1)
     return f" Did you mean {folded[closest[0]]!r}?" if closest else ""
-
-
-def _without_zeros(name: str) -> str:
-    return name.replace("0", "")
 
 
 def suggest_keywords(**other_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -134,8 +134,7 @@ def refit(
 
     Raises:
         OptionError: The pack has no adapter, or options contradict each other.
-        FormatError, ShapeError, NonFiniteError: An adapter cannot be fitted.
-        FormatError: None of `adapters` is in the pack.
+        FormatError, ShapeError, NonFiniteError: An adapter cannot be fitted, or none of `adapters` is in the pack.
 
     Example:
         >>> import eigenlorax
@@ -190,7 +189,7 @@ def refit(
         histories=pack.history_store.copied(),
     )
     refitted.notes.extend(fitted.notes)
-    if (note := _bound_note(refitted)) is not None:
+    if (note := _bound_note(refitted, changes)) is not None:
         refitted.notes.append(note)
     refitted.frontier.extend(fitted.frontier)
     warn_of_losses(refitted.records, warn_above, "Refit from the originals, or with more components.")
@@ -217,10 +216,11 @@ def _becomes_coded(fit_options: Mapping[str, Any]) -> bool:
     return is_entropy_coded(bounds, fit_options["weighting"], fit_options["dtype"], fit_options["coefficient_dtype"])
 
 
-def _bound_note(refitted: Pack) -> str | None:
+def _bound_note(refitted: Pack, changes: Mapping[str, Change]) -> str | None:
     """Return what an error bound is not a bound of, for adapters that were refitted without their originals."""
     bound = refitted.fit_info.max_error
-    worst = max((record.delta_error for record in refitted.records.values()), default=0.0)
+    without_original = [name for name, change in changes.items() if not change.from_original]
+    worst = max((refitted.records[name].delta_error for name in without_original), default=0.0)
     if bound is None or worst <= bound:
         return None
     return (

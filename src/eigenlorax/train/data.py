@@ -107,7 +107,8 @@ def _csv_rows(lines: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for row in reader:
             if row and len(row) != len(header):
                 raise FormatError(
-                    f"{path}, line {reader.line_num}: fields: {len(row)}, where the first line names {len(header)}."
+                    f"{path}, line {reader.line_num}: the number of fields is {len(row)}; the first line names "
+                    f"{len(header)}."
                 )
             if row:
                 yield reader.line_num, dict(zip(header, row, strict=True))

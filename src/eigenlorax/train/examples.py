@@ -19,7 +19,7 @@ Collate = Callable[[list[Example]], Any]
 
 
 def max_tokens(task: str, max_length: int | None, tokenizer: Any, model_config: Any) -> int:
-    """Return the maximum number of tokens per row.
+    """Return the maximum number of tokens per row, for a tokenizer that belongs to the model.
 
     Args:
         task: Key of `options.MAX_LENGTH`.
@@ -31,6 +31,15 @@ def max_tokens(task: str, max_length: int | None, tokenizer: Any, model_config: 
         OptionError: `max_length` exceeds the model's limit.
         FormatError: The tokenizer has more tokens than the model has embeddings.
     """
+    _check_vocabulary(tokenizer, model_config)
+    limits = [tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None)]
+    model_limit = min(limit for limit in limits if limit)
+    if max_length is not None and max_length > model_limit:
+        raise OptionError(f"max_length {max_length} is more than the {model_limit} tokens that the model supports.")
+    return max_length or min(MAX_LENGTH[task], model_limit)
+
+
+def _check_vocabulary(tokenizer: Any, model_config: Any) -> None:
     n_embeddings = getattr(model_config, "vocab_size", None)
     # without added tokens, which some tokenizers have and never use
     if n_embeddings and tokenizer.vocab_size > n_embeddings:
@@ -38,11 +47,6 @@ def max_tokens(task: str, max_length: int | None, tokenizer: Any, model_config: 
             f"the tokenizer has {tokenizer.vocab_size:,} tokens, and the model {n_embeddings:,} embeddings. Save the "
             "model's own tokenizer in its folder."
         )
-    limits = [tokenizer.model_max_length, getattr(model_config, "max_position_embeddings", None)]
-    model_limit = min(limit for limit in limits if limit)
-    if max_length is not None and max_length > model_limit:
-        raise OptionError(f"max_length {max_length} is more than the {model_limit} tokens that the model supports.")
-    return max_length or min(MAX_LENGTH[task], model_limit)
 
 
 def prepare_tokenizer(tokenizer: Any) -> None:

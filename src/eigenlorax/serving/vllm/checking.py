@@ -412,9 +412,8 @@ def _name_notes(pack: Pack, shapes: Shapes, match: _ModuleMatch) -> list[str]:
 
 def _loss_notes(pack: Pack) -> list[str]:
     """Return a note that names the adapters of which the pack holds little."""
-    if not loss_warnings.lossy(pack.records, WARN_ABOVE):
-        return []
-    return [f"{loss_warnings.describe_losses(pack.records, WARN_ABOVE)} An error of 1 is that of no adapter at all."]
+    losses = loss_warnings.describe_losses(pack.records, WARN_ABOVE)
+    return [f"{losses} An update of zeros has an error of 1."] if losses else []
 
 
 def _notes(
